@@ -1,0 +1,540 @@
+"""The toy world: scenes of coloured shapes, with pictures, captions, edits, questions, and a grader that reads pictures.
+
+Everything the model is trained on or tested with comes from here, drawn from an explicit `random.Random`; nothing is downloaded.
+A caption says everything that counts except exact places: what is left unsaid is a medium size and a white background.
+Coordinates are fractions of the picture's side, x to the right and y down. Left out: rotation, overlap, textures, free language.
+"""
+import random
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 220),
+           "yellow": (240, 210, 30), "purple": (150, 50, 180), "orange": (245, 130, 30)}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (165, 165, 165), "black": (15, 15, 15)}
+SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}                          # half the side of the box a thing fills
+HELD_OUT = frozenset({("purple", "triangle"), ("orange", "cross")})             # never drawn with a second thing, until a test asks
+MARGIN, GAP = 0.03, 0.06                                                        # to the picture's edge; between two boxes: 4 pixels of 64
+# the part of its box that a shape fills, and how far its centroid lies below the centre of the box, in radii
+FORMS = {"circle": (np.pi / 4, 0), "square": (1, 0), "triangle": (1 / 2, 1 / 3), "cross": (0.64, 0)}
+BLOB, SPECK = 0.25, 0.008                                                       # the grader: worst fit, smallest part of a picture
+NUMBERS = ("zero", "one", "two", "three", "four")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+SPOTS = {"top left": (0, 0), "top": (1, 0), "top right": (2, 0), "left": (0, 1), "centre": (1, 1),
+         "right": (2, 1), "bottom left": (0, 2), "bottom": (1, 2), "bottom right": (2, 2)}
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+    @property
+    def name(self):
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def label(self):
+        return self.name if self.size == "medium" else f"{self.size} {self.name}"
+
+    @property
+    def radius(self):
+        return SIZES[self.size]
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]
+    background: str = "white"
+
+
+# ---------------------------------------------------------------- geometry
+
+def relation(a, b, ratio=1.5):
+    """Where a is, seen from b, or None where neither axis clearly dominates."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) > ratio * abs(dy):
+        return "left of" if dx < 0 else "right of"
+    if abs(dy) > ratio * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def cell(thing):
+    """Column and row in a 3x3 grid."""
+    return min(2, int(3 * thing.x)), min(2, int(3 * thing.y))
+
+
+def spot(thing):
+    return next(name for name, where in SPOTS.items() if where == cell(thing))
+
+
+def at(name):
+    return f"in the {name}" if name == "centre" else f"at the {name}"
+
+
+def inside(thing):
+    return all(thing.radius + MARGIN <= c <= 1 - thing.radius - MARGIN for c in (thing.x, thing.y))
+
+
+def apart(a, b):
+    return max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
+
+
+def valid(scene, held_out=False):
+    """Inside, apart, one to four things, two things of different names, and no held-out pair beside another thing."""
+    things = scene.things
+    pairs = [(a, b) for i, a in enumerate(things) for b in things[:i]]
+    kept = held_out or len(things) < 2 or not any((t.colour, t.shape) in HELD_OUT for t in things)
+    named = len(things) != 2 or things[0].name != things[1].name
+    return 1 <= len(things) <= 4 and kept and named and all(map(inside, things)) and all(apart(a, b) for a, b in pairs)
+
+
+# ---------------------------------------------------------------- scenes
+
+def sample_name(rng):
+    return rng.choice(list(COLOURS)), rng.choice(SHAPES)
+
+
+def sample_place(rng, radius):
+    low = radius + MARGIN
+    return rng.uniform(low, 1 - low), rng.uniform(low, 1 - low)
+
+
+def sample_scene(rng, n=None, held_out=False):
+    """A random scene of n things. held_out=True puts a held-out pair in it (beside another thing, unless n=1 asks for it alone)."""
+    if n is None:
+        n = rng.choices((1, 2, 3, 4), (0 if held_out else 0.3, 0.45, 0.15, 0.1))[0]
+    if n not in (1, 2, 3, 4):
+        raise ValueError(f"a scene has 1 to 4 things, not {n}")
+    background = rng.choices(list(BACKGROUNDS), (0.6, 0.2, 0.2))[0]
+    while True:
+        # three or four things repeat names, so that there is something to count; equal names get equal sizes, to be named together
+        kinds = n if n < 3 else rng.choice((1, 2, n))
+        names = [sample_name(rng) for _ in range(kinds)]
+        if held_out:
+            names[rng.randrange(kinds)] = rng.choice(sorted(HELD_OUT))
+        sizes = {name: rng.choices(list(SIZES), (1, 2, 1) if n < 3 else (2, 2, 0))[0] for name in names}
+        names += rng.choices(names, k=n - kinds)
+        clear = n == 2 and rng.random() < 0.9                                   # two things nearly always stand in a clear relation
+        for _ in range(100):
+            things = tuple(Thing(shape, colour, sizes[colour, shape], *sample_place(rng, SIZES[sizes[colour, shape]]))
+                           for colour, shape in names)
+            scene = Scene(things, background)
+            if valid(scene, held_out) and not (clear and relation(*things) is None):
+                return scene
+
+
+# ---------------------------------------------------------------- pictures
+
+def covers(shape, u, v):
+    """Is the point (u, v) of the box [-1, 1]^2 inside the shape? Drawing and grading both ask this."""
+    box = (abs(u) <= 1) & (abs(v) <= 1)
+    if shape == "circle":
+        return u * u + v * v <= 1
+    if shape == "triangle":
+        return box & (abs(u) <= (v + 1) / 2)
+    if shape == "cross":
+        return box & ((abs(u) <= 0.4) | (abs(v) <= 0.4))
+    return box
+
+
+def coverage(shape, x, y, radius, left, top, right, bottom, fine=4):
+    """The part of each pixel of a window that the shape covers, counted on fine x fine points (all in pixels)."""
+    step = (np.arange(fine) + 0.5) / fine
+    u = ((np.arange(left, right)[:, None] + step).ravel() - x) / radius
+    v = ((np.arange(top, bottom)[:, None] + step).ravel() - y) / radius
+    hit = covers(shape, u[None], v[:, None])
+    return hit.reshape(bottom - top, fine, right - left, fine).mean((1, 3))
+
+
+def render(scene, size=64):
+    """The scene as an antialiased RGB picture."""
+    picture = np.empty((size, size, 3))
+    picture[:] = BACKGROUNDS[scene.background]
+    for thing in scene.things:
+        x, y, radius = thing.x * size, thing.y * size, thing.radius * size
+        left, top, right, bottom = int(x - radius), int(y - radius), int(x + radius) + 1, int(y + radius) + 1
+        alpha = coverage(thing.shape, x, y, radius, left, top, right, bottom)[..., None]
+        window = picture[top:bottom, left:right]
+        window += alpha * (np.array(COLOURS[thing.colour]) - window)
+    return Image.fromarray(picture.round().astype(np.uint8))
+
+
+# ---------------------------------------------------------------- words
+
+def a(words):
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def plural(words):
+    return words + ("es" if words.endswith("s") else "s")
+
+
+def join(parts):
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def listing(things):
+    """'two green triangles and a blue square', in the order of first appearance."""
+    return join([a(label) if n == 1 else f"{NUMBERS[n]} {plural(label)}" for label, n in Counter(t.label for t in things).items()])
+
+
+def side(where):
+    return f"to the {where}" if where in ("left of", "right of") else where
+
+
+def its_side(where):
+    return f"to its {where.split()[0]}" if where in ("left of", "right of") else f"{where} it"
+
+
+def plain(scene):
+    """The shortest text that says it all but the background: 'a red circle left of a blue square', 'three red circles'."""
+    if len(scene.things) == 2 and (where := relation(*scene.things)):
+        first, second = scene.things
+        return f"{a(first.label)} {where} {a(second.label)}"
+    return listing(scene.things)
+
+
+def varied(scene, rng):
+    """The same content in one of many wordings."""
+    things = scene.things
+    core = listing(things)
+    if len(things) == 1 and rng.random() < 0.6:
+        core = f"{core} {at(spot(things[0]))}"
+    where = relation(*things[:2]) if len(things) > 1 else None
+    if len(things) == 2 and where:
+        first, second, back = a(things[0].label), a(things[1].label), OPPOSITE[where]
+        core = rng.choice([f"{first} {side(where)} {second}", f"{second} {back} {first}", f"{second} {side(back)} {first}",
+                           f"{second} with {first} {its_side(where)}", f"{first} with {second} {its_side(back)}"])
+    names = Counter(t.name for t in things)
+    if len(things) > 2 and where and names[things[0].name] == names[things[1].name] == 1 and rng.random() < 0.6:
+        core = f"{core}, with the {things[0].name} {side(where)} the {things[1].name}"
+    verb = "is" if core.startswith(("a ", "an ")) else "are"
+    return rng.choice(("", "draw ", "paint ", "show me ", "a picture of ", "an image of ", f"there {verb} ")) + core
+
+
+def caption(scene, rng):
+    """What a person might ask for to get this scene: half of the time the plain form, else varied wording."""
+    if rng.random() < 0.5:
+        return plain(scene) + (f", on a {scene.background} background" if scene.background != "white" else "")
+    text = varied(scene, rng)
+    if scene.background != "white" or rng.random() < 0.1:
+        text += rng.choice((", on a {} background", " against a {} background", ", on {}")).format(scene.background)
+    return text
+
+
+def describe(scene):
+    """The one full description of a scene: things column by column, from left to right, each with its place."""
+    things = sorted(scene.things, key=lambda t: (cell(t), t.x, t.y))
+    return join([f"{a(t.label)} {at(spot(t))}" for t in things]) + f", on a {scene.background} background"
+
+
+# ---------------------------------------------------------------- edits
+
+def references(thing, scene):
+    """The ways to point at one thing and no other: its full name, its shape alone, its colour alone."""
+    ways = [f"the {thing.name}"] if sum(t.name == thing.name for t in scene.things) == 1 else []
+    if sum(t.shape == thing.shape for t in scene.things) == 1:
+        ways.append(f"the {thing.shape}")
+    if sum(t.colour == thing.colour for t in scene.things) == 1:
+        ways.append(f"the {thing.colour} object")
+    return ways
+
+
+def pick(scene, rng, but=None):
+    """A thing that words can single out, and these words; (None, None) where there is none."""
+    things = [t for t in scene.things if t != but and references(t, scene)]
+    thing = rng.choice(things) if things else None
+    return thing, thing and rng.choice(references(thing, scene))
+
+
+def swapped(scene, old, new):
+    return replace(scene, things=tuple(new if t == old else t for t in scene.things))
+
+
+def recolour(scene, rng, thing, words):
+    colour = rng.choice(list(COLOURS))
+    order = rng.choice((f"make {words} {colour}", f"paint {words} {colour}", f"change the colour of {words} to {colour}"))
+    return order, swapped(scene, thing, replace(thing, colour=colour))
+
+
+def exchange(scene, rng, thing, words):
+    colour, shape = sample_name(rng)
+    if rng.random() < 0.3:                                                      # only the shape changes
+        return f"turn {words} into {a(shape)}", swapped(scene, thing, replace(thing, shape=shape))
+    order = rng.choice((f"replace {words} with", f"swap {words} for"))
+    return f"{order} {a(f'{colour} {shape}')}", swapped(scene, thing, replace(thing, colour=colour, shape=shape))
+
+
+def remove(scene, rng, thing, words):
+    order = rng.choice(("remove", "delete", "take away"))
+    return f"{order} {words}", replace(scene, things=tuple(t for t in scene.things if t != thing))
+
+
+def centre_of(column, row, radius):
+    low = radius + MARGIN
+    return tuple(min(max((c + 0.5) / 3, low), 1 - low) for c in (column, row))
+
+
+def add(scene, rng, thing, words):
+    """At a stated spot, at a stated side of another thing, or just anywhere."""
+    colour, shape = sample_name(rng)
+    size = rng.choice(("small", "medium"))
+    new = Thing(shape, colour, size, *sample_place(rng, SIZES[size]))
+    order = f"{rng.choice(('add', 'put'))} {a(new.label)}"
+    if rng.random() < 0.4:
+        where = rng.choice(list(SPOTS))
+        x, y = centre_of(*SPOTS[where], new.radius)
+        new = replace(new, x=x, y=y)
+        order = f"{order} {at(where)}"
+    elif thing and rng.random() < 0.7 and relation(new, thing):
+        order = f"{order} {side(relation(new, thing))} {words}"
+    return order, replace(scene, things=scene.things + (new,))
+
+
+def move(scene, rng, thing, words):
+    """To a spot ('to the left' keeps the height, 'to the top' keeps the column) or to another side of another thing."""
+    other, other_words = pick(scene, rng, but=thing)
+    if other and rng.random() < 0.5:
+        x, y = sample_place(rng, thing.radius)
+        new = replace(thing, x=x, y=y)
+        where = relation(new, other)
+        if where in (None, relation(thing, other)):
+            return None, scene
+        return f"move {words} {side(where)} {other_words}", swapped(scene, thing, new)
+    where = rng.choice(list(SPOTS))
+    x, y = centre_of(*SPOTS[where], thing.radius)
+    new = replace(thing, x=thing.x if where in ("top", "bottom") else x, y=thing.y if where in ("left", "right") else y)
+    if max(abs(new.x - thing.x), abs(new.y - thing.y)) < 0.15:                  # too small a step to see
+        return None, scene
+    return f"move {words} to the {where}", swapped(scene, thing, new)
+
+
+def repaint(scene, rng, thing, words):
+    background = rng.choice(list(BACKGROUNDS))
+    order = rng.choice(("make the background {}", "change the background to {}", "put it on a {} background"))
+    return order.format(background), replace(scene, background=background)
+
+
+EDITORS = {"recolour": recolour, "replace": exchange, "remove": remove, "add": add, "move": move, "background": repaint}
+EDITS = tuple(EDITORS)
+
+
+def edit(scene, rng, action=None, held_out=False):
+    """-> (instruction, target scene, action). Raises ValueError where the asked action is impossible in this scene."""
+    actions = [action] if action else rng.sample(EDITS, len(EDITS))
+    for name in actions:
+        for _ in range(100):                                                    # propose blindly, keep what is valid
+            thing, words = pick(scene, rng)
+            if thing is None and name not in ("add", "background"):             # three red circles: no words for one of them
+                break
+            order, target = EDITORS[name](scene, rng, thing, words)
+            if target != scene and valid(target, held_out):
+                return order, target, name
+    raise ValueError(f"cannot {action or 'edit'}: {describe(scene)}")
+
+
+# ---------------------------------------------------------------- questions
+
+def ask_colour(scene, rng, seen):
+    asked = [("what colour is the background?", scene.background)] if seen else []
+    for shape in SHAPES:
+        colours = [t.colour for t in scene.things if t.shape == shape]
+        if len(colours) == 1:
+            asked += [(f"what colour is the {shape}?", colours[0])] * 2
+        elif len(set(colours)) == 1:
+            asked += [(f"what colour are the {plural(shape)}?", colours[0])] * 2
+    return asked
+
+
+def ask_shape(scene, rng, seen):
+    counts = Counter(t.colour for t in scene.things)
+    return [(q, t.shape) for t in scene.things if counts[t.colour] == 1
+            for q in (f"what shape is the {t.colour} object?", f"what is the shape of the {t.colour} object?")]
+
+
+def ask_count(scene, rng, seen):
+    thing, (colour, shape) = rng.choice(scene.things), sample_name(rng)
+    asked = {"objects": len(scene.things)}
+    for c, s in ((thing.colour, thing.shape), (colour, shape)):
+        asked[plural(s)] = sum(t.shape == s for t in scene.things)
+        asked[f"{c} objects"] = sum(t.colour == c for t in scene.things)
+    asked[plural(thing.name)] = sum(t.name == thing.name for t in scene.things)
+    return [(q.format(what), NUMBERS[n]) for what, n in asked.items() for q in ("how many {} are there?", "how many {}?")]
+
+
+def ask_where(scene, rng, seen):
+    things = scene.things
+    if len(things) == 2 and relation(*things):
+        pairs = [(t, other, relation(t, other)) for t, other in (things, things[::-1])]
+        return [pair for t, other, where in pairs for pair in
+                ((f"where is {rng.choice(references(t, scene))}?", f"{where} the {other.name}"),
+                 (f"what is {side(where)} {rng.choice(references(other, scene))}?", a(t.name)))]
+    return [(f"where is {words}?", at(spot(t))) for t in things for words in references(t, scene)] if seen else []
+
+
+def ask_exists(scene, rng, seen):
+    """Half yes, half no; every second no differs from something there in one word only."""
+    names = {(t.colour, t.shape) for t in scene.things}
+    colour, shape = rng.choice(sorted(names))
+    if rng.random() < 0.5:
+        return [(f"is there {a(f'{colour} {shape}')}?", "yes")]
+    while (colour, shape) in names | HELD_OUT:                                  # held-out pairs must not become a sure no
+        other = sample_name(rng)
+        colour, shape = rng.choice((other, other, (colour, other[1]), (other[0], shape)))
+    return [(f"is there {a(f'{colour} {shape}')}?", "no")]
+
+
+def ask_describe(scene, rng, seen):
+    return [(q, describe(scene)) for q in ("describe the picture", "what is in the picture?")] if seen else []
+
+
+ASKERS = {"colour": ask_colour, "shape": ask_shape, "count": ask_count, "where": ask_where, "exists": ask_exists,
+          "describe": ask_describe}
+QUESTIONS = tuple(ASKERS)
+
+
+def question(scene, rng, kind=None, seen=True):
+    """-> (question, answer, kind). seen=False asks only what the plain caption answers. ValueError where there is no such question."""
+    for name in [kind] if kind else rng.sample(QUESTIONS, len(QUESTIONS)):
+        if asked := ASKERS[name](scene, rng, seen):
+            return *rng.choice(asked), name
+    raise ValueError(f"no {kind} question (seen={seen}) about: {describe(scene)}")
+
+
+def corpus(n, seed):
+    """n strings of every sort, the text a tokenizer is trained on."""
+    rng = random.Random(seed)
+    texts = []
+    while len(texts) < n:
+        scene = sample_scene(rng)
+        asked, answer, _ = question(scene, rng)
+        texts += [caption(scene, rng), edit(scene, rng)[0], asked, answer]
+    return texts[:n]
+
+
+# ---------------------------------------------------------------- the grader
+
+def nearest(colours, palette):
+    """The name of the palette colour nearest to each of (N, 3) colours."""
+    names, table = list(palette), np.array(list(palette.values()))
+    return [names[i] for i in ((colours[:, None] - table) ** 2).sum(-1).argmin(1)]
+
+
+def components(mask):
+    """The connected parts of a mask, each as a set of (row, column)."""
+    left = set(map(tuple, np.argwhere(mask).tolist()))
+    while left:
+        part, todo = set(), [left.pop()]
+        while todo:
+            y, x = todo.pop()
+            part.add((y, x))
+            near = left & {(y, x - 1), (y, x + 1), (y - 1, x), (y + 1, x)}
+            left -= near
+            todo += near
+        yield part
+
+
+def soften(picture):
+    """A blur by about one pixel."""
+    for _ in range(2):                                                          # along the rows, then along the columns
+        padded = np.pad(picture, ((1, 1), (0, 0)))
+        picture = ((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4).T
+    return picture
+
+
+def read_shape(alpha, left, top):
+    """-> (misfit, shape, x, y, radius): each shape drawn with the area and centroid seen, sharp or blurred; the one that fits best."""
+    bottom, right = top + alpha.shape[0], left + alpha.shape[1]
+    area = alpha.sum() + 1e-6
+    x = alpha.sum(0) @ (np.arange(left, right) + 0.5) / area
+    y = alpha.sum(1) @ (np.arange(top, bottom) + 0.5) / area
+    fits = []
+    for shape, (fill, drop) in FORMS.items():
+        radius = (area / fill) ** 0.5 / 2
+        drawn = coverage(shape, x, y - drop * radius, radius, left, top, right, bottom)
+        for _ in range(3):                                                      # an autoencoder rounds a cross nearly to a circle
+            fits.append((abs(drawn - alpha).sum() / area, shape, x, y - drop * radius, radius))
+            drawn = soften(drawn)
+    return min(fits)
+
+
+def read_thing(pixels, ground, part):
+    """Colour by a vote of the pixels away from the edge, then shape and place by how much of each pixel has that colour."""
+    core = [(y, x) for y, x in part if {(y, x - 1), (y, x + 1), (y - 1, x), (y + 1, x)} <= part] or list(part)
+    colours = pixels[tuple(zip(*core))]                                         # (N, 3)
+    depth = ((colours - ground) ** 2).sum(1)
+    colours = colours[depth > 0.5 * np.quantile(depth, 0.95)]                   # a half-covered pixel of red on white looks orange
+    votes = nearest(colours, COLOURS)
+    colour, n = Counter(votes).most_common(1)[0]
+    ink = np.median(colours[[vote == colour for vote in votes]], 0) - ground
+    mine = np.zeros(pixels.shape[:2])
+    mine[tuple(zip(*part))] = 1
+    near = soften(soften(mine)) > 0                                             # the blurred edge too, but nothing of another thing
+    rows, columns = near.any(1).nonzero()[0], near.any(0).nonzero()[0]
+    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    alpha = near[window] * ((pixels[window] - ground) @ ink / max(ink @ ink, 1)).clip(0, 1)
+    misfit, shape, x, y, radius = read_shape(alpha, columns[0], rows[0])
+    if misfit > BLOB or n < 0.6 * len(votes):
+        shape = "blob"                                                          # like no shape, or two-coloured: matches no target
+    x, y, radius = (float(value) / len(pixels) for value in (x, y, radius))
+    return Thing(shape, colour, min(SIZES, key=lambda name: abs(SIZES[name] - radius)), x, y)
+
+
+def grade(image):
+    """The scene that a square picture shows, from its pixels alone, top first; what looks like no shape is a 'blob'."""
+    pixels = np.asarray(image.convert("RGB"), dtype=float)                      # (height, width, 3)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    names = nearest(border, BACKGROUNDS)
+    background = Counter(names).most_common(1)[0][0]
+    ground = np.median(border[[name == background for name in names]], 0)
+    parts = components(((pixels - ground) ** 2).sum(-1) > 75 ** 2)              # a purple thing on grey is 117 away
+    things = [read_thing(pixels, ground, part) for part in parts if len(part) > SPECK * pixels[..., 0].size]
+    return Scene(tuple(sorted(things, key=lambda t: (t.y, t.x))), background)
+
+
+def check(found, target, places=False):
+    """What of the target a found scene gets right, by name. Sizes never count; places only where asked, within 0.12 of the side."""
+    names = [sorted(t.name for t in scene.things) for scene in (found, target)]
+    where = relation(*target.things) if len(target.things) == 2 else None
+    first, second = ([f for f in found.things if f.name == t.name] for t in (target.things[0], target.things[-1]))
+    right = {"colours_shapes": names[0] == names[1], "count": len(names[0]) == len(names[1]),
+             "background": found.background == target.background,
+             # 1.2, not 1.5: a scene at the limit of being clear may be read as just beyond it
+             "relation": where is None or any(relation(f, s, ratio=1.2) == where for f in first for s in second)}
+    if places:
+        right["places"] = all(any(f.name == t.name and max(abs(f.x - t.x), abs(f.y - t.y)) < 0.12 for f in found.things)
+                              for t in target.things)
+    return right
+
+
+def matches(found, target, places=False):
+    return all(check(found, target, places).values())
+
+
+# ---------------------------------------------------------------- for the eye
+
+def sheet(images, labels=None, scale=1, columns=None):
+    """Pictures of one size in a grid, a small text under each; scale enlarges them without smoothing."""
+    width, height = (scale * s for s in images[0].size)
+    columns = columns or min(len(images), max(1, 1024 // (width + 8)))
+    font = ImageFont.load_default(10)
+    letters = max(1, int(width / font.getlength("n")))
+    texts = [textwrap.wrap(str(label), letters, max_lines=6, placeholder="...") for label in labels or [""] * len(images)]
+    tall = height + 8 + 12 * max(map(len, texts))
+    page = Image.new("RGB", (columns * (width + 8) + 8, -(-len(images) // columns) * tall + 8), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        x, y = 8 + i % columns * (width + 8), 8 + i // columns * tall
+        page.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgrey")  # many of the pictures are white, as the page is
+        draw.multiline_text((x, y + height), "\n".join(text), "black", font, spacing=1)
+    return page
