@@ -1,0 +1,439 @@
+"""Qwen2.5-VL by hand: the multimodal LLM that reads (arXiv 2502.13923; the left column of TBAC-UniImage's figure).
+
+Text and pictures -> token ids, patches, positions -> ViT -> decoder -> one hidden state per depth. The ladder taps those
+states; the language head answers questions. Frozen everywhere but in the toy world's own stage `mllm`.
+
+Dimension key: B batch, S sequence, M model width, H heads, K head dim, P patches of a picture, U merged units (P / 4).
+Left out: video, several prompts packed in one row, sliding windows in the text part (the public 3B weights do not use them).
+"""
+import math
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+DRAW = "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
+ASK = "You are a helpful assistant."
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+class Tokenizer:
+    """A `tokenizer.json` (byte-level BPE) and the special tokens that the chat format needs."""
+
+    def __init__(self, file):
+        self.file = str(file)
+        self.bpe = tokenizers.Tokenizer.from_file(self.file)
+        names = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")
+        self.special = {n: self.bpe.token_to_id(f"<|{n}|>") for n in names}
+        if missing := [n for n, i in self.special.items() if i is None]:
+            raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {missing}")
+
+    def encode(self, text):
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, keep_special=False):
+        return self.bpe.decode(ids, skip_special_tokens=not keep_special)
+
+    def cut(self, text, limit):
+        """The text's first `limit` tokens. The released code cuts before it applies the template, so the end stays whole."""
+        ids = self.encode(text)
+        if len(ids) <= limit:
+            return text
+        warnings.warn(f"prompt cut from {len(ids)} to {limit} tokens", stacklevel=4)
+        return self.decode(ids[:limit], keep_special=True)
+
+
+def chat(text, image_units=(), system=ASK):
+    """One user turn in Qwen's chat format, up to where the assistant begins. image_units: merged units of each picture."""
+    pictures = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in image_units)
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{pictures}{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def mrope_positions(ids, image_pad, grids):
+    """Token ids of one row, grids (h, w) of its pictures in merged units -> (3, S) positions in time, height, width.
+
+    Text counts all three up together. A picture stands still in time and counts rows and columns; what follows it goes on
+    from the largest position so far + 1 (Qwen2-VL report, section 2.1).
+    """
+    parts, at, position = [], 0, 0
+    for h, w in grids:
+        start = ids.index(image_pad, at)
+        parts.append(torch.arange(position, position + start - at).expand(3, -1))
+        position += start - at
+        rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+        parts.append(torch.stack([torch.zeros_like(rows), rows, columns]) + position)
+        position += max(h, w)
+        at = start + h * w
+    parts.append(torch.arange(position, position + len(ids) - at).expand(3, -1))
+    return torch.cat(parts, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+def smart_size(width, height, unit, area):
+    """(width, height), both multiples of `unit`, close to `area` pixels in all and to the aspect ratio given."""
+    if max(width, height) > 200 * min(width, height):
+        raise ValueError(f"picture of {width}x{height} is too thin: aspect ratio above 200")
+    w, h = round(width / unit) * unit, round(height / unit) * unit
+    if w * h == area:
+        return w, h
+    toward = math.floor if w * h > area else math.ceil              # never above the area when too large, nor below when too small
+    scale = math.sqrt(area / (width * height))
+    return max(unit, toward(width * scale / unit) * unit), max(unit, toward(height * scale / unit) * unit)
+
+
+def patchify(image, c):
+    """PIL picture -> patches (P, 3 * 2 * patch * patch) and their grid (h, w).
+
+    Order: units of merge x merge neighbours, row by row, so that four rows in a line can later be merged into one token.
+    """
+    image = image.convert("RGB")
+    size = smart_size(*image.size, c.patch * c.merge, c.area)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.asarray(image, np.float32) / 255)                                     # (height, width, 3)
+    x = (x - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    h, w = size[1] // c.patch, size[0] // c.patch
+    x = x.view(h // c.merge, c.merge, c.patch, w // c.merge, c.merge, c.patch, 3)
+    x = x.permute(0, 3, 1, 4, 6, 2, 5).unsqueeze(5).expand(-1, -1, -1, -1, -1, c.frames, -1, -1)  # a still is its own next frame
+    return x.reshape(h * w, -1), (h, w)
+
+
+# ------------------------------------------------------------------------------------------------- the math both parts share
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        scale = x.float().pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return self.weight * (x.float() * scale).to(x.dtype)
+
+
+def frequencies(n, theta, device):
+    """The n rotary frequencies theta^(-i/n). Computed when needed: a buffer would have no values on the meta device."""
+    return theta ** -(torch.arange(n, device=device).float() / n)
+
+
+def apply_rope(x, angle):
+    """Turns the channel pairs (i, i + K/2) of x (..., S, K) by angle (..., S, K/2), in float32."""
+    a, b = x.float().chunk(2, -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def attention(q, k, v, mask):
+    """softmax(q k^T / sqrt(K)) v for q (B, H, S, K), k and v (B, G, T, K), mask (B, 1, S, T) or broadcastable, False = unseen.
+
+    Grouped queries: each of the G key heads serves H / G query heads, which are laid in a line so that nothing is copied.
+    """
+    G, S = k.shape[1], q.shape[2]
+    q = q.unflatten(1, (G, -1)).flatten(2, 3) / math.sqrt(q.shape[-1])       # (B, G, H/G * S, K)
+    scores = q @ k.transpose(2, 3)                                           # (B, G, H/G * S, T)
+    scores = scores.unflatten(2, (-1, S)).masked_fill(~mask[:, :, None], -math.inf)
+    out = scores.softmax(-1).flatten(2, 3) @ v                               # (B, G, H/G * S, K)
+    return out.unflatten(2, (-1, S)).flatten(1, 2)                           # (B, H, S, K)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden, bias):
+        super().__init__()
+        self.gate, self.up = nn.Linear(dim, hidden, bias), nn.Linear(dim, hidden, bias)
+        self.down = nn.Linear(hidden, dim, bias)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------- ViT
+
+@dataclass(frozen=True)
+class ViTConfig:
+    n_layer: int = 32
+    dim: int = 1280
+    n_head: int = 16
+    mlp_dim: int = 3420
+    patch: int = 14                     # pixels
+    frames: int = 2                     # a patch spans two video frames
+    merge: int = 2                      # merge x merge patches become one MLLM token
+    window: int = 112                   # pixels; attention stays inside windows ...
+    full_attention: tuple = (7, 15, 23, 31)  # ... but in these layers
+    area: int = 256 * 28 * 28           # pixels; every picture is resized to about this area
+
+
+def window_order(grid, c):
+    """Merged units sorted window by window, for a picture of grid (h, w) patches.
+
+    -> order (windows, units per window), the row-major index of each unit, 0 where an edge window is not full, and
+    real (same shape), False there. A window covers window/merge/patch units a side.
+    """
+    h, w, side = grid[0] // c.merge, grid[1] // c.merge, c.window // c.merge // c.patch
+    index = torch.arange(h * w).view(1, 1, h, w) + 1                                   # 0 will mean "outside the picture"
+    index = F.pad(index, (0, -w % side, 0, -h % side)).flatten(0, 1)                   # (1, h', w'), multiples of side
+    index = index.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)    # (1, rows, columns, side, side)
+    index = index.reshape(-1, side * side)                                             # (windows, side * side)
+    return (index - 1).clamp(min=0), index > 0
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, dim, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x, angle, real):
+        """x (N, S, D) with N pictures or windows; angle (N, S, K/2); real (N, S), False for padding."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)           # 3 x (N, H, S, K)
+        q, k = apply_rope(q, angle[:, None]), apply_rope(k, angle[:, None])
+        x = attention(q, k, v, real[:, None, None])                                               # (N, H, S, K)
+        return self.out(x.transpose(1, 2).flatten(2))                                             # (N, S, D)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.attn = RMSNorm(c.dim), VisionAttention(c.dim, c.n_head)
+        self.norm2, self.mlp = RMSNorm(c.dim), SwiGLU(c.dim, c.mlp_dim, bias=True)
+
+    def forward(self, x, angle, real):
+        x = x + self.attn(self.norm1(x), angle, real)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nn.Module):
+    """merge x merge neighbouring patches -> one token of the decoder's width."""
+
+    def __init__(self, c, out_dim):
+        super().__init__()
+        wide = c.merge ** 2 * c.dim
+        self.norm, self.fc1, self.fc2 = RMSNorm(c.dim), nn.Linear(wide, wide), nn.Linear(wide, out_dim)
+
+    def forward(self, x):                                          # (B, U, merge^2, D)
+        return self.fc2(F.gelu(self.fc1(self.norm(x).flatten(2))))  # (B, U, M)
+
+
+class ViT(nn.Module):
+    def __init__(self, c, out_dim):
+        super().__init__()
+        self.config = c
+        self.patch_embed = nn.Linear(3 * c.frames * c.patch ** 2, c.dim, bias=False)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.n_layer))
+        self.merger = Merger(c, out_dim)
+
+    def angles(self, grid, device):
+        """(P, K/2) rotary angles, half of the channels for the patch's row and half for its column, in merge order."""
+        c, (h, w) = self.config, grid
+        rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+        place = torch.stack([rows, columns], -1).view(h // c.merge, c.merge, w // c.merge, c.merge, 2)
+        place = place.transpose(1, 2).reshape(h * w, 2, 1)
+        return (place * frequencies(c.dim // c.n_head // 4, 1e4, device)).flatten(1)
+
+    def forward(self, patches, grid):
+        """patches (B, P, 1176) of B pictures that share one grid (h, w) in patches -> (B, U, M)."""
+        c, B, dev = self.config, len(patches), patches.device
+        order, real = (t.to(dev) for t in window_order(grid, c))                         # W windows of T units
+        W, unit = len(order), c.merge ** 2
+        windowed = lambda x: x.unflatten(-2, (-1, unit))[..., order, :, :].flatten(-4, -2)
+        x = windowed(self.patch_embed(patches))                                          # (B, W*T*4, D), edge windows filled up
+        angle = windowed(self.angles(grid, dev)).expand(B, -1, -1)                       # (B, W*T*4, K/2)
+        real_patch = real.flatten().repeat_interleave(unit).expand(B, -1)                # (B, W*T*4)
+        split = lambda x: x.unflatten(1, (W, -1)).flatten(0, 1)                          # (B, W*T*4, ...) -> (B*W, T*4, ...)
+        for i, block in enumerate(self.blocks):
+            whole = i in c.full_attention
+            x = block(x, angle, real_patch) if whole else block(split(x), split(angle), split(real_patch)).reshape(B, -1, c.dim)
+        x = self.merger(x.unflatten(1, (-1, unit)))                                      # (B, W*T, M)
+        back = order.flatten()[real.flatten()].argsort()                                 # where each unit went
+        return x[:, real.flatten()][:, back]                                             # (B, U, M), row by row again
+
+
+# ------------------------------------------------------------------------------------------------------------- decoder
+
+@dataclass(frozen=True)
+class MLLMConfig:
+    vocab_size: int = 151936
+    n_layer: int = 36
+    dim: int = 2048
+    n_head: int = 16
+    n_kv_head: int = 2
+    head_dim: int = 128
+    mlp_dim: int = 11008
+    rope_theta: float = 1e6
+    rope_sections: tuple = (16, 24, 24)  # of the K/2 channel pairs: how many turn with time, height, width
+    vision: ViTConfig = field(default_factory=ViTConfig)
+
+
+class KVCache:
+    """Keys and values of the positions read so far, one pair per layer, and which of those positions are real (B, S)."""
+
+    def __init__(self):
+        self.layers, self.real = {}, None
+
+    def extend(self, layer, k, v):
+        if layer in self.layers:
+            k, v = torch.cat([self.layers[layer][0], k], 2), torch.cat([self.layers[layer][1], v], 2)
+        self.layers[layer] = k, v
+        return k, v
+
+
+def causal_mask(real, n):
+    """real (B, S) -> (B, 1, n, S): the last n positions see real ones up to themselves, and padding sees itself (no NaN)."""
+    S = real.shape[1]
+    own = torch.arange(S - n, S, device=real.device)[:, None]
+    key = torch.arange(S, device=real.device)
+    return ((key <= own) & real[:, None, None]) | (key == own)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: n_head / n_kv_head query heads share one key and value head."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q = nn.Linear(c.dim, c.n_head * c.head_dim)
+        self.k = nn.Linear(c.dim, c.n_kv_head * c.head_dim)
+        self.v = nn.Linear(c.dim, c.n_kv_head * c.head_dim)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.dim, bias=False)
+
+    def forward(self, x, angle, mask, cache, layer):
+        heads = lambda t: t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))                   # (B, H, S, K), k and v with fewer heads
+        q, k = apply_rope(q, angle), apply_rope(k, angle)
+        k, v = cache.extend(layer, k, v)                                                 # all positions read so far
+        x = attention(q, k, v, mask)                                                     # (B, H, S, K)
+        return self.out(x.transpose(1, 2).flatten(2))                                    # (B, S, M)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.attn = RMSNorm(c.dim), Attention(c)
+        self.norm2, self.mlp = RMSNorm(c.dim), SwiGLU(c.dim, c.mlp_dim, bias=False)
+
+    def forward(self, x, angle, mask, cache, layer):
+        x = x + self.attn(self.norm1(x), angle, mask, cache, layer)
+        return x + self.mlp(self.norm2(x))
+
+
+@dataclass
+class Batch:
+    """Prompts ready to read: ids (B, S) left-padded, real (B, S), positions (3, B, S), pictures as [(patches, grid)]."""
+    ids: torch.Tensor
+    real: torch.Tensor
+    positions: torch.Tensor
+    pictures: list
+
+
+class MLLM(nn.Module):
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.vision = ViT(config.vision, config.dim)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim)
+
+    def init_weights(self, generator=None):
+        """A start for training from nothing: normal 0.02; what writes to the residual stream is smaller the deeper the stack."""
+        for name, p in self.named_parameters():
+            depth = self.config.vision.n_layer if name.startswith("vision.") else self.config.n_layer
+            last = name.endswith(("attn.out.weight", "mlp.down.weight"))
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth) if last else 0.02, generator=generator)
+            else:
+                nn.init.constant_(p, 1.0 if "norm" in name else 0.0)
+
+    def prepare(self, texts, images=None, system=ASK, then=""):
+        """Prompts (list of str) and pictures (None, or per prompt a list of PIL images) -> Batch, on this model's device.
+
+        `then` opens the assistant's turn. Several pictures stand in the order given. Raises ValueError for lists that do not fit.
+        """
+        images = [[] for _ in texts] if images is None else images
+        if len(images) != len(texts):
+            raise ValueError(f"{len(texts)} prompts but {len(images)} lists of images")
+        c, pad, merge = self.config.vision, self.tokenizer.special["image_pad"], self.config.vision.merge
+        rows, positions, pictures = [], [], []
+        for text, row in zip(texts, images):
+            patches = [patchify(image, c) for image in row]
+            grids = [(h // merge, w // merge) for _, (h, w) in patches]
+            ids = self.tokenizer.encode(chat(text, [h * w for h, w in grids], system) + then)
+            if ids.count(pad) != sum(h * w for h, w in grids):
+                raise ValueError(f"the prompt must not contain image tokens itself: {text!r}")
+            rows.append(ids)
+            positions.append(mrope_positions(ids, pad, grids))
+            pictures += patches
+        return self.pad(rows, positions, pictures)
+
+    def pad(self, rows, positions, pictures):
+        """Rows of different length -> one Batch; padding goes to the left, so that the last token is every row's last."""
+        S, dev = max(map(len, rows)), self.embed.weight.device
+        ids = torch.full((len(rows), S), self.tokenizer.special["endoftext"])
+        real, places = torch.zeros(len(rows), S, dtype=torch.bool), torch.ones(3, len(rows), S, dtype=torch.long)
+        for b, (row, place) in enumerate(zip(rows, positions)):
+            ids[b, S - len(row):], real[b, S - len(row):], places[:, b, S - len(row):] = torch.tensor(row), True, place
+        return Batch(ids.to(dev), real.to(dev), places.to(dev), pictures)
+
+    def see(self, pictures):
+        """[(patches, grid)] -> (all units of all pictures, M); pictures of one grid go through the ViT together."""
+        weight, tokens = self.embed.weight, [None] * len(pictures)
+        for grid in dict.fromkeys(grid for _, grid in pictures):
+            where = [i for i, (_, g) in enumerate(pictures) if g == grid]
+            patches = torch.stack([pictures[i][0] for i in where]).to(weight.device, weight.dtype)
+            for i, x in zip(where, self.vision(patches, grid)):
+                tokens[i] = x
+        return torch.cat(tokens)
+
+    def read(self, batch):
+        """Batch -> input embeddings (B, S, M): a row of the table per token, the ViT's output where a picture stands."""
+        x = self.embed(batch.ids)
+        if batch.pictures:
+            x = x.masked_scatter((batch.ids == self.tokenizer.special["image_pad"])[..., None], self.see(batch.pictures).to(x.dtype))
+        return x
+
+    def forward(self, x, positions, real, cache=None, n_layer=None):
+        """x (B, S, M) embeddings, positions (3, B, S), real (B, S) -> the hidden states, a list: states[i] *enters* layer i.
+
+        All layers give n_layer + 1 states, the last one after the final norm. A smaller `n_layer` stops there, and its last
+        state is the raw residual stream. With a cache, x continues what the cache has read.
+        """
+        c, cache = self.config, KVCache() if cache is None else cache
+        cache.real = real if cache.real is None else torch.cat([cache.real, real], 1)
+        mask = causal_mask(cache.real, x.shape[1])
+        axis = torch.arange(3, device=x.device).repeat_interleave(torch.tensor(c.rope_sections, device=x.device))
+        angle = positions[axis].permute(1, 2, 0) * frequencies(c.head_dim // 2, c.rope_theta, x.device)  # (B, S, K/2)
+        states = [x]
+        for i, layer in enumerate(self.layers[:n_layer]):
+            states.append(layer(states[-1], angle[:, None], mask, cache, i))
+        if len(states) == c.n_layer + 1:
+            states[-1] = self.norm(states[-1])
+        return states
+
+    def logits(self, x):
+        """The head is the embedding table itself (tied)."""
+        return F.linear(x, self.embed.weight)
+
+    @torch.no_grad()
+    def generate(self, batch, max_new_tokens=64, temperature=0.0, generator=None):
+        """Batch -> a list of token ids per row, up to <|im_end|>; greedy at temperature 0."""
+        cache, stop = KVCache(), [self.tokenizer.special[n] for n in ("im_end", "endoftext")]
+        x, positions, real, out = self.read(batch), batch.positions, batch.real, []
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(max_new_tokens):
+            logits = self.logits(self(x, positions, real, cache)[-1][:, -1]).float()                 # (B, vocab)
+            token = logits.argmax(-1) if temperature == 0 else \
+                torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
+            out.append(token)
+            done |= torch.isin(token, torch.tensor(stop, device=x.device))
+            if done.all():
+                break
+            x, real = self.embed(token)[:, None], torch.ones_like(real[:, :1])
+            positions = positions.amax((0, 2), keepdim=True).expand(3, -1, 1) + 1                    # (3, B, 1)
+        rows = torch.stack(out, 1).tolist()
+        return [row[:next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
