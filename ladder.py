@@ -1,0 +1,50 @@
+"""The paper's idea in one file: a ladder between two frozen-or-pretrained columns (TBAC-UniImage, arXiv 2508.08098, Fig. 2).
+
+Learnable queries are read by the MLLM after the prompt. While earlier systems (MetaQuery) hand the DiT what the queries have
+become at the very end, here DiT block j hears them as they stand on entering MLLM layer n_mllm - n_dit + j:
+
+    MLLM layer   15   16   17   ...   34   35        36 layers: states[i] enters layer i, states[36] is the normed end (unused)
+    state             16   17   ...   34   35
+                       |    |          |    |        one shared connector
+    DiT block          0    1   ...   18   19        20 blocks
+
+Dimension key: B batch, Q queries, M MLLM width, L rungs = DiT blocks.
+"""
+import torch
+from torch import nn
+
+
+def rungs(n_mllm, n_dit, how="top"):
+    """Which MLLM state feeds which DiT block: a list of n_dit indexes into the n_mllm + 1 hidden states.
+
+    "top", the paper's: the inputs of the last n_dit layers, in order. Raises ValueError for another word or too short an MLLM.
+    """
+    if how != "top":
+        raise ValueError(f"unknown wiring {how!r}, expected 'top'")
+    if n_dit > n_mllm:
+        raise ValueError(f"{n_dit} DiT blocks need {n_dit} MLLM layers, got {n_mllm}")
+    return list(range(n_mllm - n_dit, n_mllm))
+
+
+class Ladder(nn.Module):
+    """Queries, taps and connector: all that is new between the two pretrained models."""
+
+    def __init__(self, n_query, mllm_dim, caption_dim, taps):
+        super().__init__()
+        self.taps = taps                                                        # state index per DiT block
+        self.queries = nn.Parameter(torch.empty(n_query, mllm_dim))             # a parameter of its own, not rows of a frozen table
+        self.connector = nn.Sequential(nn.Linear(mllm_dim, caption_dim), nn.GELU("tanh"),
+                                       nn.Linear(caption_dim, caption_dim), nn.RMSNorm(caption_dim, eps=1e-5))
+
+    def init_weights(self, generator=None):
+        """Queries like token embeddings; the connector's gain sqrt(5.5) brings the rungs to the size SANA knows from its captions."""
+        nn.init.normal_(self.queries, std=0.02, generator=generator)
+        for layer in (self.connector[0], self.connector[2]):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.connector[3].weight, 5.5 ** 0.5)
+
+    def forward(self, states):
+        """states: list of (B, Q, M), the queries' hidden states at every depth -> rungs (L, B, Q, caption_dim)."""
+        tapped = torch.stack([states[i] for i in self.taps])                    # (L, B, Q, M)
+        return self.connector(tapped.to(self.queries.dtype))                    # (L, B, Q, caption_dim)
