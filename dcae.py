@@ -1,0 +1,222 @@
+"""DC-AE, the Deep Compression Autoencoder (arXiv 2410.10733, sections 3.1-3.2), in the variant that SANA uses: f32c32, "sana-1.0".
+
+pixels (B, 3, 32h, 32w) in [-1, 1] <-> latents (B, 32, h, w). It is deterministic: no mean and variance, no sampling.
+Both halves go through the same stages, stage i at 1/2^i of the picture's side: ResBlocks where positions are many, and EfficientViT
+blocks (arXiv 2205.14756: linear attention + a gated convolution) in the inner stages. Around every change of shape runs a
+shortcut without parameters that only rearranges pixels into channels or back: the paper's "residual autoencoding".
+
+Dimensions: B batch, D width of a stage, H heads, K head dim, h and w height and width, N = h w positions, C latent channels.
+Left out: tiling for very large pictures, and the training losses.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dit import linear_attention
+
+
+def average_channels(x, channels):
+    """(B, D, h, w) -> (B, channels, h, w): the mean of each run of D / channels neighbouring channels."""
+    return x.unflatten(1, (channels, -1)).mean(dim=2)
+
+
+def repeat_channels(x, channels):
+    """(B, D, h, w) -> (B, channels, h, w): each channel channels / D times in a row."""
+    return x.repeat_interleave(channels // x.shape[1], dim=1)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the channels of (B, D, h, w), at each position by itself, with a bias."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        scale = torch.rsqrt(x.float().square().mean(dim=1, keepdim=True) + self.eps)
+        x = (x * scale).to(x.dtype)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions; the norm stands last, inside the residual branch."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.norm = RMSNorm(dim)
+
+    def forward(self, x):
+        hidden = F.silu(self.conv1(x))
+        return x + self.norm(self.conv2(hidden))
+
+
+class MultiScaleAttention(nn.Module):
+    """Linear attention on the positions themselves (heads 0 .. H-1) and on 5x5 neighbourhoods of them (heads H .. 2H-1)."""
+
+    def __init__(self, dim, head_dim, kernel):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.near = nn.Conv2d(3 * dim, 3 * dim, kernel, padding=kernel // 2, groups=3 * dim, bias=False)
+        self.mix = nn.Conv2d(3 * dim, 3 * dim, 1, groups=3 * dim // head_dim, bias=False)
+        self.out = nn.Linear(2 * dim, dim, bias=False)
+        self.norm = RMSNorm(dim)
+
+    def forward(self, x):
+        rows = x.movedim(1, -1)                                                     # (B, h, w, D)
+        qkv = torch.cat([self.q(rows), self.k(rows), self.v(rows)], dim=-1)
+        qkv = qkv.movedim(-1, 1)                                                    # (B, 3D, h, w)
+        qkv = torch.cat([qkv, self.mix(self.near(qkv))], dim=1)                     # (B, 6D, h, w)
+        # The released model cuts these channels into runs of 3K and reads each as one head's q, k, v; so the *names* q, k, v above
+        # are only three thirds of one learned projection (head 0 is cut out of `q` alone). Kept, since the public weights obey it.
+        heads = qkv.flatten(2).transpose(1, 2).unflatten(2, (-1, 3 * self.head_dim))    # (B, N, 2H, 3K)
+        q, k, v = heads.transpose(1, 2).chunk(3, dim=3)                             # (B, 2H, N, K) each
+        out = linear_attention(q, k, v).to(x.dtype)                                 # (B, 2H, N, K)
+        out = self.out(out.transpose(1, 2).flatten(2))                              # (B, N, D)
+        out = out.transpose(1, 2).unflatten(2, x.shape[2:])                         # (B, D, h, w)
+        return x + self.norm(out)
+
+
+class GatedConv(nn.Module):
+    """The feed-forward of an EfficientViT block ("GLUMBConv"): widen, 3x3 depthwise, gate, narrow."""
+
+    def __init__(self, dim, ratio=4):
+        super().__init__()
+        self.widen = nn.Conv2d(dim, 2 * ratio * dim, 1)
+        self.depthwise = nn.Conv2d(2 * ratio * dim, 2 * ratio * dim, 3, padding=1, groups=2 * ratio * dim)
+        self.narrow = nn.Conv2d(ratio * dim, dim, 1, bias=False)
+        self.norm = RMSNorm(dim)
+
+    def forward(self, x):
+        hidden = F.silu(self.widen(x))                          # (B, 8D, h, w)
+        value, gate = self.depthwise(hidden).chunk(2, dim=1)    # (B, 4D, h, w) each
+        hidden = self.narrow(value * F.silu(gate))              # (B, D, h, w)
+        return x + self.norm(hidden)
+
+
+class EfficientViTBlock(nn.Module):
+    def __init__(self, dim, head_dim, kernel):
+        super().__init__()
+        self.attn = MultiScaleAttention(dim, head_dim, kernel)
+        self.mlp = GatedConv(dim)
+
+    def forward(self, x):
+        return self.mlp(self.attn(x))
+
+
+class Down(nn.Module):
+    """Half the side: a strided convolution, plus each 2x2 square of pixels moved into channels and averaged to the new width."""
+
+    def __init__(self, dim, out_dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        squares = F.pixel_unshuffle(x, 2)                       # (B, 4D, h/2, w/2)
+        out = self.conv(x)                                      # (B, D', h/2, w/2)
+        return out + average_channels(squares, out.shape[1])
+
+
+class Up(nn.Module):
+    """Twice the side: a convolution of the enlarged map, plus channels repeated to 4 times the new width and moved into 2x2 squares."""
+
+    def __init__(self, dim, out_dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, padding=1)
+
+    def forward(self, x):
+        out = self.conv(F.interpolate(x, scale_factor=2))       # (B, D', 2h, 2w)
+        squares = repeat_channels(x, 4 * out.shape[1])          # (B, 4D', h, w)
+        return out + F.pixel_shuffle(squares, 2)
+
+
+@dataclass(frozen=True)
+class DCAEConfig:
+    """The defaults are the public f32c32 autoencoder (312.3M parameters). Stage 0 is the outermost one."""
+
+    widths: tuple = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers: tuple = (2, 2, 2, 3, 3, 3)
+    decoder_layers: tuple = (3, 3, 3, 3, 3, 3)
+    attention_stages: int = 3          # how many of the innermost stages are EfficientViT blocks; the others are ResBlocks
+    in_channels: int = 3
+    latent_channels: int = 32
+    head_dim: int = 32
+    kernel: int = 5                    # of the neighbourhood that the second half of the heads attends to
+    scaling_factor: float = 0.41407    # 1 / standard deviation of the raw latents: the diffusion model wants unit variance
+
+    @property
+    def factor(self):
+        return 2 ** (len(self.widths) - 1)
+
+    def blocks(self, stage, n):
+        width = self.widths[stage]
+        if stage < len(self.widths) - self.attention_stages:
+            return [ResBlock(width) for _ in range(n)]
+        return [EfficientViTBlock(width, self.head_dim, self.kernel) for _ in range(n)]
+
+
+class Encoder(nn.Module):
+    """Each stage: its blocks, then Down to the next stage (the innermost has none)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, layers = config.widths, config.encoder_layers
+        downs = [[Down(a, b)] for a, b in zip(widths, widths[1:])] + [[]]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.stages = nn.ModuleList(nn.Sequential(*config.blocks(i, n), *downs[i]) for i, n in enumerate(layers))
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)                                     # (B, widths[0], fh, fw)
+        for stage in self.stages:
+            x = stage(x)                                        # (B, widths[i+1], half, half)
+        out = self.conv_out(x)                                  # (B, C, h, w)
+        return out + average_channels(x, out.shape[1])
+
+
+class Decoder(nn.Module):
+    """Each stage: Up from the next inner stage (the innermost has none), then its blocks. Numbered as in the encoder, run backwards."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, layers = config.widths, config.decoder_layers
+        ups = [[Up(b, a)] for a, b in zip(widths, widths[1:])] + [[]]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.stages = nn.ModuleList(nn.Sequential(*ups[i], *config.blocks(i, n)) for i, n in enumerate(layers))
+        self.norm_out = RMSNorm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(z)                                     # (B, widths[-1], h, w)
+        x = x + repeat_channels(z, x.shape[1])
+        for stage in reversed(self.stages):
+            x = stage(x)                                        # (B, widths[i], twice, twice)
+        x = F.relu(self.norm_out(x))                            # (B, widths[0], fh, fw)
+        return self.conv_out(x)                                 # (B, 3, fh, fw)
+
+
+class DCAE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels):
+        """pixels (B, 3, fh, fw) in [-1, 1] -> latents (B, C, h, w), scaled to about unit variance."""
+        if any(side % self.config.factor for side in pixels.shape[-2:]):
+            raise ValueError(f"height and width must be multiples of {self.config.factor}, got {tuple(pixels.shape[-2:])}")
+        return self.encoder(pixels) * self.config.scaling_factor
+
+    def decode(self, latents):
+        """latents (B, C, h, w) as encode gives them -> pixels (B, 3, fh, fw), not clipped."""
+        return self.decoder(latents / self.config.scaling_factor)
