@@ -1,0 +1,241 @@
+"""TBAC-UniImage, the unified model: an MLLM that reads, a ladder, a DiT that paints, an autoencoder for the pixels.
+
++- Conventions, each with a test -----------------------------------------------------------------------------------+
+| time      t = 0 is data, t = 1 is noise; t is uniform in (0, 1] in training; the network is fed 1000 t              |
+| path      x_t = (1 - t) x0 + t eps                                                                                 |
+| target    v = eps - x0, so x0 = x_t - t v and one Euler step from t to s is x_s = x_t + (s - t) v                   |
+| latents   x0 = encode(pixels) * scaling_factor, pixels in [-1, 1]                                                   |
+| guidance  null + g (cond - null), on all channels; with images also null + gi (image - null) + g (both - image)     |
++-------------------------------------------------------------------------------------------------------------------+
+
+The route of a prompt: prompt -> ids, patches (mllm.prepare) -> hidden states (mllm) -> rungs (ladder) -> keys and values
+(dit.condition) -> velocity (dit) -> latents (sample.denoise) -> picture (dcae.decode).
+
+Dimension key: B batch, L rungs, Q queries, C latent channels, h x w latent size, H x W picture size.
+"""
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dcae import DCAE, DCAEConfig
+from dit import DiT, DiTConfig
+from ladder import Ladder, rungs
+from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig
+
+
+@dataclass(frozen=True)
+class TBACConfig:
+    """The defaults are the released sizes (Qwen2.5-VL-3B, SANA-1.6B 512 px, DC-AE f32c32): 5.68e9 parameters."""
+    mllm: MLLMConfig = field(default_factory=MLLMConfig)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    dcae: DCAEConfig = field(default_factory=DCAEConfig)
+    n_query: int = 64
+    wiring: str = "top"                 # which MLLM state feeds which DiT block: ladder.rungs
+    size: int = 512                     # pixels, side of a picture drawn without another wish
+    max_prompt: int = 256               # tokens of the prompt that are read when drawing
+    dtype: str = "float32"              # to compute in, unless `load` is told otherwise
+
+    @classmethod
+    def from_dict(cls, d):
+        """The inverse of dataclasses.asdict, from JSON (where tuples have become lists)."""
+        def build(kind, d, **nested):
+            try:
+                return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} | nested)
+            except TypeError as e:
+                raise ValueError(f"config.json: {e}") from None
+        if missing := {"mllm", "dit", "dcae"} - d.keys():
+            raise ValueError(f"config.json has no {sorted(missing)}: not a folder of this project (public weights: weights_convert.py)")
+        m = d["mllm"]
+        mllm = build(MLLMConfig, m, vision=build(ViTConfig, m["vision"]))
+        return build(cls, d, mllm=mllm, dit=build(DiTConfig, d["dit"]), dcae=build(DCAEConfig, d["dcae"]))
+
+
+class TBAC(nn.Module):
+    """Frozen: mllm, dcae. Trained: ladder (queries and connector) and dit; `trainable()` lists exactly those parameters."""
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        c = self.config = config
+        self.mllm = MLLM(c.mllm, tokenizer).requires_grad_(False)
+        self.ladder = Ladder(c.n_query, c.mllm.dim, c.dit.caption_dim, rungs(c.mllm.n_layer, c.dit.n_layer, c.wiring))
+        self.dit = DiT(c.dit)
+        self.dcae = DCAE(c.dcae).requires_grad_(False)
+
+    def trainable(self):
+        return [*self.ladder.parameters(), *self.dit.parameters()]
+
+    # ---- drawing
+
+    def encode(self, prompts, images=None):
+        """prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images -> rungs (L, B, Q, caption_dim).
+
+        Attention is causal and the queries come last, so what is read before them does not depend on them: it needs no graph,
+        and layers above the last tap need not run at all. Prompts beyond `max_prompt` tokens are cut with a warning.
+        """
+        tokenizer, depth, cache = self.mllm.tokenizer, max(self.ladder.taps), KVCache()
+        prompts = [tokenizer.cut(p, self.config.max_prompt) for p in prompts]
+        batch = self.mllm.prepare(prompts, images, DRAW, then="<|vision_start|>")
+        with torch.no_grad():
+            self.mllm(self.mllm.read(batch), batch.positions, batch.real, cache, depth)
+        x = self.ladder.queries.to(self.mllm.embed.weight.dtype).expand(len(prompts), -1, -1)       # (B, Q, M)
+        places = batch.positions[:, :, -1:] + torch.arange(1, x.shape[1] + 1, device=x.device)      # (3, B, Q), counted as text
+        states = self.mllm(x, places, batch.real.new_ones(x.shape[:2]), cache, depth)
+        return self.ladder(states)                                                                  # (L, B, Q, caption_dim)
+
+    def velocity(self, x_t, t, rungs):
+        """x_t (B, C, h, w), t (B,) in [0, 1], rungs from `encode` -> velocity (B, C, h, w), pointing from data to noise."""
+        return self.dit(x_t.to(self.dit.proj_out.weight.dtype), 1000 * t, self.dit.condition(rungs))
+
+    def forward(self, *args, **kwargs):
+        return self.loss(*args, **kwargs)
+
+    def loss(self, pixels, prompts, images=None, t=None, eps=None, generator=None):
+        """Flow matching: the mean squared error of the velocity. pixels (B, 3, H, W) in [-1, 1]; t (B,) and eps (B, C, h, w)
+        are drawn where not given. -> scalar, with a graph to queries, connector and DiT."""
+        with torch.no_grad():
+            x0 = self.dcae.encode(pixels)
+        return self.flow_loss(x0, self.encode(prompts, images), t, eps, generator)
+
+    def flow_loss(self, x0, rungs, t=None, eps=None, generator=None):
+        """`loss` from latents x0 (B, C, h, w) and rungs on."""
+        if t is None:
+            t = 1 - torch.rand(len(x0), device=x0.device, generator=generator)                      # uniform in (0, 1]
+        if eps is None:
+            eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
+        s = t.view(-1, 1, 1, 1)
+        v = self.velocity((1 - s) * x0 + s * eps, t, rungs)
+        return (v - (eps - x0)).float().pow(2).mean()
+
+    # ---- understanding
+
+    def ask(self, question, images=None, max_new_tokens=64):
+        """A question and a list of PIL images (or None) -> the answer, greedy."""
+        return self.ask_all([question], [images or []], max_new_tokens)[0]
+
+    def ask_all(self, questions, images=None, max_new_tokens=64):
+        """`ask` for many: a list of questions, None or a list of lists of images -> a list of answers."""
+        batch = self.mllm.prepare(questions, images, ASK)
+        return [self.mllm.tokenizer.decode(ids).strip() for ids in self.mllm.generate(batch, max_new_tokens)]
+
+    # ---- files
+
+    def save(self, folder, dtype=None, state=None):
+        """config.json, tokenizer.json and model*.safetensors: the model's own tensors or `state`, in `dtype` if given.
+        A file that is there already is replaced as a whole, or left as it is if anything goes wrong."""
+        with replacing(folder) as new:
+            (new / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+            shutil.copyfile(self.mllm.tokenizer.file, new / "tokenizer.json")
+            write_shards(new, ((k, t.detach().to(dtype=dtype)) for k, t in (state or self.state_dict()).items()))
+
+    @classmethod
+    def load(cls, folder, device="cpu", dtype=None):
+        """The model in a folder written by `save` or weights_convert.py. dtype: torch.dtype, default the config's.
+
+        Parameters are made without memory and filled one file at a time, straight to the device. Raises ValueError that names
+        the tensor or file for anything missing, left over, mis-shaped, non-finite or damaged.
+        """
+        folder = pathlib.Path(folder)
+        config = TBACConfig.from_dict(read_json(folder / "config.json"))
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder} has no tokenizer.json")
+        with torch.device("meta"):
+            model = cls(config, Tokenizer(folder / "tokenizer.json"))
+        dtype, missing = dtype or getattr(torch, config.dtype), model.state_dict()
+        for file in weight_files(folder):
+            found = {}
+            for name, t in read_tensors(file, device):
+                if name not in missing:
+                    raise ValueError(f"{file}: tensor {name} is not part of this model, or stands there twice")
+                if t.shape != missing[name].shape:
+                    raise ValueError(f"{file}: tensor {name} has shape {tuple(t.shape)}, expected {tuple(missing[name].shape)}")
+                if not t.isfinite().all():
+                    raise ValueError(f"{file}: tensor {name} has values that are not finite")
+                found[name] = t.to(dtype)
+                del missing[name]
+            model.load_state_dict(found, strict=False, assign=True)
+        if missing:
+            raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first ones {list(missing)[:3]}")
+        model.mllm.requires_grad_(False), model.dcae.requires_grad_(False)
+        return model
+
+
+# --------------------------------------------------------------------------------------- files: safetensors only, never a pickle
+
+def read_json(file):
+    try:
+        return json.loads(pathlib.Path(file).read_text())
+    except OSError:
+        raise ValueError(f"{file} is missing: not a model folder") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file} is not JSON: {e}") from None
+
+
+def weight_files(folder):
+    if files := sorted(pathlib.Path(folder).glob("*.safetensors")):
+        return files
+    raise ValueError(f"{folder} has no *.safetensors (pickled weights are not read)")
+
+
+def read_tensors(file, device="cpu"):
+    """Yields (name, tensor) of one file, one at a time. ValueError names a file that is cut short or damaged."""
+    try:
+        with safe_open(file, "pt", device=str(device)) as f:
+            for name in list(f.keys()):
+                yield name, f.get_tensor(name)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file} cannot be read as safetensors, is it whole? {e}") from None
+
+
+class replacing:
+    """A scratch folder whose files move into `folder` only when the block ends well, so that a half-written one is never seen.
+    Weight files of an older, differently sharded save go away then. ValueError if `folder` is a file."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{folder} exists and is not a folder")
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.new = pathlib.Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
+        return self.new
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            names = {f.name for f in self.new.iterdir()}
+            for file in self.new.iterdir():
+                os.replace(file, self.folder / file.name)
+            for old in self.folder.glob("model*.safetensors*"):
+                if old.name not in names:
+                    old.unlink()
+        shutil.rmtree(self.new)
+
+
+def write_shards(folder, tensors, limit=2 << 30):
+    """Writes (name, tensor) pairs to model.safetensors, or to numbered shards of about `limit` bytes, holding one at a time.
+    -> {tensor name: file name}."""
+    folder, shards, shard, size = pathlib.Path(folder), [], {}, 0
+
+    def flush():
+        save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+    for name, t in tensors:
+        if shard and size + t.nbytes > limit:
+            flush()
+            shard, size = {}, 0
+        shard[name], size = t.contiguous(), size + t.nbytes
+    flush()
+    n, where = len(shards), {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+        os.replace(folder / f"part-{i}", folder / file)
+        where |= dict.fromkeys(names, file)
+    return where
