@@ -1,0 +1,82 @@
+"""Conversion is strict both ways, streams, and comes back bit for bit."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tbac import TBAC, read_tensors, weight_files
+from tests.conftest import TINY, run
+from weights_convert import convert
+
+
+def tensors(folder):
+    return {n: t for file in weight_files(folder) for n, t in read_tensors(file)}
+
+
+def test_round_trip_is_bit_identical(tiny_folder, tmp_path):
+    assert run("weights_convert.py", "--export", tiny_folder, "--out", tmp_path).returncode == 0
+    there, back = tensors(TINY / "tbac"), tensors(tmp_path)
+    assert there.keys() == back.keys()
+    for name, t in there.items():
+        used = 512 + 8 if name.endswith("embed_tokens.weight") else len(t) if t.dim() else None    # two more rows, which nothing reads
+        assert t.shape == back[name].shape and t.dtype == back[name].dtype
+        assert torch.equal(t[:used], back[name][:used]), name
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == back.keys() and {f.name for f in weight_files(tmp_path)} == set(index.values())
+    assert json.loads((tmp_path / "config.json").read_text())["num_metaqueries"] == 8
+
+
+def test_exported_folder_converts_again_to_the_same_model(tiny_folder, tmp_path):
+    run("weights_convert.py", "--export", tiny_folder, "--out", tmp_path / "public")
+    convert(TINY / "qwen", TINY / "sana", tmp_path / "public", tmp_path / "ours")
+    a, b = tensors(tiny_folder), tensors(tmp_path / "ours")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_fresh_ladder_on_the_public_backbones(tiny_folder, tmp_path):
+    """The Qwen and SANA folders alone: backbones as they are, queries and connector new and the same for the same seed."""
+    shutil.copytree(TINY / "qwen", tmp_path / "qwen")
+    prefix = "model.mllm_backbone."
+    qwen = {n.removeprefix(prefix): t for n, t in tensors(TINY / "tbac").items() if n.startswith(prefix)}
+    qwen["model.embed_tokens.weight"] = qwen["model.embed_tokens.weight"][:512].clone()
+    qwen["lm_head.weight"] = qwen["model.embed_tokens.weight"].clone()                             # tied: ignored with that reason
+    save_file(qwen, tmp_path / "qwen" / "model.safetensors")
+    done = run("weights_convert.py", "--qwen", tmp_path / "qwen", "--sana", TINY / "sana", "--out", tmp_path / "a", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    model, released = TBAC.load(tmp_path / "a"), TBAC.load(tiny_folder)
+    assert model.dit.proj_out.weight.dtype == torch.bfloat16 and model.config.n_query == 64
+    assert torch.equal(model.mllm.embed.weight, released.mllm.embed.weight.bfloat16())
+    assert torch.equal(model.ladder.connector[3].weight.float(), torch.full((48,), 5.5 ** 0.5).bfloat16().float())
+    assert model.encode(["a dog"]).shape == (4, 1, 64, 48)
+
+
+def damaged(tmp_path, change):
+    """A copy of the released layout, one tensor file changed by `change(tensors)`."""
+    shutil.copytree(TINY / "tbac", tmp_path / "tbac")
+    file = weight_files(tmp_path / "tbac")[1]
+    found = load_file(file)
+    change(found)
+    save_file(found, file)
+    return tmp_path / "tbac"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("vae.decoder.conv_out.bias"), "missing.*dcae.decoder.conv_out.bias"),
+    (lambda t: t.update(extra=torch.zeros(2)), "tensor extra is not part"),
+    (lambda t: t.update({"vae.decoder.conv_out.bias": torch.zeros(4)}), r"conv_out.bias has shape \(4,\), expected \(3,\)"),
+    (lambda t: t["vae.decoder.conv_out.bias"].fill_(float("nan")), "conv_out.bias has values that are not finite"),
+])
+def test_bad_tensors_are_named_and_nothing_is_written(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        convert(TINY / "qwen", TINY / "sana", damaged(tmp_path, change), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_config_that_is_not_built_here_is_refused(tmp_path):
+    shutil.copytree(TINY / "sana", tmp_path / "sana")
+    file = tmp_path / "sana" / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"qk_norm": "rms_norm_across_heads"}))
+    with pytest.raises(ValueError, match="qk_norm"):
+        convert(TINY / "qwen", tmp_path / "sana", TINY / "tbac", tmp_path / "out")

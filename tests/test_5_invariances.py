@@ -1,0 +1,61 @@
+"""A row does not depend on its neighbours: padding, batch size, mixed batches; the same seed gives the same picture."""
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from tests.conftest import relative
+
+RED, BLUE = Image.new("RGB", (300, 200), "red"), Image.new("RGB", (150, 400), "blue")
+PROMPTS = ["a red circle left of a blue square, or perhaps the other way round", "dog", "", "make it green"]
+IMAGES = [[], [RED], [RED, BLUE], [BLUE]]
+
+
+def test_a_mixed_batch_gives_the_same_rows_as_one_at_a_time(tiny):
+    together = tiny.encode(PROMPTS, IMAGES)
+    for b, (prompt, row) in enumerate(zip(PROMPTS, IMAGES)):
+        assert relative(together[:, b:b + 1], tiny.encode([prompt], [row])) < 1e-5, b
+
+
+def test_no_images_and_empty_lists_are_the_same(tiny):
+    assert torch.equal(tiny.encode(PROMPTS), tiny.encode(PROMPTS, [[]] * 4))
+
+
+def test_encoding_is_deterministic(tiny):
+    assert torch.equal(tiny.encode(PROMPTS, IMAGES), tiny.encode(PROMPTS, IMAGES))
+
+
+def test_the_order_of_several_images_matters(tiny):
+    a, b = tiny.encode(["mix"] * 2, [[RED, BLUE], [BLUE, RED]]).unbind(1)
+    assert relative(a, b) > 1e-3
+
+
+@pytest.mark.parametrize("image_guidance", [1.0, 1.5])
+def test_sampling_a_mixed_batch_gives_the_same_pictures_as_one_at_a_time(tiny, image_guidance):
+    eps = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    *_, together = sample.denoise(tiny, PROMPTS, IMAGES, steps=3, eps=eps, image_guidance=image_guidance)
+    for b in range(4):
+        *_, one = sample.denoise(tiny, PROMPTS[b:b + 1], IMAGES[b:b + 1], steps=3, eps=eps[b:b + 1], image_guidance=image_guidance)
+        assert relative(together.x_t[b:b + 1], one.x_t) < 1e-5, b
+
+
+def test_answers_do_not_depend_on_the_batch(tiny):
+    questions, images = ["what is it?", "a much longer question about the colour of everything"], [[RED], []]
+    assert tiny.ask_all(questions, images, 8) == [tiny.ask(q, i, 8) for q, i in zip(questions, images)]
+
+
+def test_generation_with_a_cache_equals_reading_everything_again(tiny):
+    batch = tiny.mllm.prepare(["what is in the image?"], [[RED]])
+    ids = tiny.mllm.generate(batch, 6)[0]
+    x, places = tiny.mllm.read(batch), batch.positions
+    for token in ids:
+        logits = tiny.mllm.logits(tiny.mllm(x, places, batch.real.new_ones(x.shape[:2]))[-1][:, -1])
+        assert logits.argmax().item() == token
+        x = torch.cat([x, tiny.mllm.embed(torch.tensor([[token]]))], 1)
+        places = torch.cat([places, places[:, :, -1:] + 1], 2)
+
+
+def test_temperature_draws_from_the_generator(tiny):
+    batch = tiny.mllm.prepare(["tell me"])
+    draw = lambda seed: tiny.mllm.generate(batch, 12, temperature=5.0, generator=torch.Generator().manual_seed(seed))
+    assert draw(0) == draw(0) != draw(1)

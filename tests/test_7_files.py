@@ -1,0 +1,149 @@
+"""Files and the command line: what is written is whole, what is wrong is named, nothing is lost."""
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sample
+from tbac import TBAC, write_shards
+from tests.conftest import ROOT, relative, run
+
+
+@pytest.fixture
+def copy(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def test_save_and_load_is_bit_identical(tiny, tmp_path):
+    tiny.save(tmp_path)
+    again = TBAC.load(tmp_path)
+    assert again.config == tiny.config
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in tiny.state_dict().items())
+    assert not any(f.name.startswith(".") for f in tmp_path.iterdir())
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in tiny.parameters()]
+
+
+def test_a_failed_save_leaves_the_old_model(tiny, copy, monkeypatch):
+    before = (copy / "model.safetensors").read_bytes()
+    monkeypatch.setattr("tbac.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        tiny.save(copy)
+    assert (copy / "model.safetensors").read_bytes() == before
+    assert sorted(f.name for f in copy.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_shards(tiny, tmp_path):
+    where = write_shards(tmp_path, tiny.state_dict().items(), limit=500_000)
+    assert len(set(where.values())) == len(list(tmp_path.iterdir())) > 3
+    assert all(torch.equal(load_file(tmp_path / where[n])[n], t) for n, t in list(tiny.state_dict().items())[::40])
+
+
+def change(folder, edit):
+    found = load_file(folder / "model.safetensors")
+    edit(found)
+    save_file(found, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda t: t.pop("ladder.queries"), "missing.*ladder.queries"),
+    (lambda t: t.update(extra=torch.zeros(2)), "tensor extra is not part"),
+    (lambda t: t.update({"ladder.queries": torch.zeros(9, 64)}), r"ladder.queries has shape \(9, 64\), expected \(8, 64\)"),
+    (lambda t: t["ladder.queries"].fill_(float("inf")), "ladder.queries has values that are not finite"),
+])
+def test_bad_tensors_are_named(copy, edit, message):
+    change(copy, edit)
+    with pytest.raises(ValueError, match=message):
+        TBAC.load(copy)
+
+
+def test_a_truncated_file_is_named(copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+        TBAC.load(copy)
+
+
+@pytest.mark.parametrize("missing, message", [("config.json", "config.json is missing"), ("tokenizer.json", "no tokenizer.json"),
+                                              ("model.safetensors", r"no \*.safetensors")])
+def test_a_missing_file_is_named(copy, missing, message):
+    (copy / missing).unlink()
+    with pytest.raises(ValueError, match=message):
+        TBAC.load(copy)
+
+
+def test_a_folder_of_the_wrong_kind_is_named(copy):
+    (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"weights_convert.py"):
+        TBAC.load(copy)
+
+
+def test_a_long_prompt_is_cut_with_a_warning_and_an_empty_one_is_fine(tiny):
+    long = "circle " * 400
+    with pytest.warns(UserWarning, match="cut from .* to 256 tokens"):
+        a = tiny.encode([long])
+    ids = tiny.mllm.tokenizer.encode(long)[:256]
+    assert relative(a.detach(), tiny.encode([tiny.mllm.tokenizer.decode(ids)]).detach()) < 1e-5
+    assert tiny.encode([""]).shape == (4, 1, 8, 48)
+
+
+def test_prompts_and_images_must_fit(tiny):
+    with pytest.raises(ValueError, match="2 prompts but 1"):
+        tiny.encode(["a", "b"], [[]])
+    with pytest.raises(ValueError, match="image tokens itself"):
+        tiny.encode(["draw <|image_pad|>"])
+
+
+# ---- the command line
+
+def draw(model, *args):
+    return run("sample.py", *args, "--model", model, "--steps", 2)
+
+
+def test_without_arguments_it_explains_itself():
+    done = run("sample.py")
+    assert done.returncode == 0 and "--guidance" in done.stdout and "a red circle left of a blue square" in done.stdout
+
+
+def test_a_seed_gives_the_same_picture_whatever_n_is(tiny_folder, tmp_path):
+    assert draw(tiny_folder, "a dog", "--seed", 4, "--out", tmp_path / "one.png").returncode == 0
+    done = draw(tiny_folder, "a dog", "--seed", 3, "--n", 2, "--out", tmp_path / "two.png", "--negative", "cat")
+    assert done.returncode == 0, done.stderr
+    assert draw(tiny_folder, "a dog", "--seed", 3, "--n", 2, "--out", tmp_path / "three.png").returncode == 0
+    one, other, sheet = (Image.open(tmp_path / f) for f in ("one.png", "three-2.png", "three.png"))
+    assert one.tobytes() == other.tobytes() and min(sheet.size) > 256
+    assert one.text["prompt"] == "a dog" and one.text["seed"] == "4" and one.text["steps"] == "2"
+    assert Image.open(tmp_path / "two-1.png").text["negative"] == "cat"
+
+
+def test_edit_and_ask(tiny_folder, tmp_path):
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    done = draw(tiny_folder, "make it blue", "--image", tmp_path / "a.png", "--out", tmp_path / "b.png", "--size", "32x64")
+    assert done.returncode == 0 and Image.open(tmp_path / "b.png").size == (32, 64), done.stderr
+    done = draw(tiny_folder, "--ask", "what is it?", "--image", tmp_path / "a.png")
+    assert done.returncode == 0 and done.stdout.strip() == TBAC.load(tiny_folder).ask("what is it?", [Image.open(tmp_path / "a.png")])
+
+
+@pytest.mark.parametrize("args, message", [
+    (["a dog", "--size", "30"], "multiples of 4"), (["a dog", "--n", "0"], "--n 0"), (["a dog", "--out", "tests"], "is a folder"),
+    (["a dog", "--out", "nowhere/x.png"], "no folder nowhere"), (["a dog", "--image", "README.md"], "not a readable picture"),
+    (["a dog", "--image", "nothing.png"], "nothing.png"), (["a dog", "--model", "tests"], "config.json is missing"),
+])
+def test_errors_are_one_clear_line(tiny_folder, args, message):
+    done = run("sample.py", "--model", tiny_folder, *args)
+    error, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and message in error and "Traceback" not in done.stderr
+
+
+def test_a_huge_picture_is_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    with pytest.raises(ValueError, match="more than 5000 pixels"):
+        sample.open_image(tmp_path / "a.png")
+
+
+def test_the_project_reads_no_pickle():
+    for file in ROOT.glob("*.py"):
+        assert "torch.load" not in file.read_text() and "import pickle" not in file.read_text(), file
