@@ -126,18 +126,17 @@ def to_pixels(images, device, dtype=torch.float32):
     return x.to(device, dtype) / 127.5 - 1
 
 
-def conversation(rng):
-    """-> (system prompt, picture or None, [(question, answer), ...]), from a fresh scene."""
+def conversation(rng, picture):
+    """-> (system prompt, scene to show or None, [(question, answer), ...]), from a fresh scene."""
     scene, kind = data.sample_scene(rng), rng.random()
-    told = f"{data.plain(scene)}, on a {scene.background} background"
-    if kind < 0.25:                                                             # a caption, in any words -> what it says
-        return DRAW, None, [(data.caption(scene, rng), told)]
-    if kind < 0.45:                                                             # a scene in words, and questions about it
-        turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
-        return ASK, None, [(f"{data.caption(scene, rng)}. {turns[0][0]}", turns[0][1]), *turns[1:]]
-    if kind < 0.75:                                                             # a picture, and questions about it
+    if not picture and kind < 0.5:                                              # a caption, in any words -> what it says
+        return DRAW, None, [(data.caption(scene, rng), f"{data.plain(scene)}, on a {scene.background} background")]
+    if not picture:                                                             # a scene in words, and questions about it
+        (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
+        return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns]
+    if kind < 0.6:                                                              # a picture, and questions about it
         return ASK, scene, [data.question(scene, rng)[:2] for _ in range(5)]
-    if kind < 0.8:
+    if kind < 0.7:
         return DRAW, scene, [("", data.describe(scene))]
     scene = data.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
     order, target, _ = data.edit(scene, rng)
@@ -145,12 +144,12 @@ def conversation(rng):
 
 
 def mllm_loss(model, extra, rng, a, generator):
-    """Cross-entropy of the answers' tokens, several questions per picture."""
+    """Cross-entropy of the answers' tokens, several questions per picture. A step has pictures in all rows or in none: less padding."""
     mllm, tok = model.mllm, model.mllm.tokenizer
     c, pad = mllm.config.vision, tok.special["image_pad"]
-    rows, positions, pictures, answers = [], [], [], []
+    rows, positions, pictures, answers, picture = [], [], [], [], rng.random() < 0.65
     for _ in range(a.batch):
-        system, scene, turns = conversation(rng)
+        system, scene, turns = conversation(rng, picture)
         patches = [patchify(data.render(scene, model.config.size), c)] if scene else []
         grids = [(h // c.merge, w // c.merge) for _, (h, w) in patches]
         ids, is_answer = [], []
