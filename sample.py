@@ -16,7 +16,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 from data import sheet
@@ -132,7 +132,7 @@ def open_image(file):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(file).convert("RGB")
+            return ImageOps.exif_transpose(Image.open(file)).convert("RGB")     # upright, as a viewer shows it
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{file}: picture has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except (OSError, UnidentifiedImageError, SyntaxError) as e:
