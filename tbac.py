@@ -219,7 +219,7 @@ class replacing:
         shutil.rmtree(self.new)
 
 
-def write_shards(folder, tensors, limit=2 << 30):
+def write_shards(folder, tensors, limit=1 << 30):
     """Writes (name, tensor) pairs to model.safetensors, or to numbered shards of about `limit` bytes, holding one at a time.
     -> {tensor name: file name}."""
     folder, shards, shard, size = pathlib.Path(folder), [], {}, 0

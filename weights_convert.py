@@ -108,7 +108,7 @@ def read_config(qwen, sana, tbac=None):
     v, heads = m["vision_config"], m["num_attention_heads"]
     vision = ViTConfig(n_layer=v["depth"], dim=v["hidden_size"], n_head=v["num_heads"], mlp_dim=v["intermediate_size"], patch=v["patch_size"],
                        frames=v["temporal_patch_size"], merge=v["spatial_merge_size"], window=v["window_size"],
-                       full_attention=tuple(v["fullatt_block_indexes"]), area=256 * (v["patch_size"] * v["spatial_merge_size"]) ** 2)
+                       full_attention=tuple(v["fullatt_block_indexes"]), area=256 * 28 * 28)
     mllm = MLLMConfig(vocab_size=m["vocab_size"], n_layer=m["num_hidden_layers"], dim=m["hidden_size"], n_head=heads,
                       n_kv_head=m["num_key_value_heads"], head_dim=m["hidden_size"] // heads, mlp_dim=m["intermediate_size"],
                       rope_theta=m["rope_theta"], rope_sections=tuple(m["rope_scaling"]["mrope_section"]), vision=vision)
@@ -166,7 +166,7 @@ def convert(qwen, sana, tbac, out, dtype=None, seed=0):
         return ours, t.to(dtype)
 
     def tensors():
-        for file, name, t, ours in tqdm(source_tensors(qwen, sana, tbac, model), "convert", len(left), mininterval=1):
+        for file, name, t, ours in source_tensors(qwen, sana, tbac, model):
             for n, piece in to_ours(ours, t, config):
                 yield place(file, name, n, piece)
         if not tbac:
@@ -180,7 +180,7 @@ def convert(qwen, sana, tbac, out, dtype=None, seed=0):
         raise ValueError(f"{qwen} has no tokenizer.json")
     Tokenizer(qwen / "tokenizer.json")
     with replacing(out) as new:
-        write_shards(new, tensors())
+        write_shards(new, tqdm(tensors(), "convert", len(left), mininterval=1))
         with safe_open(weight_files(new)[0], "pt") as f:
             stored = f.get_tensor(next(iter(f.keys()))).dtype
         shutil.copyfile(qwen / "tokenizer.json", new / "tokenizer.json")
