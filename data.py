@@ -19,6 +19,7 @@ BACKGROUNDS = {"white": (255, 255, 255), "grey": (165, 165, 165), "black": (15, 
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}                          # half the side of the box a thing fills
 HELD_OUT = frozenset({("purple", "triangle"), ("orange", "cross")})             # never drawn with a second thing, until a test asks
 MARGIN, GAP = 0.03, 0.06                                                        # to the picture's edge; between two boxes: 4 pixels of 64
+BORDER = 0.04                                                                   # no centre is nearer to a line of the 3x3 grid of places
 # the part of its box that a shape fills, and how far its centroid lies below the centre of the box, in radii
 FORMS = {"circle": (np.pi / 4, 0), "square": (1, 0), "triangle": (1 / 2, 1 / 3), "cross": (0.64, 0)}
 BLOB, SPECK = 0.25, 0.008                                                       # the grader: worst fit, smallest part of a picture
@@ -88,13 +89,20 @@ def apart(a, b):
     return max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
 
 
+def placed(thing):
+    """Is it plain to see in which cell of the 3x3 grid it is?"""
+    return all(abs(c - line) >= BORDER for c in (thing.x, thing.y) for line in (1 / 3, 2 / 3))
+
+
 def valid(scene, held_out=False):
-    """Inside, apart, one to four things, two things of different names, and no held-out pair beside another thing."""
+    """Inside, placed, apart, one to four things, two things of different names and clear or no relation, and no held-out pair beside another
+    thing."""
     things = scene.things
     pairs = [(a, b) for i, a in enumerate(things) for b in things[:i]]
     kept = held_out or len(things) < 2 or not any((t.colour, t.shape) in HELD_OUT for t in things)
-    named = len(things) != 2 or things[0].name != things[1].name
-    return 1 <= len(things) <= 4 and kept and named and all(map(inside, things)) and all(apart(a, b) for a, b in pairs)
+    plain = len(things) != 2 or things[0].name != things[1].name and relation(*things) == relation(*things, ratio=1.2)
+    fits = all(inside(t) and placed(t) for t in things)
+    return 1 <= len(things) <= 4 and kept and plain and fits and all(apart(a, b) for a, b in pairs)
 
 
 # ---------------------------------------------------------------- scenes
@@ -105,7 +113,10 @@ def sample_name(rng):
 
 def sample_place(rng, radius):
     low = radius + MARGIN
-    return rng.uniform(low, 1 - low), rng.uniform(low, 1 - low)
+    while True:
+        thing = Thing("", "", "", rng.uniform(low, 1 - low), rng.uniform(low, 1 - low))
+        if placed(thing):
+            return thing.x, thing.y
 
 
 def sample_scene(rng, n=None, held_out=False):
@@ -201,6 +212,12 @@ def plain(scene):
         first, second = scene.things
         return f"{a(first.label)} {where} {a(second.label)}"
     return listing(scene.things)
+
+
+def ordered(scene):
+    """The same scene with two things named from left to right, or else from top to bottom."""
+    swap = len(scene.things) == 2 and relation(*scene.things) in ("right of", "below")
+    return replace(scene, things=scene.things[::-1]) if swap else scene
 
 
 def varied(scene, rng):
@@ -403,8 +420,10 @@ QUESTIONS = tuple(ASKERS)
 
 
 def question(scene, rng, kind=None, seen=True):
-    """-> (question, answer, kind). seen=False asks only what the plain caption answers. ValueError where there is no such question."""
-    for name in [kind] if kind else rng.sample(QUESTIONS, len(QUESTIONS)):
+    """-> (question, answer, kind). seen=False asks only what the plain caption answers. ValueError where there is no such question.
+    Every third one asks where: that is what takes longest to learn."""
+    kinds = rng.sample(QUESTIONS, len(QUESTIONS))
+    for name in [kind] if kind else ["where", *kinds] if rng.random() < 0.2 else kinds:
         if asked := ASKERS[name](scene, rng, seen):
             return *rng.choice(asked), name
     raise ValueError(f"no {kind} question (seen={seen}) about: {describe(scene)}")
