@@ -20,8 +20,8 @@ import sample
 from tbac import TBAC
 
 
-def batches(items, n):
-    for i in tqdm(range(0, len(items), n), leave=False, disable=len(items) <= n):
+def batches(items, n, name):
+    for i in tqdm(range(0, len(items), n), name, leave=False):
         yield items[i:i + n]
 
 
@@ -34,32 +34,33 @@ def plain_scene(rng, n, held_out=False):
             return s
 
 
-def pictures(model, prompts, images, a):
+def pictures(model, prompts, images, a, name):
     out, generator = [], torch.Generator(a.device).manual_seed(a.seed)
-    for rows in batches(list(zip(prompts, images)), a.batch):
+    for rows in batches(list(zip(prompts, images)), a.batch, name):
         p, i = zip(*rows)
         out += sample.generate(model, list(p), list(i), steps=a.steps, guidance=a.guidance, generator=generator)
     return out
 
 
 def drawing(model, a):
-    """-> {category: list of right or wrong}, [(picture, prompt) of failures]"""
-    scores, failures = {}, []
+    """-> {category: list of right or wrong}, the first six of each as (picture, prompt), and failures likewise"""
+    scores, shown, failures = {}, [], []
     for name, n, held_out in (("one thing", 1, False), ("two things", 2, False), ("two things, held-out pair", 2, True), ("three or four", 3, False)):
         rng = random.Random(f"{a.seed} {name}")
         scenes = [plain_scene(rng, n if n < 3 else rng.choice((3, 4)), held_out) for _ in range(a.n)]
         prompts = [data.plain(s) for s in scenes]
-        drawn = pictures(model, prompts, [[]] * a.n, a)
+        drawn = pictures(model, prompts, [[]] * a.n, a, name)
         checks = [data.check(data.grade(p), s) for p, s in zip(drawn, scenes)]
         scores[f"draw: {name}"] = [all(c.values()) for c in checks]
         scores[f"draw: {name}, colours and shapes"] = [c["colours_shapes"] for c in checks]
+        shown += list(zip(drawn, prompts))[:6]
         failures += [(p, t) for p, t, c in zip(drawn, prompts, checks) if not all(c.values())][:8]
-    return scores, failures
+    return scores, shown, failures
 
 
 def editing(model, a):
     """Was the instruction followed (all of the target is there, in place), and is the rest as it was?"""
-    scores, failures = {}, []
+    scores, shown, failures = {}, [], []
     for action in data.EDITS:
         rng, cases = random.Random(f"{a.seed} {action}"), []
         while len(cases) < max(1, a.n // 4):
@@ -68,15 +69,16 @@ def editing(model, a):
                 cases.append((scene, *data.edit(scene, rng, action)[:2]))
             except ValueError:                                              # not possible in this scene
                 continue
-        drawn = pictures(model, [order for _, order, _ in cases], [[data.render(s)] for s, _, _ in cases], a)
+        drawn = pictures(model, [order for _, order, _ in cases], [[data.render(s)] for s, _, _ in cases], a, action)
         found = [data.grade(p) for p in drawn]
         follow = [data.matches(f, target, places=action == "move") for f, (_, _, target) in zip(found, cases)]
         scores[f"edit: {action}"] = follow
         scores[f"edit: {action}, rest unchanged"] = [
             all(any(t.name == f.name and abs(t.x - f.x) + abs(t.y - f.y) < 0.12 for f in seen.things) for t in set(s.things) & set(target.things))
             for seen, (s, _, target) in zip(found, cases)]
+        shown += [pair for p, (s, order, _) in list(zip(drawn, cases))[:3] for pair in ((data.render(s), "before"), (p, order))]
         failures += [(p, order) for p, (_, order, _), ok in zip(drawn, cases, follow) if not ok][:4]
-    return scores, failures
+    return scores, shown, failures
 
 
 def understanding(model, a):
@@ -94,7 +96,7 @@ def understanding(model, a):
                 rows.append((question, [data.render(scene)], answer) if seen else (f"{data.plain(scene)}. {question}", [], answer))
                 if len(rows) == a.n:
                     break
-            said = [x for part in batches(rows, a.batch) for x in model.ask_all([r[0] for r in part], [r[1] for r in part])]
+            said = [x for part in batches(rows, a.batch, kind) for x in model.ask_all([r[0] for r in part], [r[1] for r in part])]
             if rows:
                 scores[f"ask about a {'picture' if seen else 'text'}: {kind}"] = [x == r[2] for x, r in zip(said, rows)]
     return scores
@@ -132,17 +134,18 @@ def main():
         a.n, a.steps = 20, 10
     model = TBAC.load(a.model, a.device)
     with torch.no_grad():
-        scores = ceilings(model, a) | understanding(model, a)
-        drawn, failures = drawing(model, a)
-        edited, more = editing(model, a)
-    scores |= drawn | edited
+        scores, answers = ceilings(model, a), understanding(model, a)
+        drawn, *pages = drawing(model, a)
+        edited, *more = editing(model, a)
+    scores |= answers | {"ask: all of these": sum(answers.values(), [])} | drawn | edited
     table = {k: dict(mean=float(np.mean(v)), interval=interval(v), n=len(v)) for k, v in scores.items()}
     for k, row in table.items():
         print(f"{k:48s} {row['mean']:.3f}   [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]   n = {row['n']}")
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / "scores.json").write_text(json.dumps(dict(options={k: str(v) for k, v in vars(a).items()}, scores=table), indent=1))
-    if failures := failures + more:
-        data.sheet([p for p, _ in failures], [t for _, t in failures], scale=2, columns=8).save(a.out / "failures.png")
+    for name, page in zip(("shown", "failures"), map(list.__add__, pages, more)):
+        if page:
+            data.sheet([p for p, _ in page], [t for _, t in page], scale=2, columns=6).save(a.out / f"{name}.png")
     print("wrote", a.out)
 
 
