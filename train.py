@@ -2,13 +2,15 @@
 
 The toy world's parts are made like the real ones, one stage after the other:
 
-    mllm   the MLLM learns to see, to caption, to answer, and to say what an edit would give; frozen from then on
+    vit    the MLLM's ViT learns to name what each of its tokens shows (a stand-in for its captions by the billion)
+    mllm   the whole MLLM learns to caption, to answer, and to say what an edit would give; frozen from then on
     dcae   the autoencoder learns to reconstruct; frozen from then on
     dit    the DiT learns to draw from a list of things (a stand-in for the captions that SANA was pretrained on)
     t2i    the paper's step: only queries, connector and DiT learn, from captions
     edit   the same, half of the examples now with a picture and an instruction
 
-    python train.py --stage mllm --out runs/mllm
+    python train.py --stage vit --out runs/vit
+    python train.py --stage mllm --model runs/vit --out runs/mllm
     python train.py --stage t2i --model runs/dit --take mllm=runs/mllm --out runs/t2i
 
 Every step draws its examples and its noise from (seed, step) alone: a resumed run needs nothing but the step number.
@@ -36,14 +38,15 @@ from mllm import ASK, DRAW, MLLMConfig, Tokenizer, ViTConfig, chat, mrope_positi
 from tbac import TBAC, TBACConfig, replacing
 
 STAGES = {  # what each stage trains, and the toy's numbers
-    "mllm": dict(parts=("mllm",), steps=4000, batch=32, lr=1e-3),
+    "vit": dict(parts=("mllm.vision",), steps=3000, batch=32, lr=2e-3),
+    "mllm": dict(parts=("mllm",), steps=7000, batch=32, lr=2e-3),
     "dcae": dict(parts=("dcae",), steps=2000, batch=32, lr=2e-3),
     "dit": dict(parts=("dit",), steps=3000, batch=48, lr=1e-3),
     "t2i": dict(parts=("ladder", "dit"), steps=6000, batch=48, lr=1e-3),
     "edit": dict(parts=("ladder", "dit"), steps=6000, batch=48, lr=1e-3),
 }
 TOY = TBACConfig(
-    mllm=MLLMConfig(vocab_size=640, n_layer=8, dim=128, n_head=4, n_kv_head=2, head_dim=32, mlp_dim=384, rope_sections=(4, 6, 6),
+    mllm=MLLMConfig(vocab_size=640, n_layer=8, dim=128, n_head=4, n_kv_head=2, head_dim=32, mlp_dim=384, rope_theta=100.0, rope_sections=(2, 5, 9),
                     vision=ViTConfig(n_layer=4, dim=96, n_head=3, mlp_dim=256, patch=8, window=32, full_attention=(1, 3), area=64 * 64)),
     dit=DiTConfig(n_layer=6, n_head=6, cross_n_head=6, channels=16, caption_dim=128),
     dcae=DCAEConfig(widths=(16, 32, 64, 128), encoder_layers=(0, 1, 1, 1), decoder_layers=(1, 1, 1, 1), attention_stages=1, latent_channels=16),
@@ -110,9 +113,9 @@ def build(a):
         setattr(model, part, getattr(other, part))
         if part != "ladder":
             model.config = dataclasses.replace(model.config, **{part: getattr(other.config, part)})
-    extra = Things(model.config.dit.caption_dim).to(a.device) if a.stage == "dit" else nn.Module()
+    extra = {"vit": Names, "dit": Things}.get(a.stage, lambda config: nn.Module())(model.config).to(a.device)
     model.requires_grad_(False)
-    trained = {f"{part}.{n}": p for part in STAGES[a.stage]["parts"] for n, p in getattr(model, part).named_parameters()}
+    trained = {f"{part}.{n}": p for part in STAGES[a.stage]["parts"] for n, p in model.get_submodule(part).named_parameters()}
     for p in trained.values():
         p.requires_grad_(True)
     return model, extra, trained | {f"extra.{n}": p for n, p in extra.named_parameters()}
@@ -129,8 +132,8 @@ def to_pixels(images, device, dtype=torch.float32):
 def conversation(rng, picture):
     """-> (system prompt, scene to show or None, [(question, answer), ...]), from a fresh scene."""
     scene, kind = data.sample_scene(rng), rng.random()
-    if not picture and kind < 0.5:                                              # a caption, in any words -> what it says
-        return DRAW, None, [(data.caption(scene, rng), f"{data.plain(scene)}, on a {scene.background} background")]
+    if not picture and kind < 0.5:                                              # a caption, in any words -> what it says, in order
+        return DRAW, None, [(data.caption(scene, rng), f"{data.plain(data.ordered(scene))}, on a {scene.background} background")]
     if not picture:                                                             # a scene in words, and questions about it
         (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
         return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns]
@@ -143,11 +146,44 @@ def conversation(rng, picture):
     return DRAW, scene, [(order, data.describe(target))]
 
 
+class Names(nn.Module):
+    """The stand-in for the captions that Qwen2.5-VL's ViT was pretrained on: every vision token tells which thing it shows, where in the picture
+    that is, and how large; or which background. Learned in stage `vit` and thrown away after it; from answers alone the ViT learns colours
+    long before shapes and places."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.names = [f"{c} {s}" for c in data.COLOURS for s in data.SHAPES] + list(data.BACKGROUNDS)
+        self.spots, self.sizes = list(data.SPOTS), list(data.SIZES)
+        self.head = nn.Linear(config.mllm.dim, len(self.names + self.spots + self.sizes))
+
+    def shown(self, scene, h, w):
+        """Row by row, the nearest thing whose box reaches well into the unit, else the background. -> h * w triples of class indices"""
+        for y, x in (((row + 0.5) / h, (column + 0.5) / w) for row in range(h) for column in range(w)):
+            far = [(max(abs(t.x - x), abs(t.y - y)), t) for t in scene.things]
+            near = [(d, t) for d, t in far if d < t.radius + 0.35 / w]
+            t = min(near, key=lambda pair: pair[0])[1] if near else data.Thing("", "", "", x, y)
+            yield self.names.index(t.name if near else scene.background), self.spots.index(data.spot(t)), self.sizes.index(t.size) if near else -100
+
+    def forward(self, tokens):
+        """(N, M) -> logits of name, spot and size"""
+        return self.head(tokens).float().split([len(self.names), len(self.spots), len(self.sizes)], 1)
+
+
+def vit_loss(model, extra, rng, a, generator):
+    """Cross-entropy of what each merged unit shows."""
+    c, scenes = model.config.mllm.vision, [data.sample_scene(rng) for _ in range(a.batch)]
+    pictures = [patchify(data.render(s, model.config.size), c) for s in scenes]
+    h, w = (n // c.merge for n in pictures[0][1])
+    shown = torch.tensor([row for s in scenes for row in extra.shown(s, h, w)], device=a.device)       # (B * U, 3)
+    return sum(F.cross_entropy(logits, which) for logits, which in zip(extra(model.mllm.see(pictures)), shown.T))
+
+
 def mllm_loss(model, extra, rng, a, generator):
     """Cross-entropy of the answers' tokens, several questions per picture. A step has pictures in all rows or in none: less padding."""
     mllm, tok = model.mllm, model.mllm.tokenizer
     c, pad = mllm.config.vision, tok.special["image_pad"]
-    rows, positions, pictures, answers, picture = [], [], [], [], rng.random() < 0.65
+    rows, positions, pictures, answers, picture = [], [], [], [], rng.random() < 0.5
     for _ in range(a.batch):
         system, scene, turns = conversation(rng, picture)
         patches = [patchify(data.render(scene, model.config.size), c)] if scene else []
@@ -184,8 +220,9 @@ class Things(nn.Module):
     """The stand-in for SANA's own text encoder: one vector per thing, with colour + shape + size + place added up, and one for
     the background. Learned in stage `dit` and thrown away after it."""
 
-    def __init__(self, width):
+    def __init__(self, config):
         super().__init__()
+        width = config.dit.caption_dim
         words = [*data.COLOURS, *data.SHAPES, *data.SIZES, *data.BACKGROUNDS, "nothing"]
         self.index = {w: i for i, w in enumerate(words)}
         self.table, self.place = nn.Embedding(len(words), width), nn.Linear(16, width)
@@ -235,7 +272,7 @@ def ladder_loss(model, extra, rng, a, generator):
     return model.loss(to_pixels(targets, a.device, model.dit.proj_out.weight.dtype), prompts, images, generator=generator)
 
 
-LOSS = {"mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss, "t2i": ladder_loss, "edit": ladder_loss}
+LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss, "t2i": ladder_loss, "edit": ladder_loss}
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizer
