@@ -1,16 +1,25 @@
-"""The toy world: scenes of coloured shapes, with pictures, captions, edits, questions, and a grader that reads pictures.
+"""Data: the toy world (scenes of coloured shapes, with captions, edits, questions, and a grader that reads pictures), and real data.
 
-Everything the model is trained on or tested with comes from here, drawn from an explicit `random.Random`; nothing is downloaded.
-A caption says everything that counts except exact places: what is left unsaid is a medium size and a white background.
+Of the toy world everything is drawn from an explicit `random.Random`; nothing is downloaded. A caption says everything that counts
+except exact places: what is left unsaid is a medium size and a white background.
 Coordinates are fractions of the picture's side, x to the right and y down. Left out: rotation, overlap, textures, free language.
 """
+import glob
+import io
+import itertools
+import json
+import pathlib
 import random
+import re
+import tarfile
 import textwrap
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 220),
@@ -22,6 +31,7 @@ MARGIN, GAP = 0.03, 0.06                                                        
 BORDER = 0.04                                                                   # no centre is nearer to a line of the 3x3 grid of places
 # the part of its box that a shape fills, and how far its centroid lies below the centre of the box, in radii
 FORMS = {"circle": (np.pi / 4, 0), "square": (1, 0), "triangle": (1 / 2, 1 / 3), "cross": (0.64, 0)}
+KINDS = ("jpg", "jpeg", "png", "webp")                                          # of pictures in real data
 BLOB, SPECK = 0.25, 0.008                                                       # the grader: worst fit, smallest part of a picture
 NUMBERS = ("zero", "one", "two", "three", "four")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -537,6 +547,256 @@ def check(found, target, places=False):
 
 def matches(found, target, places=False):
     return all(check(found, target, places).values())
+
+# ---------------------------------------------------------------- examples: from the toy world, from tars, from a folder
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, the pictures it speaks of (none: text to image), the picture to draw (or its latents), the record's name for logs and caches."""
+    prompt: str
+    images: tuple
+    target: Image.Image
+    name: str = ""
+
+
+def draw_example(rng, size):
+    scene = sample_scene(rng)
+    return Example(caption(scene, rng), (), render(scene, size))
+
+
+def edit_example(rng, size):
+    scene = sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
+    order, target, _ = edit(scene, rng)
+    return Example(order, (render(scene, size),), render(target, size))
+
+
+class Toy:
+    """An endless source: example i is make(rng, i), with an rng from (seed, i) alone, so there is nothing to shuffle."""
+    pool = 0
+
+    def __init__(self, make, seed):
+        self.make, self.seed = make, seed
+
+    def locations(self, rng):
+        return itertools.count()
+
+    def read(self, i):
+        return self.make(random.Random(f"{self.seed} {i}"), i)
+
+
+def open_image(file, name=None):
+    """An upright RGB picture from a path or an open file. ValueError if it cannot be read, or is so large that it may be an attack."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return ImageOps.exif_transpose(Image.open(file)).convert("RGB")     # upright, as a viewer shows it
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"{name or file}: picture has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except Exception as e:                                                      # decoders raise all sorts of things on damaged bytes
+        raise ValueError(f"{name or file} is not a readable picture: {e}") from None
+
+
+class Pictures:
+    """What the two real sources share: records hold files, and every picture becomes a square, shorter side first, cut at the centre."""
+    pool = 10_000                                                               # records among which the next one is drawn
+
+    def __init__(self, size, latents=None):
+        self.size, self.latents = size, latents                                 # latents(name) -> what to use instead of the target
+
+    def square(self, file, name):
+        return ImageOps.fit(open_image(file, name), (self.size, self.size), Image.Resampling.BICUBIC)
+
+    def example(self, name, text, sources, target):
+        """text: str or UTF-8; sources: list of files; target: a file. ValueError where one of them is missing or broken."""
+        try:
+            text = text.decode() if isinstance(text, bytes) else text
+        except UnicodeDecodeError:
+            raise ValueError(f"{name}: the text is not UTF-8") from None
+        if not isinstance(text, str) or target is None:
+            raise ValueError(f"{name}: the record has no {'picture to draw' if isinstance(text, str) else 'text'}")
+        known = self.latents(name) if self.latents else None
+        sources = tuple(self.square(f, f"{name}, source") for f in sources)
+        return Example(text, sources, self.square(target, f"{name}, target") if known is None else known, name)
+
+
+def key_suffix(name):
+    """'train/0001.source.jpg' -> ('train/0001', 'source.jpg'): a record's key, and which part of it this is."""
+    folder, slash, file = name.rpartition("/")
+    key, _, suffix = file.partition(".")
+    return folder + slash + key, suffix.lower()
+
+
+class Tars(Pictures):
+    """webdataset tars: the members of a record share their name up to the first dot. `txt` and `jpg` (jpeg, png, webp); for editing `txt`,
+    `source.jpg` (or source0.jpg, source1.jpg, ...) and `target.jpg`. Read where they lie, nothing is ever extracted."""
+
+    def __init__(self, files, *how):
+        super().__init__(*how)
+        self.files = files
+
+    def locations(self, rng):
+        """(file, key, {suffix: (offset, bytes)}) of every record, tar by tar in random order; only headers are read."""
+        for file in rng.sample(self.files, len(self.files)):
+            try:
+                with tarfile.open(file, "r:") as tar:
+                    for key, members in itertools.groupby(self.members(tar), lambda m: key_suffix(m.name)[0]):
+                        yield file, key, {key_suffix(m.name)[1]: (m.offset_data, m.size) for m in members}
+            except (tarfile.TarError, OSError) as e:
+                yield file, f"damaged tar, the rest of it is lost: {e}", {}
+
+    @staticmethod
+    def members(tar):
+        while member := tar.next():
+            tar.members.clear()                                                 # tarfile remembers all of them, in a stream too many
+            if member.isfile():
+                yield member
+
+    def read(self, location):
+        file, key, parts = location
+        name, found = f"{file}: {key}", {}
+        with open(file, "rb") as f:
+            for part, (offset, size) in sorted(parts.items()):
+                f.seek(offset)
+                role, _, kind = part.rpartition(".")
+                found[role if kind in KINDS else part] = f.read(size)
+        pictures = {role: io.BytesIO(content) for role, content in found.items() if role != "txt"}
+        sources = [f for role, f in pictures.items() if role.startswith("source")]
+        return self.example(name, found.get("txt"), sources, pictures.get("target", pictures.get("")))
+
+
+class Folder(Pictures):
+    """A folder with metadata.jsonl, as Hugging Face's imagefolder has it: `text` and `file_name`; for editing `text`, `source` (one or a list)
+    and `target`."""
+
+    def __init__(self, folder, *how):
+        super().__init__(*how)
+        self.folder = folder
+
+    def locations(self, rng):
+        """The offset of every line."""
+        offset = 0
+        with open(self.folder / "metadata.jsonl", "rb") as f:
+            for line in f:
+                if line.strip():
+                    yield offset
+                offset += len(line)
+
+    def read(self, offset):
+        file = self.folder / "metadata.jsonl"
+        with open(file, "rb") as f:
+            f.seek(offset)
+            try:
+                row = dict(json.loads(f.readline()))
+            except (ValueError, TypeError) as e:
+                raise ValueError(f"{file}, byte {offset}: {e}") from None
+        target, sources = row.get("target", row.get("file_name")), row.get("source", [])
+        sources = [sources] if isinstance(sources, str) else sources
+        return self.example(f"{self.folder / str(target)}", row.get("text"), [self.folder / s for s in sources], target and self.folder / target)
+
+
+def source(spec, toys, seed, *how):
+    """What --data names: one of `toys`, a folder with metadata.jsonl, a folder of tars, a tar, 'shards-{000..123}.tar' or 'a*.tar'.
+    ValueError if it holds nothing."""
+    if spec in toys:
+        return Toy(toys[spec], seed)
+    path = pathlib.Path(spec)
+    if (path / "metadata.jsonl").is_file():
+        found = Folder(path, *how)
+    else:
+        files = [str(path / "*.tar")] if path.is_dir() else [spec]
+        if span := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
+            first, last = span.groups()
+            files = [spec[:span.start()] + f"{i:0{len(first)}d}" + spec[span.end():] for i in range(int(first), int(last) + 1)]
+        every = {f: sorted(glob.glob(f)) for f in files}
+        if missing := [f for f, there in every.items() if not there]:
+            raise ValueError(f"--data {spec}: no such files: {missing[:3]}; expected tars, a folder with metadata.jsonl, or one of {list(toys)}")
+        found = Tars(sum(every.values(), []), *how)
+    if next(found.locations(random.Random(0)), None) is None:
+        raise ValueError(f"--data {spec}: there is not one record in it")
+    return found
+
+
+# ---------------------------------------------------------------- one order of examples for all processes, and each one's share of it
+
+def shuffled(source, seed):
+    """A source's locations without end, epoch after epoch, each through a pool that gives out one at random for one that enters. The pool
+    holds places, not pictures, so it can be deep, and to pass over a million examples only headers are read."""
+    for epoch in itertools.count():
+        rng, pool = random.Random(f"{seed} epoch {epoch}"), []
+        for location in source.locations(rng):
+            pool.append(location)
+            if len(pool) > source.pool:
+                i = rng.randrange(len(pool))
+                pool[i], pool[-1] = pool[-1], pool[i]
+                yield pool.pop()
+        rng.shuffle(pool)
+        yield from pool
+
+
+def mixed(sources, weights, seed):
+    """(source, location) without end: each time one of the sources, as often as its weight says."""
+    rng, streams = random.Random(f"{seed} mixture"), [shuffled(s, f"{seed} {i}") for i, s in enumerate(sources)]
+    while True:
+        i, = rng.choices(range(len(sources)), weights)
+        yield sources[i], next(streams[i])
+
+
+def unread(stream, world, reached):
+    """What `world` processes left of a stream when each had come as far as `reached` says."""
+    return (x for i, x in enumerate(stream) if i >= reached[i % world])
+
+
+class Share(torch.utils.data.IterableDataset):
+    """One process's part of the one order of all examples: every `world`-th. Yields (place, number, example or what is wrong with it).
+
+    past: [(world, [how far each process came]), ...], one entry for each number of processes so far, the last one for now: what was read
+    is left out, so nobody sees an example twice in an epoch, even if a run goes on with more or fewer processes. `number` is the
+    example's in the whole order, whoever reads it; `place` is its place in what was left when this number of processes began.
+    """
+
+    def __init__(self, sources, weights, seed, rank, past):
+        self.sources, self.weights, self.seed, self.rank, self.past = sources, weights, seed, rank, past
+
+    def __iter__(self):
+        stream = enumerate(mixed(self.sources, self.weights, self.seed))
+        for world, reached in self.past[:-1]:
+            stream = unread(stream, world, reached)
+        world, reached = self.past[-1]
+        mine = itertools.islice(enumerate(stream), self.rank, None, world)
+        mine = itertools.dropwhile(lambda x: x[0] < reached[self.rank], mine)
+        worker = torch.utils.data.get_worker_info()                             # helpers of a process take turns
+        for place, (number, (source, location)) in itertools.islice(mine, worker.id if worker else 0, None, worker.num_workers if worker else 1):
+            try:
+                yield place, number, source.read(location)
+            except (ValueError, OSError) as e:
+                yield place, number, str(e)
+
+
+class Reader:
+    """Yields (number, example), good ones only. A broken record is counted and named in `bad`; more than `max_bad` of what was read (of 200 at
+    the least) raises ValueError with the list. `reached` is the place to go on from."""
+
+    def __init__(self, share, workers=0, max_bad=0.01):
+        self.share, self.workers, self.max_bad, self.bad, self.seen = share, workers, max_bad, [], 0
+        self.reached = share.past[-1][1][share.rank]
+
+    def __iter__(self):
+        loader = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers)
+        for place, number, example in loader:
+            self.seen, self.reached = self.seen + 1, place + 1
+            if not isinstance(example, str):
+                yield number, example
+                continue
+            self.bad.append(example)
+            if len(self.bad) > self.max_bad * max(self.seen, 200):
+                raise ValueError("\n".join([f"{len(self.bad)} of {self.seen} records are broken, more than --max-bad allows:", *self.bad]))
+
+
+def noise(rngs, shape, device):
+    """Times (B,), uniform in (0, 1], and standard normal noise (B, *shape), each row from its own random.Random."""
+    t = torch.tensor([1 - r.random() for r in rngs])
+    eps = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.getrandbits(63))) for r in rngs])
+    return t.to(device), eps.to(device)
 
 
 # ---------------------------------------------------------------- for the eye

@@ -107,7 +107,7 @@ def ceilings(model, a):
     rng = random.Random(a.seed)
     scenes = [data.sample_scene(rng) for _ in range(a.n)]
     rendered = [data.render(s) for s in scenes]
-    x = torch.from_numpy(np.stack([np.asarray(p) for p in rendered])).permute(0, 3, 1, 2).to(a.device) / 127.5 - 1
+    x = sample.to_pixels(rendered, a.device)
     back = [p for part in x.split(a.batch) for p in sample.decode(model, model.dcae.encode(part.to(model.dit.proj_out.weight.dtype)))]
     return {"grader on rendered scenes": [data.matches(data.grade(p), s) for p, s in zip(rendered, scenes)],
             "grader on reconstructions": [data.matches(data.grade(p), s) for p, s in zip(back, scenes)]}

@@ -12,14 +12,14 @@ import json
 import math
 import os
 import pathlib
-import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from data import sheet
+from data import open_image, sheet
 from tbac import TBAC
 
 
@@ -108,6 +108,12 @@ def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidan
         yield Step(i, times[i + 1], x, x0)
 
 
+def to_pixels(images, device, dtype=torch.float32):
+    """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
+    x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2)
+    return (x.to(device) / 127.5 - 1).to(dtype)
+
+
 def to_images(pixels):
     """(B, 3, H, W) in [-1, 1], or a little outside -> list of PIL images."""
     pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -126,18 +132,6 @@ def generate(model, prompts, images=None, **settings):
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-
-def open_image(file):
-    """An RGB picture from a file. ValueError if it cannot be read, or is so large that it may be an attack."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return ImageOps.exif_transpose(Image.open(file)).convert("RGB")     # upright, as a viewer shows it
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"{file}: picture has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except (OSError, UnidentifiedImageError, SyntaxError) as e:
-        raise ValueError(f"{file} is not a readable picture: {e}") from None
-
 
 def save_png(image, file, settings):
     """Writes the picture with its prompt and settings as text chunks; an interrupted write leaves nothing half done."""
