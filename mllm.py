@@ -239,8 +239,10 @@ class ViT(nn.Module):
     def forward(self, patches, grid):
         """patches (B, P, 1176) of B pictures that share one grid (h, w) in patches -> (B, U, M)."""
         c, B, dev = self.config, len(patches), patches.device
-        order, real = (t.to(dev) for t in window_order(grid, c))                         # W windows of T units
-        W, unit = len(order), c.merge ** 2
+        order, real = window_order(grid, c)                                              # W windows of T units
+        W, unit, where = len(order), c.merge ** 2, real.flatten().nonzero()[:, 0]
+        back = where[order.flatten()[where].argsort()].to(dev)                           # where each unit went
+        order, real = order.to(dev), real.to(dev)
         windowed = lambda x: x.unflatten(-2, (-1, unit))[..., order, :, :].flatten(-4, -2)
         x = windowed(self.patch_embed(patches))                                          # (B, W*T*4, D), edge windows filled up
         angle = windowed(self.angles(grid, dev)).expand(B, -1, -1)                       # (B, W*T*4, K/2)
@@ -249,9 +251,7 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             whole = i in c.full_attention
             x = block(x, angle, real_patch) if whole else block(split(x), split(angle), split(real_patch)).reshape(B, -1, c.dim)
-        x = self.merger(x.unflatten(1, (-1, unit)))                                      # (B, W*T, M)
-        back = order.flatten()[real.flatten()].argsort()                                 # where each unit went
-        return x[:, real.flatten()][:, back]                                             # (B, U, M), row by row again
+        return self.merger(x.unflatten(1, (-1, unit)))[:, back]                          # (B, U, M), row by row again
 
 
 # ------------------------------------------------------------------------------------------------------------- decoder
@@ -271,15 +271,17 @@ class MLLMConfig:
 
 
 class KVCache:
-    """Keys and values of the positions read so far, one pair per layer, and which of those positions are real (B, S)."""
+    """Keys and values of the positions read so far, one pair per layer, and which of those positions are real (B, S). Once `full` is set it
+    takes in nothing more: what is read then is the end."""
 
     def __init__(self):
-        self.layers, self.real = {}, None
+        self.layers, self.real, self.full = {}, None, False
 
     def extend(self, layer, k, v):
         if layer in self.layers:
             k, v = torch.cat([self.layers[layer][0], k], 2), torch.cat([self.layers[layer][1], v], 2)
-        self.layers[layer] = k, v
+        if not self.full:
+            self.layers[layer] = k, v
         return k, v
 
 
@@ -407,7 +409,7 @@ class MLLM(nn.Module):
         c, cache = self.config, KVCache() if cache is None else cache
         cache.real = real if cache.real is None else torch.cat([cache.real, real], 1)
         mask = causal_mask(cache.real, x.shape[1])
-        axis = torch.arange(3, device=x.device).repeat_interleave(torch.tensor(c.rope_sections, device=x.device))
+        axis = torch.tensor([i for i, n in enumerate(c.rope_sections) for _ in range(n)], device=x.device)          # (K/2,)
         angle = positions[axis].permute(1, 2, 0) * frequencies(c.head_dim // 2, c.rope_theta, x.device)  # (B, S, K/2)
         states = [x]
         for i, layer in enumerate(self.layers[:n_layer]):

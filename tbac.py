@@ -85,6 +85,7 @@ class TBAC(nn.Module):
         batch = self.mllm.prepare(prompts, images, DRAW, then="<|vision_start|>")
         with torch.no_grad():
             self.mllm(self.mllm.read(batch), batch.positions, batch.real, cache, depth)
+        cache.full = True
         x = self.ladder.queries.to(self.mllm.embed.weight.dtype).expand(len(prompts), -1, -1)       # (B, Q, M)
         places = batch.positions[:, :, -1:] + torch.arange(1, x.shape[1] + 1, device=x.device)      # (3, B, Q), counted as text
         states = self.mllm(x, places, batch.real.new_ones(x.shape[:2]), cache, depth)
@@ -102,17 +103,17 @@ class TBAC(nn.Module):
         are drawn where not given. -> scalar, with a graph to queries, connector and DiT."""
         with torch.no_grad():
             x0 = self.dcae.encode(pixels)
-        return self.flow_loss(x0, self.encode(prompts, images), t, eps, generator)
-
-    def flow_loss(self, x0, rungs, t=None, eps=None, generator=None):
-        """`loss` from latents x0 (B, C, h, w) and rungs on."""
         if t is None:
             t = 1 - torch.rand(len(x0), device=x0.device, generator=generator)                      # uniform in (0, 1]
         if eps is None:
-            eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
-        s = t.view(-1, 1, 1, 1)
+            eps = torch.randn(x0.shape, device=x0.device, generator=generator)
+        return self.flow_losses(x0, self.encode(prompts, images), t, eps).mean()
+
+    def flow_losses(self, x0, rungs, t, eps):
+        """`loss` from latents x0 (B, C, h, w) and rungs on, for each row by itself. -> (B,)"""
+        x0, s = x0.float(), t.view(-1, 1, 1, 1)
         v = self.velocity((1 - s) * x0 + s * eps, t, rungs)
-        return (v - (eps - x0)).float().pow(2).mean()
+        return (v.float() - (eps - x0)).pow(2).flatten(1).mean(1)
 
     # ---- understanding
 
@@ -127,17 +128,18 @@ class TBAC(nn.Module):
 
     # ---- files
 
-    def save(self, folder, dtype=None, state=None):
-        """config.json, tokenizer.json and model*.safetensors: the model's own tensors or `state`, in `dtype` if given.
+    def save(self, folder, dtype=None, tensors=None):
+        """config.json, tokenizer.json and model*.safetensors: the model's own tensors or these (name, tensor) pairs, in `dtype` if given.
         A file that is there already is replaced as a whole, or left as it is if anything goes wrong."""
         with replacing(folder) as new:
             (new / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
             shutil.copyfile(self.mllm.tokenizer.file, new / "tokenizer.json")
-            write_shards(new, ((k, t.detach().to(dtype=dtype)) for k, t in (state or self.state_dict()).items()))
+            write_shards(new, ((k, t.detach().to(dtype=dtype)) for k, t in tensors or self.state_dict().items()))
 
     @classmethod
     def load(cls, folder, device="cpu", dtype=None):
-        """The model in a folder written by `save` or weights_convert.py. dtype: torch.dtype, default the config's.
+        """The model in a folder written by `save` or weights_convert.py. dtype: torch.dtype, default the config's; or one for
+        some of the parts, {"dit": torch.float32}.
 
         Parameters are made without memory and filled one file at a time, straight to the device. Raises ValueError that names
         the tensor or file for anything missing, left over, mis-shaped, non-finite or damaged.
@@ -148,7 +150,8 @@ class TBAC(nn.Module):
             raise ValueError(f"{folder} has no tokenizer.json")
         with torch.device("meta"):
             model = cls(config, Tokenizer(folder / "tokenizer.json"))
-        dtype, missing = dtype or getattr(torch, config.dtype), model.state_dict()
+        own, missing = getattr(torch, config.dtype), model.state_dict()
+        kinds = dtype if isinstance(dtype, dict) else dict.fromkeys(("mllm", "ladder", "dit", "dcae"), dtype or own)
         for file in weight_files(folder):
             found = {}
             for name, t in read_tensors(file, device):
@@ -158,7 +161,7 @@ class TBAC(nn.Module):
                     raise ValueError(f"{file}: tensor {name} has shape {tuple(t.shape)}, expected {tuple(missing[name].shape)}")
                 if not t.isfinite().all():
                     raise ValueError(f"{file}: tensor {name} has values that are not finite")
-                found[name] = t.to(dtype)
+                found[name] = t.to(kinds.get(name.split(".")[0], own))
                 del missing[name]
             model.load_state_dict(found, strict=False, assign=True)
         if missing:
@@ -194,6 +197,13 @@ def read_tensors(file, device="cpu"):
         raise ValueError(f"{file} cannot be read as safetensors, is it whole? {e}") from None
 
 
+def sync(folder):
+    """Waits until a folder and its files are on the disk itself."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle), os.close(handle)
+
+
 class replacing:
     """A scratch folder whose files move into `folder` only when the block ends well, so that a half-written one is never seen.
     Weight files of an older, differently sharded save go away then. ValueError if `folder` is a file."""
@@ -210,6 +220,7 @@ class replacing:
 
     def __exit__(self, kind, *_):
         if kind is None:
+            sync(self.new)
             names = {f.name for f in self.new.iterdir()}
             for file in self.new.iterdir():
                 os.replace(file, self.folder / file.name)
