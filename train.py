@@ -1,388 +1,655 @@
-"""Training, top to bottom: options, examples, one loss per stage, optimizer, loop.
+"""Training, top to bottom: options, model, examples and losses, optimizer, checkpoints, what a person sees, loop.
 
-The toy world's parts are made like the real ones, one stage after the other:
+The paper's three stages teach queries, connector and DiT; everything else is frozen:
 
-    vit    the MLLM's ViT learns to name what each of its tokens shows (a stand-in for its captions by the billion)
-    mllm   the whole MLLM learns to caption, to answer, and to say what an edit would give; frozen from then on
-    dcae   the autoencoder learns to reconstruct; frozen from then on
-    dit    the DiT learns to draw from a list of things (a stand-in for the captions that SANA was pretrained on)
-    t2i    the paper's step: only queries, connector and DiT learn, from captions
-    edit   the same, half of the examples now with a picture and an instruction
+    t2i    to draw from captions
+    edit   the same, from pictures and an instruction
+    mix    fine-tuning on both
 
-    python train.py --stage vit --out runs/vit
-    python train.py --stage mllm --model runs/vit --out runs/mllm
-    python train.py --stage t2i --model runs/dit --take mllm=runs/mllm --out runs/t2i
+    python train.py                                                              the toy's t2i, from assets/toy
+    python train.py --preset paper --stage t2i --model weights --data 'shards-{000..123}.tar'
+    torchrun --nproc-per-node 8 train.py --fsdp ...                              the same on 8 GPUs
 
-Every step draws its examples and its noise from (seed, step) alone: a resumed run needs nothing but the step number.
+The toy world's parts are made like the real ones, each in a stage of its own, before any ladder exists: vit, mllm, dcae, dit. What these
+learn, and from what, is in assets/toy/parts.py.
+
+Whatever is random about an example (its noise, its time, whether its text is dropped) is drawn from (seed, step, number of the example): any
+number of processes takes the same steps, and to resume a run no random state is needed but these numbers.
 """
 import argparse
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import itertools
 import json
 import math
+import os
 import pathlib
 import random
+import resource
+import shutil
+import signal
+import tempfile
 import time
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from dcae import DCAEConfig
-from dit import DiTConfig
-from mllm import ASK, DRAW, MLLMConfig, Tokenizer, ViTConfig, chat, mrope_positions, patchify
-from tbac import TBAC, TBACConfig, replacing
+import sample
+from assets.toy import parts
+from tbac import TBAC, read_tensors, sync, weight_files, write_shards
 
-STAGES = {  # what each stage trains, and the toy's numbers
-    "vit": dict(parts=("mllm.vision",), steps=3000, batch=32, lr=2e-3),
-    "mllm": dict(parts=("mllm",), steps=7000, batch=32, lr=2e-3),
-    "dcae": dict(parts=("dcae",), steps=2000, batch=32, lr=2e-3),
-    "dit": dict(parts=("dit",), steps=3000, batch=48, lr=1e-3),
-    "t2i": dict(parts=("ladder", "dit"), steps=6000, batch=48, lr=1e-3),
-    "edit": dict(parts=("ladder", "dit"), steps=6000, batch=48, lr=1e-3),
+# -------------------------------------------------------------------------------------------------------------- options
+
+LADDER = ("t2i", "edit", "mix")                                                 # the paper's stages
+LEARNS = {"vit": ["mllm.vision"], "mllm": ["mllm"], "dcae": ["dcae"], "dit": ["dit"]} | dict.fromkeys(LADDER, ["ladder", "dit"])
+PRESETS = {
+    "toy": {stage: dict(steps=n, batch=b, lr=lr, warmup=200, weight_decay=0.01, clip=1.0, ema=0.999, size=64, save_every=250, sheet_every=500)
+            for stage, n, b, lr in (("vit", 3000, 32, 2e-3), ("mllm", 7000, 32, 2e-3), ("dcae", 2000, 32, 2e-3), ("dit", 3000, 48, 1e-3),
+                                    ("t2i", 6000, 48, 1e-3), ("edit", 6000, 48, 1e-3), ("mix", 6000, 48, 1e-3))},
+    "paper": {stage: dict(lr=1e-4, warmup=5000, weight_decay=0.05, clip=0.5, ema=0.0, size=512, save_every=1000, sheet_every=1000, workers=8,
+                          grad_checkpoint=True, **length)                       # the released YAML files; batch is per GPU
+              for stage, length in (("t2i", dict(steps=150_000, batch=16)), ("edit", dict(epochs=10, batch=4)), ("mix", dict(epochs=100, batch=4)))},
 }
-TOY = TBACConfig(
-    mllm=MLLMConfig(vocab_size=640, n_layer=8, dim=128, n_head=4, n_kv_head=2, head_dim=32, mlp_dim=384, rope_theta=100.0, rope_sections=(2, 5, 9),
-                    vision=ViTConfig(n_layer=4, dim=96, n_head=3, mlp_dim=256, patch=8, window=32, full_attention=(1, 3), area=64 * 64)),
-    dit=DiTConfig(n_layer=6, n_head=6, cross_n_head=6, channels=16, caption_dim=128),
-    dcae=DCAEConfig(widths=(16, 32, 64, 128), encoder_layers=(0, 1, 1, 1), decoder_layers=(1, 1, 1, 1), attention_stages=1, latent_channels=16),
-    n_query=16, size=64)
-
-
 TOY_FOLDER = pathlib.Path(__file__).parent / "assets" / "toy"
 
 
-def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", choices=STAGES, default="t2i")
-    p.add_argument("--model", default=None, help="folder to start from (default: assets/toy for t2i and edit, else a fresh toy)")
-    p.add_argument("--take", nargs="*", default=[], metavar="PART=FOLDER", help="take a part (mllm, dcae, dit, ladder) from another folder")
-    p.add_argument("--out", default=None, help="folder for the trained model and the training state (default: runs/STAGE)")
-    p.add_argument("--steps", type=int, default=None), p.add_argument("--batch", type=int, default=None)
-    p.add_argument("--lr", type=float, default=None, help="peak learning rate, after warm-up; a cosine to a tenth of it follows")
-    p.add_argument("--warmup", type=int, default=200, help="steps")
-    p.add_argument("--weight-decay", type=float, default=0.01), p.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    p.add_argument("--ema", type=float, default=0.999, help="decay of the weights' running mean; that mean is what is saved")
-    p.add_argument("--drop", type=float, default=0.1, help="share of examples without their text, without their image, without both")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="to compute in; trained weights stay float32")
-    p.add_argument("--seed", type=int, default=0), p.add_argument("--save-every", type=int, default=250, metavar="STEPS")
-    p.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    a = p.parse_args()
-    preset = STAGES[a.stage]
-    a.steps, a.batch, a.lr = a.steps or preset["steps"], a.batch or preset["batch"], a.lr or preset["lr"]
-    a.out = pathlib.Path(a.out or f"runs/{a.stage}")
-    if a.model is None and a.stage in ("t2i", "edit"):
-        a.model = str(TOY_FOLDER)
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def options(argv=None):
+    """The preset's values, over them those of the run that --resume goes on with, over them what the command line says."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add, switch = p.add_argument, argparse.BooleanOptionalAction
+    add("--stage", choices=LEARNS, default="t2i", help="what learns")
+    add("--preset", choices=PRESETS, default="toy", help="defaults of this stage for what follows")
+    add("--model", help="folder to start from; none: a fresh toy")
+    add("--take", nargs="*", default=[], metavar="PART=FOLDER", help="take a part (mllm, dcae, dit, ladder) from another folder")
+    add("--data", nargs="+", metavar="SOURCE[=WEIGHT]", help="toy, toy-edit, a folder with metadata.jsonl, a folder of tars, 'a-{000..123}.tar'")
+    add("--out", type=pathlib.Path, help="folder for model, checkpoints, log, sheets and curves")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the options of that run")
+    add("--steps", type=int, help="optimizer steps")
+    add("--epochs", type=float, help="instead of --steps: times through the data")
+    add("--batch", type=int, help="examples per process and pass")
+    add("--accumulate", type=int, default=1, help="passes per step")
+    add("--lr", type=float, help="highest learning rate")
+    add("--warmup", type=int, help="steps up to it; a cosine down follows")
+    add("--floor", type=float, default=0.1, help="where the cosine ends, as a part of --lr")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
+    add("--weight-decay", type=float, help="of matrices")
+    add("--clip", type=float, help="largest gradient norm")
+    add("--ema", type=float, help="decay of the running mean of the weights, which is what is saved; 0: no mean")
+    add("--drop", type=float, default=0.1, help="part of the examples without text; with pictures: without text, picture, both")
+    add("--guard", action=switch, default=True, help="take no step where loss or gradient have a spike")
+    add("--size", type=int, help="side of a picture in pixels")
+    add("--seed", type=int, default=0, help="of everything")
+    add("--workers", type=int, default=0, help="helper processes that read data")
+    add("--max-bad", type=float, default=0.01, help="stop when more than this part of the records is broken")
+    add("--cache-latents", action=switch, default=False, help="run the autoencoder once per picture, keep latents in --out")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="to compute in; what learns is kept in float32")
+    add("--fsdp", action=switch, default=False, help="with torchrun: shard what learns (FSDP2), instead of a copy in each process (DDP)")
+    add("--grad-checkpoint", action=switch, default=False, help="compute inner results again in the backward pass: less memory, more time")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--keep", type=int, default=2, help="checkpoints that stay")
+    add("--sheet-every", type=int, help="steps between pictures of fixed prompts; 0: none")
+    add("--overfit", action=switch, default=False, help="the first batch again and again")
+    add("--dry-run", action="store_true", help="go once through everything, a step, a checkpoint, a sheet, and leave nothing")
+    add("--curves", action="store_true", help="only draw curves.png from the log in --out")
+    first, _ = p.parse_known_args(argv)
+    if first.stage not in PRESETS[first.preset]:
+        p.error(f"preset {first.preset} has no stage {first.stage}")
+    out = first.out or pathlib.Path("runs") / first.stage
+    p.set_defaults(**PRESETS[first.preset][first.stage], out=out, data=["toy=0.5", "toy-edit=0.5"] if first.stage in ("edit", "mix") else ["toy"],
+                   model=str(TOY_FOLDER) if first.stage in LADDER else None)
+    if first.resume and (out / "options.json").is_file():
+        p.set_defaults(**json.loads((out / "options.json").read_text()) | dict(out=out))
+    a = p.parse_args(argv)
+    if a.dry_run:
+        a.steps, a.warmup, a.save_every, a.sheet_every, a.resume = 1, 1, 1, 1, False
     return a
+
+
+def processes(a):
+    """-> rank, number of processes: those of torchrun, or this one alone."""
+    if "RANK" not in os.environ:
+        if a.fsdp:
+            raise ValueError("--fsdp shards over the processes that torchrun starts: torchrun --nproc-per-node N train.py --fsdp ...")
+        return 0, 1
+    if a.device == "cuda":
+        a.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(a.device)
+    dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo")
+    return dist.get_rank(), dist.get_world_size()
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
-def toy_tokenizer(file):
-    """A byte-level BPE with Qwen's special tokens, trained on the toy world's own text."""
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-    t = tokenizers.Tokenizer(models.BPE())
-    t.normalizer, t.decoder = normalizers.NFC(), decoders.ByteLevel()
-    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = [f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")]
-    trainer = trainers.BpeTrainer(vocab_size=TOY.mllm.vocab_size, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in data.corpus(10000, 0)], trainer)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    t.save(str(file))
-    return Tokenizer(file)
-
-
 def build(a):
-    """-> the model in float32, modules that only this stage needs, and the parameters that it trains, by name."""
+    """-> the model as stored, but for the parts that learn: those in float32."""
+    dtype = {part.split(".")[0]: torch.float32 for part in LEARNS[a.stage]}
     if a.model:
-        model = TBAC.load(a.model, a.device, torch.float32)
+        model = TBAC.load(a.model, a.device, dtype)
     else:
         generator = torch.Generator().manual_seed(a.seed)
-        model = TBAC(TOY, toy_tokenizer(a.out / "tokenizer.json")).to(a.device)
+        model = TBAC(parts.TOY, parts.toy_tokenizer(a.out / "tokenizer.json")).to(a.device)
         for part in (model.mllm, model.ladder, model.dit):
             part.init_weights(generator)
     for part, folder in (take.split("=") for take in a.take):
-        other = TBAC.load(folder, a.device, torch.float32)
+        other = TBAC.load(folder, a.device, dtype)
         setattr(model, part, getattr(other, part))
         if part != "ladder":
             model.config = dataclasses.replace(model.config, **{part: getattr(other.config, part)})
-    extra = {"vit": Names, "dit": Things}.get(a.stage, lambda config: nn.Module())(model.config).to(a.device)
-    model.requires_grad_(False)
-    trained = {f"{part}.{n}": p for part in STAGES[a.stage]["parts"] for n, p in model.get_submodule(part).named_parameters()}
-    for p in trained.values():
-        p.requires_grad_(True)
-    return model, extra, trained | {f"extra.{n}": p for n, p in extra.named_parameters()}
+    return model
 
 
-# --------------------------------------------------------------------------------------------- examples and losses, by stage
+class Learner(nn.Module):
+    """What learns in this stage, and nothing else: exactly this is optimized, and wrapped by DDP or FSDP. Its forward is the stage's loss."""
 
-def to_pixels(images, device, dtype=torch.float32):
-    """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
-    x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2)
-    return x.to(device, dtype) / 127.5 - 1
-
-
-def conversation(rng, picture):
-    """-> (system prompt, scene to show or None, [(question, answer), ...]), from a fresh scene."""
-    scene, kind = data.sample_scene(rng), rng.random()
-    if not picture and kind < 0.5:                                              # a caption, in any words -> what it says, in order
-        return DRAW, None, [(data.caption(scene, rng), f"{data.plain(data.ordered(scene))}, on a {scene.background} background")]
-    if not picture:                                                             # a scene in words, and questions about it
-        (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
-        return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns]
-    if kind < 0.6:                                                              # a picture, and questions about it
-        return ASK, scene, [data.question(scene, rng)[:2] for _ in range(5)]
-    if kind < 0.7:
-        return DRAW, scene, [("", data.describe(scene))]
-    scene = data.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
-    order, target, _ = data.edit(scene, rng)
-    return DRAW, scene, [(order, data.describe(target))]
-
-
-class Names(nn.Module):
-    """The stand-in for the captions that Qwen2.5-VL's ViT was pretrained on: every vision token tells which thing it shows, where in the picture
-    that is, and how large; or which background. Learned in stage `vit` and thrown away after it; from answers alone the ViT learns colours
-    long before shapes and places."""
-
-    def __init__(self, config):
+    def __init__(self, model, a):
         super().__init__()
-        self.names = [f"{c} {s}" for c in data.COLOURS for s in data.SHAPES] + list(data.BACKGROUNDS)
-        self.spots, self.sizes = list(data.SPOTS), list(data.SIZES)
-        self.head = nn.Linear(config.mllm.dim, len(self.names + self.spots + self.sizes))
+        for part in LEARNS[a.stage]:
+            self.add_module(part.replace(".", "/"), model.get_submodule(part))
+        self.extra = Latents(model, a) if a.stage in LADDER else parts.EXTRA.get(a.stage, lambda config: nn.Module())(model.config).to(a.device)
+        self.rest, self.a = (model,), a                                         # in a tuple, so that what is frozen is not a part
 
-    def shown(self, scene, h, w):
-        """Row by row, the nearest thing whose box reaches well into the unit, else the background. -> h * w triples of class indices"""
-        for y, x in (((row + 0.5) / h, (column + 0.5) / w) for row in range(h) for column in range(w)):
-            far = [(max(abs(t.x - x), abs(t.y - y)), t) for t in scene.things]
-            near = [(d, t) for d, t in far if d < t.radius + 0.35 / w]
-            t = min(near, key=lambda pair: pair[0])[1] if near else data.Thing("", "", "", x, y)
-            yield self.names.index(t.name if near else scene.background), self.spots.index(data.spot(t)), self.sizes.index(t.size) if near else -100
+    def forward(self, rows):
+        """rows: list of (example, its own random.Random) -> losses (B,), times (B,) or None"""
+        return parts.LOSS.get(self.a.stage, ladder_loss)(self.rest[0], self.extra, rows, self.a)
 
-    def forward(self, tokens):
-        """(N, M) -> logits of name, spot and size"""
-        return self.head(tokens).float().split([len(self.names), len(self.spots), len(self.sizes)], 1)
+    def trained(self):
+        return {n.replace("/", "."): p for n, p in self.named_parameters()}
 
 
-def vit_loss(model, extra, rng, a, generator):
-    """Cross-entropy of what each merged unit shows."""
-    c, scenes = model.config.mllm.vision, [data.sample_scene(rng) for _ in range(a.batch)]
-    pictures = [patchify(data.render(s, model.config.size), c) for s in scenes]
-    h, w = (n // c.merge for n in pictures[0][1])
-    shown = torch.tensor([row for s in scenes for row in extra.shown(s, h, w)], device=a.device)       # (B * U, 3)
-    return sum(F.cross_entropy(logits, which) for logits, which in zip(extra(model.mllm.see(pictures)), shown.T))
+class Cast(nn.Module):
+    """Gives a float32 parameter to its module in another dtype; gradients come back in float32."""
 
-
-def mllm_loss(model, extra, rng, a, generator):
-    """Cross-entropy of the answers' tokens, several questions per picture. A step has pictures in all rows or in none: less padding."""
-    mllm, tok = model.mllm, model.mllm.tokenizer
-    c, pad = mllm.config.vision, tok.special["image_pad"]
-    rows, positions, pictures, answers, picture = [], [], [], [], rng.random() < 0.5
-    for _ in range(a.batch):
-        system, scene, turns = conversation(rng, picture)
-        patches = [patchify(data.render(scene, model.config.size), c)] if scene else []
-        grids = [(h // c.merge, w // c.merge) for _, (h, w) in patches]
-        ids, is_answer = [], []
-        for i, (question, answer) in enumerate(turns):
-            ask = chat(question, [h * w for h, w in grids], system) if i == 0 else \
-                f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-            for text, learned in ((ask, False), (answer + "<|im_end|>", True)):
-                piece = tok.encode(text)
-                ids, is_answer = ids + piece, is_answer + [learned] * len(piece)
-        rows.append(ids), answers.append(is_answer), positions.append(mrope_positions(ids, pad, grids))
-        pictures += patches
-    batch = mllm.pad(rows, positions, pictures)
-    learned = torch.zeros_like(batch.real)
-    for row, is_answer in zip(learned, answers):
-        row[len(row) - len(is_answer):] = torch.tensor(is_answer)
-    hidden = mllm(mllm.read(batch), batch.positions, batch.real)[-1]            # (B, S, M)
-    logits = mllm.logits(hidden[:, :-1][learned[:, 1:]])                        # (answer tokens, vocab)
-    return F.cross_entropy(logits.float(), batch.ids[:, 1:][learned[:, 1:]])
-
-
-def dcae_loss(model, extra, rng, a, generator):
-    """L1 + L2 on pixels and L1 on their differences to the next pixel (edges); a little noise makes near latents mean near pictures."""
-    x = to_pixels([data.render(data.sample_scene(rng), model.config.size) for _ in range(a.batch)], a.device, model.dit.proj_out.weight.dtype)
-    z = model.dcae.encode(x)
-    noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-    miss = (model.dcae.decode(z + 0.1 * z.detach().std() * noise) - x).float()
-    edges = miss.diff(dim=2).abs().mean() + miss.diff(dim=3).abs().mean()
-    return miss.abs().mean() + miss.pow(2).mean() + edges / 2
-
-
-class Things(nn.Module):
-    """The stand-in for SANA's own text encoder: one vector per thing, with colour + shape + size + place added up, and one for
-    the background. Learned in stage `dit` and thrown away after it."""
-
-    def __init__(self, config):
+    def __init__(self, dtype):
         super().__init__()
-        width = config.dit.caption_dim
-        words = [*data.COLOURS, *data.SHAPES, *data.SIZES, *data.BACKGROUNDS, "nothing"]
-        self.index = {w: i for i, w in enumerate(words)}
-        self.table, self.place = nn.Embedding(len(words), width), nn.Linear(16, width)
+        self.dtype = dtype
 
-    def forward(self, scenes):                                                  # list of scenes or None -> (B, 5, width)
-        dev, ids, xy = self.table.weight.device, [], []
-        for s in scenes:
-            things = s.things if s else ()
-            row = [[self.index[w] for w in (t.colour, t.shape, t.size)] for t in things]
-            row += [[self.index[s.background if s else "nothing"]] * 3] + [[self.index["nothing"]] * 3] * (4 - len(things))
-            ids.append(row), xy.append([(t.x, t.y) for t in things] + [(0, 0)] * (5 - len(things)))
-        angle = torch.tensor(xy, device=dev)[..., None] * math.pi * 2 ** torch.arange(4, device=dev)         # (B, 5, 2, 4)
-        place = torch.cat([angle.sin(), angle.cos()], -1).flatten(2).to(self.table.weight.dtype)            # (B, 5, 16)
-        return self.table(torch.tensor(ids, device=dev)).sum(2) + self.place(place)
+    def forward(self, p):
+        return p.to(self.dtype)
 
 
-def dit_loss(model, extra, rng, a, generator):
-    """Flow matching on what the things say, the same for every block; a tenth hears nothing, which guidance needs."""
-    scenes = [data.sample_scene(rng) for _ in range(a.batch)]
-    x = to_pixels([data.render(s, model.config.size) for s in scenes], a.device, model.dit.proj_out.weight.dtype)
-    rungs = extra([None if rng.random() < a.drop else s for s in scenes]).expand(model.config.dit.n_layer, -1, -1, -1)
-    with torch.no_grad():
-        x0 = model.dcae.encode(x)
-    return model.flow_loss(x0, rungs, generator=generator)
+def prepare(model, a, world):
+    """-> learner, ready for any number of processes, {name: float32 parameter that learns}, {name: tensor that is frozen, as stored}."""
+    learner, dtype = Learner(model, a), getattr(torch, a.dtype)
+    trained = learner.trained()
+    frozen = {n: t for n, t in model.state_dict().items() if n not in trained}
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in trained)
+        if n not in trained:
+            p.data = p.data.to(dtype)
+    if a.grad_checkpoint:
+        for block in (*model.dit.blocks, *model.mllm.layers):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if a.fsdp:
+        fully_shard(learner, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
+        return learner, learner.trained(), frozen
+    for module in list(learner.modules()) if dtype != torch.float32 else ():
+        for name in [n for n, _ in module.named_parameters(recurse=False)]:
+            parametrize.register_parametrization(module, name, Cast(dtype), unsafe=True)
+    if world > 1:                                                               # a step of stage mllm may hold no pictures
+        learner = nn.parallel.DistributedDataParallel(learner, find_unused_parameters=a.stage == "mllm")
+    return learner, trained, frozen
 
 
-def t2i_example(rng, a, size):
-    """-> (prompt, [], picture)"""
-    scene = data.sample_scene(rng)
-    return "" if rng.random() < a.drop else data.caption(scene, rng), [], data.render(scene, size)
+# ------------------------------------------------------------------------------------------------------- examples, loss
+
+class Latents(nn.Module):
+    """Pictures -> latents by the autoencoder; with --cache-latents once per picture, then from a file in --out/latents. The folder there is named
+    after size, dtype and weights: where one of them changes, nothing old is found, and it is thrown away."""
+
+    def __init__(self, model, a):
+        super().__init__()
+        self.folder, self.device, self.dtype = None, a.device, getattr(torch, a.dtype)
+        if a.cache_latents:
+            digest = hashlib.sha256(f"{a.size} {a.dtype}".encode())
+            for t in model.dcae.state_dict().values():
+                digest.update(t.float().cpu().numpy().tobytes())
+            self.folder = a.out / "latents" / digest.hexdigest()[:16]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.parent.iterdir():
+                if old != self.folder:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def file(self, name):
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def known(self, name):
+        """The latents of a record's picture, or None."""
+        try:
+            return load_file(self.file(name))["x0"] if self.folder else None
+        except (OSError, SafetensorError):                                      # not there, or cut short by a crash
+            return None
+
+    @torch.no_grad()
+    def forward(self, model, examples):
+        """-> (B, C, h, w)"""
+        x0 = {i: e.target.to(self.device) for i, e in enumerate(examples) if isinstance(e.target, torch.Tensor)}
+        if new := [i for i in range(len(examples)) if i not in x0]:
+            fresh = model.dcae.encode(sample.to_pixels([examples[i].target for i in new], self.device, self.dtype))
+            x0 |= dict(zip(new, fresh))
+            for i in (i for i in new if self.folder and examples[i].name):      # a toy example has no name: it never comes again
+                file = self.file(examples[i].name)
+                save_file({"x0": x0[i].contiguous()}, file.with_suffix(f".{os.getpid()}"))
+                os.replace(file.with_suffix(f".{os.getpid()}"), file)
+        return torch.stack([x0[i] for i in range(len(examples))])
 
 
-def edit_example(rng, a, size):
-    """-> (instruction, [source], target). The drop of ARCHITECTURE.md section 6: text, both, or the image (a black one), a tenth each."""
-    scene = data.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
-    order, target, _ = data.edit(scene, rng)
-    source, r = data.render(scene, size), rng.random()
-    if a.drop <= r < 3 * a.drop:
-        source = source.point(lambda _: 0)
-    return "" if r < 2 * a.drop else order, [source], data.render(target, size)
+def dropped(example, rng, drop):
+    """-> prompt, images, as training sees them. Without pictures: a tenth without text. With: a tenth without text, a tenth with black pictures,
+    a tenth with neither (one number decides, as in the released code)."""
+    r, images = rng.random(), list(example.images)
+    if drop <= r < 3 * drop:
+        images = [image.point(lambda _: 0) for image in images]
+    return "" if r < (2 if images else 1) * drop else example.prompt, images
 
 
-def ladder_loss(model, extra, rng, a, generator):
+def ladder_loss(model, extra, rows, a):
     """The paper's step: flow matching on the rungs."""
-    kinds = [edit_example if a.stage == "edit" and rng.random() < 0.5 else t2i_example for _ in range(a.batch)]
-    prompts, images, targets = zip(*(kind(rng, a, model.config.size) for kind in kinds))
-    return model.loss(to_pixels(targets, a.device, model.dit.proj_out.weight.dtype), prompts, images, generator=generator)
-
-
-LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss, "t2i": ladder_loss, "edit": ladder_loss}
+    examples, rngs = zip(*rows)
+    x0 = extra(model, examples)                                                 # (B, C, h, w)
+    prompts, images = zip(*(dropped(example, rng, a.drop) for example, rng in rows))
+    t, eps = data.noise(rngs, x0.shape[1:], a.device)                           # (B,), (B, C, h, w)
+    return model.flow_losses(x0, model.encode(list(prompts), list(images)), t, eps), t
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizer
 
 def learning_rate(step, a):
-    """Linear warm-up, then a cosine down to a tenth."""
+    """Linear warm-up, then a cosine down to `floor` of the peak."""
     if step < a.warmup:
         return a.lr * (step + 1) / a.warmup
     progress = (step - a.warmup) / max(1, a.steps - a.warmup)
-    return a.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+    return a.lr * (a.floor + (1 - a.floor) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class Guard:
+    """Decides *before* the optimizer step whether it is taken. The limits are the released code's, which compares after stepping, and with means
+    that hold the spike already; here skipped values do not enter the means."""
+
+    def __init__(self):
+        self.loss, self.norm, self.skipped, self.in_a_row = None, None, 0, 0    # running means (0.99), counts
+
+    def reason(self, loss, norm):
+        """Why not to take this step, or None."""
+        if not math.isfinite(loss) or not math.isfinite(norm) or norm > 1e6:
+            return f"loss {loss:g}, gradient norm {norm:g}"
+        if self.loss is not None and loss > 20 * self.loss:
+            return f"loss {loss:g} is above 20 times its mean {self.loss:g}"
+        if self.norm is not None and norm > max(1, 25 * self.norm):
+            return f"gradient norm {norm:g} is above 25 times its mean {self.norm:g}"
+        return None
+
+    def allows(self, loss, norm):
+        """Keeps the means and the counts. Raises ValueError at the tenth refusal in a row."""
+        if reason := self.reason(loss, norm):
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            if self.in_a_row == 10:
+                raise ValueError(f"ten steps in a row were skipped, the last one for: {reason}. Look at the data of these steps in log.jsonl, then "
+                                 "--resume with a smaller --lr, a longer --warmup or a smaller --clip; --no-guard takes every step")
+            return reason
+        mean = lambda old, new: new if old is None else 0.99 * old + 0.01 * new
+        self.loss, self.norm, self.in_a_row = mean(self.loss, loss), mean(self.norm, norm), 0
+        return None
 
 
 class State:
-    """What a resumed run needs: float32 masters of the trained parameters, their running mean, AdamW's moments, the step."""
+    """What changes while training, and what a checkpoint holds: weights, their running mean, AdamW's moments, the guard, counts."""
 
     def __init__(self, trained, a):
-        self.params, self.step = trained, 0
-        self.master = {n: p.detach().float().clone() for n, p in trained.items()}
-        self.ema = {n: m.clone() for n, m in self.master.items()}
-        decay, other = ([m for m in self.master.values() if (m.dim() > 1) == matrix] for matrix in (True, False))
-        groups = [dict(params=decay, weight_decay=a.weight_decay), dict(params=other, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=a.lr)
+        self.params, self.step, self.updates, self.guard, self.past = trained, 0, 0, Guard(), []
+        self.mean = {n: p.detach().clone() for n, p in trained.items()} if a.ema else trained
+        matrices, others = ([p for p in trained.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
+        groups = [dict(params=matrices, weight_decay=a.weight_decay), dict(params=others, weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, lr=a.lr, betas=tuple(a.betas), fused=True)
 
+    @torch.no_grad()
     def update(self, a):
-        """The gradients of the computing copy -> one optimizer step on the masters -> back into the copy."""
-        for n, p in self.params.items():
-            self.master[n].grad, p.grad = None if p.grad is None else p.grad.float(), None
-        norm = nn.utils.clip_grad_norm_(list(self.master.values()), a.clip)
+        """One optimizer step, and the mean follows."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, a)
         self.optimizer.step()
-        self.step += 1
-        with torch.no_grad():
-            decay = min(a.ema, self.step / (self.step + 10))
-            torch._foreach_lerp_(list(self.ema.values()), list(self.master.values()), 1 - decay)
-            for n, p in self.params.items():
-                p.copy_(self.master[n])
-        return norm
+        self.updates += 1
+        if a.ema:
+            torch._foreach_lerp_(list(self.mean.values()), list(self.params.values()), 1 - min(a.ema, self.updates / (self.updates + 10)))
 
-    def save(self, file):
-        tensors = {f"master.{n}": t for n, t in self.master.items()} | {f"ema.{n}": t for n, t in self.ema.items()}
-        for n, m in self.master.items():
-            tensors |= {f"{k}.{n}": v for k, v in self.optimizer.state.get(m, {}).items()}
-        save_file(tensors, file, metadata={"step": str(self.step)})
+    def tensors(self):
+        """Yields (name, whole tensor), on every process at once where they are sharded."""
+        for n, p in self.params.items():
+            moments = {k: self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")} if self.updates else {}
+            for kind, t in (dict(param=p) | (dict(mean=self.mean[n]) if self.mean is not self.params else {}) | moments).items():
+                yield f"{kind}.{n}", whole(t)
 
-    def load(self, file):
-        with safe_open(file, "pt") as f:
-            self.step = int(f.metadata()["step"])
-            for n, m in self.master.items():
-                m.copy_(f.get_tensor(f"master.{n}")), self.ema[n].copy_(f.get_tensor(f"ema.{n}"))
-                self.optimizer.state[m] = {k: f.get_tensor(f"{k}.{n}").to("cpu" if k == "step" else m.device)
-                                           for k in ("step", "exp_avg", "exp_avg_sq")}
-                with torch.no_grad():
-                    self.params[n].copy_(m)
+    @torch.no_grad()
+    def load(self, folder):
+        facts = json.loads((folder / "state.json").read_text())
+        self.step, self.updates, self.past = facts["step"], facts["updates"], [(world, reached) for world, reached in facts["past"]]
+        self.guard.__dict__ |= facts["guard"]
+        for file in weight_files(folder):
+            for name, t in read_tensors(file):
+                kind, n = name.split(".", 1)
+                p = self.params[n]
+                if kind in ("param", "mean"):
+                    fill({"param": p, "mean": self.mean[n]}[kind], t)
+                else:
+                    moments = self.optimizer.state[p]
+                    moments[kind] = torch.empty_like(p)
+                    fill(moments[kind], t)
+                    moments["step"] = torch.tensor(float(self.updates), device=p.device)
 
 
-def save(model, state, frozen, a):
-    """Into --out: the model with the mean weights, and the state to resume from."""
-    ema = {n: t for n, t in state.ema.items() if not n.startswith("extra.")}
-    model.save(a.out, state=frozen | ema)
-    with replacing(a.out / "state") as new:
-        state.save(new / "state.safetensors")
+def whole(t):
+    t = t.detach()
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def fill(into, t):
+    into.copy_(distribute_tensor(t.to(into.device), into.device_mesh, into.placements) if isinstance(into, DTensor) else t)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def checkpoints(out):
+    """The whole ones, oldest first. One that was being written when the machine stopped has another name."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def save(model, state, frozen, a, rank):
+    """A checkpoint, and the model with the mean weights. On every process (shards are put together), written by the first."""
+    tensors = state.tensors()
+    weights = ((n, whole(state.mean[n]) if n in state.mean else frozen[n]) for n in [*frozen, *(n for n in state.mean if not n.startswith("extra."))])
+    if rank > 0:
+        for _ in itertools.chain(tensors, weights):
+            pass
+        return
+    folder = a.out / "checkpoints"
+    new = folder / ".new"
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        write_shards(new, tensors)
+        (new / "state.json").write_text(json.dumps(dict(step=state.step, updates=state.updates, past=state.past, guard=vars(state.guard))))
+        sync(new)
+        os.rename(new, folder / f"step-{state.step:08d}")
+        sync(folder)
+        for old in checkpoints(a.out)[:-a.keep]:
+            shutil.rmtree(old)
+        model.save(a.out, tensors=weights)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(new, ignore_errors=True)
+        last = checkpoints(a.out)
+        whole_one = f"{last[-1]} is whole, --resume goes on from it" if last else ""
+        raise ValueError(f"step {state.step} could not be saved: {e}. {whole_one}") from None
+
+
+# --------------------------------------------------------------------------------------------------- what a person sees
+
+@contextlib.contextmanager
+def mean_weights(learner, state):
+    """The model with its mean weights, whole on every process."""
+    kept = {n: p.detach().clone() for n, p in state.params.items()}
+    with torch.no_grad():
+        for n, p in state.params.items():
+            p.copy_(state.mean[n])
+    if isinstance(learner, FSDPModule):
+        learner.unshard()
+    yield
+    if isinstance(learner, FSDPModule):
+        learner.reshard()
+    with torch.no_grad():
+        for n, p in state.params.items():
+            p.copy_(kept[n])
+
+
+def sheet(model, learner, state, examples, a):
+    """Pictures for fixed prompts from fixed noise: for each example what it starts from, what it should become, and what is drawn."""
+    with mean_weights(learner, state):
+        drawn = [sample.generate(model, [e.prompt], [list(e.images)], generator=torch.Generator(a.device).manual_seed(i), size=a.size,
+                                 steps=1 if a.dry_run else 20)[0] for i, e in enumerate(examples)]
+    shown = [(picture, label) for e, d in zip(examples, drawn)
+             for picture, label in (*((i, "from") for i in e.images), (e.target, "to"), (d, e.prompt)) if not isinstance(picture, torch.Tensor)]
+    return data.sheet([p for p, _ in shown], [text for _, text in shown], scale=max(1, 128 // a.size), columns=6)
+
+
+def curves(out):
+    """curves.png from log.jsonl: loss, loss by t, gradient norm with the skipped steps, learning rate."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    rows = {row["step"]: row for row in rows if "loss" in row}                  # a run that was killed and resumed wrote some steps twice
+    rows = [rows[step] for step in sorted(rows)]
+    steps, n = [row["step"] for row in rows], max(1, len(rows) // 100)
+
+    def smooth(values):
+        """Means over the last n values that are there."""
+        parts = ([v for v in values[max(0, i - n + 1):i + 1] if v is not None and math.isfinite(v)] for i in range(len(values)))
+        return [sum(part) / len(part) if part else math.nan for part in parts]
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
+    loss, by_t, norm, rate = axes.flat
+    loss.plot(steps, [row["loss"] for row in rows], color="0.8", lw=0.5), loss.plot(steps, smooth([row["loss"] for row in rows]), color="C0")
+    loss.set(title=f"loss, and its mean over {n} steps", yscale="log")
+    if rows and rows[0].get("by_t"):
+        for i in range(10):
+            by_t.plot(steps, smooth([row["by_t"][i] for row in rows]), color=plt.cm.viridis(i / 9), label=f"{i / 10:.1f}-{(i + 1) / 10:.1f}")
+        by_t.legend(fontsize=7, ncols=2, title="t (1 is noise)")
+    by_t.set(title="loss by time", yscale="log")
+    norm.plot(steps, [row["norm"] for row in rows], color="0.8", lw=0.5), norm.plot(steps, smooth([row["norm"] for row in rows]), color="C1")
+    skipped = [row for row in rows if row["skipped"]]
+    norm.plot([row["step"] for row in skipped], [row["norm"] for row in skipped], "rx", label=f"{len(skipped)} skipped"), norm.legend()
+    norm.set(title="gradient norm", yscale="log")
+    rate.plot(steps, [row["lr"] for row in rows], color="C2"), rate.set(title="learning rate")
+    for axis in axes.flat:
+        axis.set(xlabel="step"), axis.grid(alpha=0.3)
+    figure.savefig(out / "curves.png", dpi=80), plt.close(figure)
 
 
 # ----------------------------------------------------------------------------------------------------------------- loop
 
-def training_loop(model, extra, state, a):
-    """Yields (step, loss, gradient norm) after every step."""
-    while state.step < a.steps:
-        rng = random.Random(f"{a.seed} {a.stage} {state.step}")
-        generator = torch.Generator(a.device).manual_seed(rng.getrandbits(63))
-        loss = LOSS[a.stage](model, extra, rng, a, generator)
-        loss.backward()
-        norm = state.update(a)
-        yield state.step, loss.item(), norm.item()
+@dataclasses.dataclass
+class Report:
+    """After a step: what it cost, and why it was skipped, if it was. by_t: mean loss in ten bins of t of this process's rows."""
+    step: int
+    loss: float
+    norm: float
+    lr: float
+    skipped: str | None
+    by_t: list | None
 
 
-def unit_latents(model, a):
-    """The scaling factor that gives the autoencoder's latents a standard deviation of 1, as SANA's has."""
-    rng = random.Random(a.seed)
-    x = to_pixels([data.render(data.sample_scene(rng), model.config.size) for _ in range(256)], a.device, torch.float32)
+def batches(reader, state, a):
+    """Yields the rows of one pass: [(example, random.Random of its own), ...]."""
+    examples, first = iter(reader), None
+    while True:
+        batch = first or list(itertools.islice(examples, a.batch))
+        first = batch if a.overfit else None
+        yield [(example, random.Random(f"{a.seed} {state.step} {number}")) for number, example in batch]
+
+
+def sync_gradients(learner, on):
+    """DDP and FSDP add gradients over processes in the last pass of a step only."""
+    if isinstance(learner, FSDPModule):
+        learner.set_requires_gradient_sync(on)
+    else:
+        learner.require_backward_grad_sync = on
+
+
+def mean_of(values, device):
+    """Mean over the processes of a list of numbers."""
+    x = torch.tensor(values, dtype=torch.float64 if device == "cpu" else torch.float32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x.tolist()
+
+
+def bins(losses, times):
+    which = (times * 10).clamp(max=9.99).long()
+    return [losses[which == i].mean().item() if (which == i).any() else None for i in range(10)]
+
+
+def training_loop(learner, state, rows, a, stop=lambda: False):
+    """Yields a Report after every step, until a.steps or until some process is told to stop."""
+    asked = False
+    while state.step < a.steps and not asked:
+        passes = []
+        for i in range(a.accumulate):
+            sync_gradients(learner, i == a.accumulate - 1)
+            losses, times = learner(next(rows))                                 # (B,), (B,)
+            (losses.mean() / a.accumulate).backward()
+            passes.append((losses.detach(), times))
+        losses, times = (None if x[0] is None else torch.cat(x) for x in zip(*passes))
+        loss, asked = mean_of([losses.mean().item(), float(stop())], a.device)
+        norm = whole(nn.utils.clip_grad_norm_(state.params.values(), a.clip)).item()
+        skipped = state.guard.allows(loss, norm) if a.guard else None
+        if not skipped:
+            state.update(a)
+        state.optimizer.zero_grad()
+        state.step += 1
+        yield Report(state.step, loss, norm, learning_rate(state.step - 1, a), skipped, None if times is None else bins(losses, times))
+
+
+def unit_latents(folder, a):
+    """Gives the autoencoder the scaling factor at which its latents have a standard deviation of 1, as SANA's have."""
+    model, rng = TBAC.load(folder, a.device), random.Random(a.seed)
+    x = sample.to_pixels([data.render(data.sample_scene(rng), a.size) for _ in range(256)], a.device)
     with torch.no_grad():
         std = model.dcae.encode(x).std().item() / model.config.dcae.scaling_factor
-    c = dataclasses.replace(model.config, dcae=dataclasses.replace(model.config.dcae, scaling_factor=1 / std))
-    model.config, model.dcae.config = c, c.dcae
+    model.config = dataclasses.replace(model.config, dcae=dataclasses.replace(model.config.dcae, scaling_factor=1 / std))
+    model.save(folder)
+
+
+def peak_memory(device):
+    """GB, of the GPU or of this process."""
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9
+
+
+def sources(a, latents):
+    """--data -> sources, weights"""
+    draw, edit = (lambda rng, i: data.draw_example(rng, a.size)), (lambda rng, i: data.edit_example(rng, a.size))
+    toys = {"toy": parts.EXAMPLE.get(a.stage, draw), "toy-edit": edit}
+    specs = [(spec, 1.0) if not sep or not w.replace(".", "", 1).isdigit() else (name, float(w))
+             for spec in a.data for name, sep, w in [spec.rpartition("=")]]
+    return [data.source(spec, toys, a.seed, a.size, latents) for spec, _ in specs], [w for _, w in specs]
+
+
+def reader_of(a, state, rank, world, latents):
+    """The examples of this process, from where the run has come to; --epochs becomes --steps."""
+    where, weights = sources(a, latents)
+    if not (state.past and state.past[-1][0] == world):                         # from here on with so many processes
+        state.past.append((world, [0] * world))
+    if a.epochs:
+        if any(isinstance(s, data.Toy) for s in where):
+            raise ValueError("--epochs: the toy world has no end, give --steps")
+        records = sum(1 for _ in tqdm(itertools.chain.from_iterable(s.locations(random.Random(0)) for s in where), "count records", disable=rank > 0))
+        a.steps = math.ceil(a.epochs * records / (a.batch * a.accumulate * world))
+    return data.Reader(data.Share(where, weights, a.seed, rank, state.past), a.workers, a.max_bad)
+
+
+class Run:
+    """All of a run: `steps()` trains and yields a Report after every step, for a notebook to watch or to stop; `train` below is its use."""
+
+    def __init__(self, a):
+        self.a, (self.rank, self.world), self.asked = a, processes(a), None
+        torch.manual_seed(a.seed)                                               # for what a stage makes from nothing
+        self.model = build(a)
+        self.learner, trained, self.frozen = prepare(self.model, a, self.world)
+        self.state = State(trained, a)
+        if a.resume and (last := checkpoints(a.out)):
+            self.state.load(last[-1])
+        inner = self.learner.module if hasattr(self.learner, "module") else self.learner
+        self.reader = reader_of(a, self.state, self.rank, self.world, inner.extra.known if a.stage in LADDER else None)
+        first = data.Share(self.reader.share.sources, self.reader.share.weights, a.seed, 0, [(1, [0])])
+        self.shown = [e for _, e in itertools.islice(data.Reader(first), 8)] if a.stage in LADDER else []
+
+    def steps(self):
+        return training_loop(self.learner, self.state, batches(self.reader, self.state, self.a), self.a, lambda: self.asked is not None)
+
+    def save(self):
+        reached = [self.reader.reached] * self.world
+        if self.world > 1:
+            dist.all_gather_object(reached, self.reader.reached)
+        self.state.past[-1] = (self.world, reached)
+        save(self.model, self.state, self.frozen, self.a, self.rank)
+
+    def sheet(self):
+        page = sheet(self.model, self.learner, self.state, self.shown, self.a)
+        if self.rank == 0:
+            page.save(self.a.out / f"sheet-{self.state.step:08d}.png")
+
+
+def train(run):
+    """Steps, and what happens between them: the bar, the log, checkpoints, sheets. Ends early, after a checkpoint, when told to."""
+    a, state, written, named, mean = run.a, run.state, run.state.step, 0, None
+    rows = a.batch * a.accumulate * run.world
+    with tqdm(total=a.steps, initial=state.step, desc=a.stage, mininterval=1, disable=run.rank > 0) as bar, open(a.out / "log.jsonl", "a") as log:
+        began = time.time()
+        for r in run.steps():
+            took, began = time.time() - began, time.time()
+            mean = r.loss if mean is None or not math.isfinite(mean) else 0.98 * mean + 0.02 * r.loss
+            row = dataclasses.asdict(r) | dict(images_per_second=round(rows / took, 2), memory_gb=round(peak_memory(a.device), 3))
+            if bad := run.reader.bad[named:]:                                   # each process names its own
+                named = len(run.reader.bad)
+                log.write(json.dumps(dict(step=r.step, process=run.rank, bad=bad)) + "\n")
+                bar.write("\n".join(f"skipped: {what}" for what in bad))
+            if run.rank == 0:
+                log.write(json.dumps(row) + "\n")
+                if r.skipped:
+                    bar.write(f"step {r.step} not taken: {r.skipped}")
+            log.flush()
+            bar.update()
+            said = f"loss {mean:.4f}, norm {r.norm:.2f}, lr {r.lr:.1e}, {rows / took:.1f} images/s, {row['memory_gb']:.1f} GB"
+            bar.set_postfix_str(said, refresh=False)
+            if r.step % a.save_every == 0 or r.step == a.steps:
+                run.save()
+                written = r.step
+            if run.shown and a.sheet_every and (r.step % a.sheet_every == 0 or r.step == a.steps):
+                run.sheet()
+            began = time.time()
+    if state.step > written:
+        run.save()
 
 
 def main():
     a = options()
-    torch.manual_seed(a.seed)
-    model, extra, trained = build(a)
-    frozen = model.state_dict()                                                 # float32, and so it stays on disk
-    state = State(trained, a)
-    if a.resume:
-        state.load(a.out / "state" / "state.safetensors")
-    model.to(getattr(torch, a.dtype)), extra.to(getattr(torch, a.dtype))
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "options.json").write_text(json.dumps(vars(a), indent=1, default=str))
-    mean, start = None, time.time()
-    with tqdm(total=a.steps, initial=state.step, desc=a.stage, mininterval=2) as bar, open(a.out / "log.jsonl", "a") as log:
-        for step, loss, norm in training_loop(model, extra, state, a):
-            mean = loss if mean is None else 0.98 * mean + 0.02 * loss
-            bar.update(), bar.set_postfix(loss=f"{mean:.4f}", norm=f"{norm:.2f}", refresh=False)
-            log.write(json.dumps(dict(step=step, loss=round(loss, 5), norm=round(norm, 4), seconds=round(time.time() - start, 1))) + "\n")
-            if step % a.save_every == 0 or step == a.steps:
-                log.flush(), save(model, state, frozen, a)
-    if a.stage == "dcae":
-        model = TBAC.load(a.out, a.device, torch.float32)
-        unit_latents(model, a)
-        model.save(a.out)
+    try:
+        if a.curves:
+            return curves(a.out)
+        with tempfile.TemporaryDirectory() as scratch:
+            a.out = pathlib.Path(scratch) if a.dry_run else a.out
+            a.out.mkdir(parents=True, exist_ok=True)
+            run = Run(a)
+            if run.rank == 0:
+                (a.out / "options.json").write_text(json.dumps(vars(a), indent=1, default=str))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: setattr(run, "asked", number))     # at the end of this step
+            train(run)
+            if run.rank == 0:
+                curves(a.out)
+                if a.stage == "dcae":
+                    unit_latents(a.out, a)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
+    if run.asked:
+        print(f"stopped at step {run.state.step}, saved; --resume goes on")
+        raise SystemExit(128 + run.asked)
 
 
 if __name__ == "__main__":

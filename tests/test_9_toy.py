@@ -3,6 +3,7 @@ import json
 import random
 
 import pytest
+import torch
 
 import data
 import sample
@@ -23,10 +24,7 @@ def test_it_fits_in_16_megabytes_and_says_how_it_was_made():
 
 def test_the_autoencoder_keeps_colours(toy):
     """Mean error of a reconstruction well under that of a blank page."""
-    import torch
-
-    from train import to_pixels
-    x = to_pixels([data.render(data.sample_scene(random.Random(i))) for i in range(32)], "cpu")
+    x = sample.to_pixels([data.render(data.sample_scene(random.Random(i))) for i in range(32)], "cpu")
     with torch.no_grad():
         back = toy.dcae.decode(toy.dcae.encode(x))
     assert (back - x).pow(2).mean() < 0.1 * (x - x.median()).pow(2).mean()

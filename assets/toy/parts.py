@@ -1,0 +1,174 @@
+"""How the toy's parts were made: what stands in for the years of pretraining behind the real ones. `train.py` runs these stages.
+
+    vit    the MLLM's ViT learns to name what each of its tokens shows (a stand-in for its captions by the billion)
+    mllm   the whole MLLM learns to caption, to answer, and to say what an edit would give
+    dcae   the autoencoder learns to reconstruct
+    dit    the DiT learns to draw from a list of things (a stand-in for the captions that SANA was pretrained on)
+
+Each has examples of its own from data.py, a loss, and perhaps a module that is thrown away afterwards. A loss takes the model, that module,
+rows of (example, its own random.Random) and the options, and gives the losses (B,) and the times t (B,) of these rows, or None.
+"""
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from dcae import DCAEConfig
+from dit import DiTConfig
+from mllm import ASK, DRAW, MLLMConfig, Tokenizer, ViTConfig, chat, mrope_positions, patchify
+from sample import to_pixels
+from tbac import TBACConfig
+
+TOY = TBACConfig(
+    mllm=MLLMConfig(vocab_size=640, n_layer=8, dim=128, n_head=4, n_kv_head=2, head_dim=32, mlp_dim=384, rope_theta=100.0, rope_sections=(2, 5, 9),
+                    vision=ViTConfig(n_layer=4, dim=96, n_head=3, mlp_dim=256, patch=8, window=32, full_attention=(1, 3), area=64 * 64)),
+    dit=DiTConfig(n_layer=6, n_head=6, cross_n_head=6, channels=16, caption_dim=128),
+    dcae=DCAEConfig(widths=(16, 32, 64, 128), encoder_layers=(0, 1, 1, 1), decoder_layers=(1, 1, 1, 1), attention_stages=1, latent_channels=16),
+    n_query=16, size=64)
+
+
+def toy_tokenizer(file):
+    """A byte-level BPE with Qwen's special tokens, trained on the toy world's own text."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    t = tokenizers.Tokenizer(models.BPE())
+    t.normalizer, t.decoder = normalizers.NFC(), decoders.ByteLevel()
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = [f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")]
+    trainer = trainers.BpeTrainer(vocab_size=TOY.mllm.vocab_size, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in data.corpus(10000, 0)], trainer)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(f".{os.getpid()}")                                   # several processes may do this at once
+    t.save(str(new))
+    os.replace(new, file)
+    return Tokenizer(file)
+
+
+class Names(nn.Module):
+    """The stand-in for the captions that Qwen2.5-VL's ViT was pretrained on: every vision token tells which thing it shows, where in the picture
+    that is, and how large; or which background. From answers alone the ViT learns colours
+    long before shapes and places."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.names = [f"{c} {s}" for c in data.COLOURS for s in data.SHAPES] + list(data.BACKGROUNDS)
+        self.spots, self.sizes = list(data.SPOTS), list(data.SIZES)
+        self.head = nn.Linear(config.mllm.dim, len(self.names + self.spots + self.sizes))
+
+    def shown(self, scene, h, w):
+        """Row by row, the nearest thing whose box reaches well into the unit, else the background. -> h * w triples of class indices"""
+        for y, x in (((row + 0.5) / h, (column + 0.5) / w) for row in range(h) for column in range(w)):
+            far = [(max(abs(t.x - x), abs(t.y - y)), t) for t in scene.things]
+            near = [(d, t) for d, t in far if d < t.radius + 0.35 / w]
+            t = min(near, key=lambda pair: pair[0])[1] if near else data.Thing("", "", "", x, y)
+            yield self.names.index(t.name if near else scene.background), self.spots.index(data.spot(t)), self.sizes.index(t.size) if near else -100
+
+    def forward(self, tokens):
+        """(N, M) -> logits of name, spot and size"""
+        return self.head(tokens).float().split([len(self.names), len(self.spots), len(self.sizes)], 1)
+
+
+def vit_loss(model, extra, rows, a):
+    """Cross-entropy of what each merged unit shows."""
+    c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
+    pictures = [patchify(data.render(s, a.size), c) for s in scenes]
+    h, w = (n // c.merge for n in pictures[0][1])
+    shown = torch.tensor([row for s in scenes for row in extra.shown(s, h, w)], device=a.device)       # (B * U, 3)
+    loss = sum(F.cross_entropy(logits, which) for logits, which in zip(extra(model.mllm.see(pictures)), shown.T))
+    return loss.expand(len(rows)), None
+
+
+def conversation(rng, i):
+    """-> (system prompt, scene to show or None, [(question, answer), ...]). 32 with pictures, then 32 without: rows of a batch are alike."""
+    scene, kind = data.sample_scene(rng), rng.random()
+    if i // 32 % 2 and kind < 0.5:                                              # a caption, in any words -> what it says, in order
+        return DRAW, None, [(data.caption(scene, rng), f"{data.plain(data.ordered(scene))}, on a {scene.background} background")]
+    if i // 32 % 2:                                                             # a scene in words, and questions about it
+        (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
+        return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns]
+    if kind < 0.6:                                                              # a picture, and questions about it
+        return ASK, scene, [data.question(scene, rng)[:2] for _ in range(5)]
+    if kind < 0.7:
+        return DRAW, scene, [("", data.describe(scene))]
+    scene = data.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
+    order, target, _ = data.edit(scene, rng)
+    return DRAW, scene, [(order, data.describe(target))]
+
+
+def mllm_loss(model, extra, rows, a):
+    """Cross-entropy of the answers, several questions per picture. Every answer counts the same, however long: the loss of "red" must not
+    drown in that of descriptions, since it alone asks which colour belongs to which shape."""
+    mllm, tok, c = model.mllm, model.mllm.tokenizer, model.config.mllm.vision
+    batch, weights = [], []
+    for (system, scene, turns), _ in rows:
+        patches = [patchify(data.render(scene, a.size), c)] if scene else []
+        grids, ids, weight = [(h // c.merge, w // c.merge) for _, (h, w) in patches], [], []
+        for i, (question, answer) in enumerate(turns):
+            ask = chat(question, [h * w for h, w in grids], system) if i == 0 else \
+                f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            for text, counts in ((ask, 0), (answer + "<|im_end|>", 1)):
+                piece = tok.encode(text)
+                ids, weight = ids + piece, weight + [counts / len(piece)] * len(piece)
+        batch.append((ids, mrope_positions(ids, tok.special["image_pad"], grids), patches)), weights.append(weight)
+    ids, positions, patches = zip(*batch)
+    batch = mllm.pad(ids, positions, sum(patches, []))
+    S = batch.ids.shape[1]
+    weight = torch.tensor([[0] * (S - len(w)) + w for w in weights], device=a.device)[:, 1:]          # (B, S - 1) of the tokens to predict
+    hidden = mllm(mllm.read(batch), batch.positions, batch.real)[-1][:, :-1]                          # (B, S - 1, M)
+    logits = mllm.logits(hidden[weight > 0]).float()                                                  # (answer tokens, vocab)
+    losses = F.cross_entropy(logits, batch.ids[:, 1:][weight > 0], reduction="none") * weight[weight > 0]
+    return (losses.sum() / weight.sum()).expand(len(rows)), None
+
+
+def dcae_loss(model, extra, rows, a):
+    """L1 + L2 on pixels and L1 on their differences to the next pixel (edges); a little noise makes near latents mean near pictures."""
+    scenes, rngs = zip(*rows)
+    x = to_pixels([data.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype))
+    z = model.dcae.encode(x)
+    z = z + 0.1 * z.detach().std() * data.noise(rngs, z.shape[1:], a.device)[1].to(z.dtype)
+    miss = (model.dcae.decode(z) - x).float()
+    mean = lambda x: x.flatten(1).mean(1)
+    edges = mean(miss.diff(dim=2).abs()) + mean(miss.diff(dim=3).abs())
+    return mean(miss.abs()) + mean(miss.pow(2)) + edges / 2, None
+
+
+class Things(nn.Module):
+    """The stand-in for SANA's own text encoder: one vector per thing, with colour + shape + size + place added up, and one for
+    the background."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.dit.caption_dim
+        words = [*data.COLOURS, *data.SHAPES, *data.SIZES, *data.BACKGROUNDS, "nothing"]
+        self.index = {w: i for i, w in enumerate(words)}
+        self.table, self.place = nn.Embedding(len(words), width), nn.Linear(16, width)
+
+    def forward(self, scenes):                                                  # list of scenes or None -> (B, 5, width)
+        dev, ids, xy = self.table.weight.device, [], []
+        for s in scenes:
+            things = s.things if s else ()
+            row = [[self.index[w] for w in (t.colour, t.shape, t.size)] for t in things]
+            row += [[self.index[s.background if s else "nothing"]] * 3] + [[self.index["nothing"]] * 3] * (4 - len(things))
+            ids.append(row), xy.append([(t.x, t.y) for t in things] + [(0, 0)] * (5 - len(things)))
+        angle = torch.tensor(xy, device=dev)[..., None] * math.pi * 2 ** torch.arange(4, device=dev)         # (B, 5, 2, 4)
+        place = torch.cat([angle.sin(), angle.cos()], -1).flatten(2).to(self.table.weight.dtype)            # (B, 5, 16)
+        return self.table(torch.tensor(ids, device=dev)).sum(2) + self.place(place)
+
+
+def dit_loss(model, extra, rows, a):
+    """Flow matching on what the things say, the same for every block; a tenth hears nothing, which guidance needs."""
+    scenes, rngs = zip(*rows)
+    with torch.no_grad():
+        x0 = model.dcae.encode(to_pixels([data.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype)))
+    rungs = extra([None if r.random() < a.drop else s for s, r in rows]).expand(model.config.dit.n_layer, -1, -1, -1)
+    t, eps = data.noise(rngs, x0.shape[1:], a.device)
+    return model.flow_losses(x0, rungs, t, eps), t
+
+
+LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss}
+EXTRA = {"vit": Names, "dit": Things}                                           # thrown away afterwards
+EXAMPLE = dict.fromkeys(LOSS, lambda rng, i: data.sample_scene(rng)) | {"mllm": conversation}

@@ -1,0 +1,64 @@
+"""Two processes take the steps that one takes: copies (DDP) and shards (FSDP2), and checkpoints pass between them."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+COMMON = ("--stage", "mix", "--warmup", 1, "--sheet-every", 0, "--dtype", "float32", "--save-every", 2)
+
+
+def command(processes, *args):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    return [sys.executable, *map(str, (*launch, ROOT / "train.py", *args))]
+
+
+def train(processes, out, *args):
+    done = subprocess.run(command(processes, *COMMON, "--out", out, *args), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    rows = {row["step"]: row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
+    return [rows[step]["loss"] for step in sorted(rows)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(1, tmp_path_factory.mktemp("alone"), "--steps", 4, "--batch", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [(), ("--fsdp",), ("--fsdp", "--grad-checkpoint")])
+def test_the_same_global_batch_gives_the_same_losses(alone, tmp_path, mode):
+    assert train(2, tmp_path, "--steps", 4, "--batch", 2, *mode) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_accumulated_passes_are_one_batch(alone, tmp_path):
+    assert train(1, tmp_path / "1", "--steps", 4, "--batch", 1, "--accumulate", 4) == pytest.approx(alone, rel=1e-5)
+    assert train(2, tmp_path / "2", "--steps", 4, "--batch", 1, "--accumulate", 2) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [(), ("--fsdp",)])
+def test_from_two_processes_to_one_and_back(alone, tmp_path, mode):
+    for processes, steps, batch in ((2, 1, 2), (1, 2, 4), (2, 4, 2)):
+        told = train(processes, tmp_path, "--steps", steps, "--batch", batch, "--resume", *(mode if processes > 1 else ("--no-fsdp",)))
+    assert told == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_whole_job(tmp_path):
+    job = command(2, *COMMON, "--out", tmp_path, "--steps", 10_000, "--batch", 1)
+    job = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "log.jsonl").is_file() or len((tmp_path / "log.jsonl").read_text().splitlines()) < 3:
+        time.sleep(0.1)
+        assert job.poll() is None, job.communicate()[1]
+    children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode not in (0, None) and "SIGKILL" in err
