@@ -277,6 +277,11 @@ class KVCache:
     def __init__(self):
         self.layers, self.real, self.full = {}, None, False
 
+    def spread(self, which):
+        """Row i becomes a copy of row which[i]."""
+        self.layers = {i: (k[which], v[which]) for i, (k, v) in self.layers.items()}
+        self.real = self.real[which]
+
     def extend(self, layer, k, v):
         if layer in self.layers:
             k, v = torch.cat([self.layers[layer][0], k], 2), torch.cat([self.layers[layer][1], v], 2)
@@ -325,6 +330,33 @@ class DecoderLayer(nn.Module):
 
 
 @dataclass
+class Row:
+    """One prompt, tokenized: ids, positions (3, S), pictures as [(patches, grid)]."""
+    ids: list
+    positions: torch.Tensor
+    pictures: list
+
+    def key(self):
+        return tuple(self.ids), tuple(id(patches) for patches, _ in self.pictures)
+
+
+def split_shared(rows):
+    """-> heads, tails, which: row i is heads[which[i]] and then tails[i]. A head is what all rows with the same pictures begin with (the
+    system prompt, the pictures); attention is causal, so it is read once for all of them. A row that shares nothing has an empty tail."""
+    groups, heads, tails, which = {}, [], [None] * len(rows), [None] * len(rows)
+    for i, row in enumerate(rows):
+        groups.setdefault(row.key()[1], []).append(i)
+    for members in groups.values():
+        columns = zip(*(rows[i].ids for i in members))
+        n = next((n for n, column in enumerate(columns) if len(set(column)) > 1), min(len(rows[i].ids) for i in members))
+        first = rows[members[0]]
+        heads.append(Row(first.ids[:n], first.positions[:, :n], first.pictures))
+        for i in members:
+            tails[i], which[i] = Row(rows[i].ids[n:], rows[i].positions[:, n:], []), len(heads) - 1
+    return heads, tails, which
+
+
+@dataclass
 class Batch:
     """Prompts ready to read: ids (B, S) left-padded, real (B, S), positions (3, B, S), pictures as [(patches, grid)]."""
     ids: torch.Tensor
@@ -353,45 +385,46 @@ class MLLM(nn.Module):
             else:
                 nn.init.constant_(p, 1.0 if "norm" in name else 0.0)
 
-    def prepare(self, texts, images=None, system=ASK, then=""):
-        """Prompts (list of str) and pictures (None, or per prompt a list of PIL images) -> Batch, on this model's device.
-
-        `then` opens the assistant's turn. Several pictures stand in the order given. Raises ValueError for lists that do not fit.
-        """
+    def rows(self, texts, images=None, system=ASK, then=""):
+        """Prompts (list of str) and pictures (None, or per prompt a list of PIL images) -> a Row each. A picture that stands in several places
+        becomes patches once. `then` opens the assistant's turn. Raises ValueError for lists that do not fit."""
         images = [[] for _ in texts] if images is None else images
         if len(images) != len(texts):
             raise ValueError(f"{len(texts)} prompts but {len(images)} lists of images")
-        c, pad, merge = self.config.vision, self.tokenizer.special["image_pad"], self.config.vision.merge
-        rows, positions, pictures = [], [], []
+        pad, merge, known, rows = self.tokenizer.special["image_pad"], self.config.vision.merge, {}, []
         for text, row in zip(texts, images):
-            patches = [patchify(image, c) for image in row]
-            grids = [(h // merge, w // merge) for _, (h, w) in patches]
+            keys = [(image.mode, image.size, image.tobytes()) for image in row]
+            known |= {key: patchify(image, self.config.vision) for key, image in zip(keys, row) if key not in known}
+            pictures = [known[key] for key in keys]
+            grids = [(h // merge, w // merge) for _, (h, w) in pictures]
             ids = self.tokenizer.encode(chat(text, [h * w for h, w in grids], system) + then)
             if ids.count(pad) != sum(h * w for h, w in grids):
                 raise ValueError(f"the prompt must not contain image tokens itself: {text!r}")
-            rows.append(ids)
-            positions.append(mrope_positions(ids, pad, grids))
-            pictures += patches
-        return self.pad(rows, positions, pictures)
+            rows.append(Row(ids, mrope_positions(ids, pad, grids), pictures))
+        return rows
 
-    def pad(self, rows, positions, pictures):
+    def prepare(self, texts, images=None, system=ASK, then=""):
+        """`rows` as one Batch on this model's device."""
+        return self.pad(self.rows(texts, images, system, then))
+
+    def pad(self, rows):
         """Rows of different length -> one Batch; padding goes to the left, so that the last token is every row's last."""
-        S, dev = max(map(len, rows)), self.embed.weight.device
+        S, dev = max(len(row.ids) for row in rows), self.embed.weight.device
         ids = torch.full((len(rows), S), self.tokenizer.special["endoftext"])
         real, places = torch.zeros(len(rows), S, dtype=torch.bool), torch.ones(3, len(rows), S, dtype=torch.long)
-        for b, (row, place) in enumerate(zip(rows, positions)):
-            ids[b, S - len(row):], real[b, S - len(row):], places[:, b, S - len(row):] = torch.tensor(row), True, place
-        return Batch(ids.to(dev), real.to(dev), places.to(dev), pictures)
+        for b, row in enumerate(rows):
+            start = S - len(row.ids)
+            ids[b, start:], real[b, start:], places[:, b, start:] = torch.tensor(row.ids), True, row.positions
+        return Batch(ids.to(dev), real.to(dev), places.to(dev), [picture for row in rows for picture in row.pictures])
 
     def see(self, pictures):
-        """[(patches, grid)] -> (all units of all pictures, M); pictures of one grid go through the ViT together."""
-        weight, tokens = self.embed.weight, [None] * len(pictures)
+        """[(patches, grid)] -> (all units of all pictures, M). Each distinct picture once; those of one grid go through the ViT together."""
+        weight, tokens = self.embed.weight, {}
+        distinct = {id(patches): (patches, grid) for patches, grid in pictures}
         for grid in dict.fromkeys(grid for _, grid in pictures):
-            where = [i for i, (_, g) in enumerate(pictures) if g == grid]
-            patches = torch.stack([pictures[i][0] for i in where]).to(weight.device, weight.dtype)
-            for i, x in zip(where, self.vision(patches, grid)):
-                tokens[i] = x
-        return torch.cat(tokens)
+            same = {i: patches for i, (patches, g) in distinct.items() if g == grid}
+            tokens |= dict(zip(same, self.vision(torch.stack(list(same.values())).to(weight.device, weight.dtype), grid)))
+        return torch.cat([tokens[id(patches)] for patches, _ in pictures])
 
     def read(self, batch):
         """Batch -> input embeddings (B, S, M): a row of the table per token, the ViT's output where a picture stands."""

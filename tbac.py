@@ -28,7 +28,7 @@ from torch import nn
 from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
 from ladder import Ladder, rungs
-from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig
+from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, split_shared
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,32 @@ class TBAC(nn.Module):
     def encode(self, prompts, images=None):
         """prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images -> rungs (L, B, Q, caption_dim).
 
-        Attention is causal and the queries come last, so what is read before them does not depend on them: it needs no graph,
-        and layers above the last tap need not run at all. Prompts beyond `max_prompt` tokens are cut with a warning.
+        Attention is causal and the queries come last, so what is read before them does not depend on them: it needs no graph, what
+        rows begin with in common is read once, and layers above the last tap do not run. Equal rows are one row. Prompts beyond
+        `max_prompt` tokens are cut with a warning.
         """
-        tokenizer, depth, cache = self.mllm.tokenizer, max(self.ladder.taps), KVCache()
-        prompts = [tokenizer.cut(p, self.config.max_prompt) for p in prompts]
-        batch = self.mllm.prepare(prompts, images, DRAW, then="<|vision_start|>")
+        mllm, depth, cache = self.mllm, max(self.ladder.taps), KVCache()
+        prompts = [mllm.tokenizer.cut(p, self.config.max_prompt) for p in prompts]
+        every = mllm.rows(prompts, images, DRAW, then="<|vision_start|>")
+        rows = list({row.key(): row for row in every}.values())
+        heads, tails, which = split_shared(rows)
         with torch.no_grad():
-            self.mllm(self.mllm.read(batch), batch.positions, batch.real, cache, depth)
+            self.absorb(heads, cache, depth)                                                        # system prompt, pictures
+            cache.spread(which)
+            self.absorb(tails, cache, depth)                                                        # the user's own words
         cache.full = True
-        x = self.ladder.queries.to(self.mllm.embed.weight.dtype).expand(len(prompts), -1, -1)       # (B, Q, M)
-        places = batch.positions[:, :, -1:] + torch.arange(1, x.shape[1] + 1, device=x.device)      # (3, B, Q), counted as text
-        states = self.mllm(x, places, batch.real.new_ones(x.shape[:2]), cache, depth)
-        return self.ladder(states)                                                                  # (L, B, Q, caption_dim)
+        x = self.ladder.queries.to(mllm.embed.weight.dtype).expand(len(rows), -1, -1)               # (B, Q, M)
+        places = torch.stack([row.positions[:, -1] for row in rows], 1)[..., None].to(x.device)     # (3, B, 1), of the last token
+        places = places + torch.arange(1, x.shape[1] + 1, device=x.device)                          # (3, B, Q), counted as text
+        states = mllm(x, places, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), cache, depth)
+        where = {row.key(): b for b, row in enumerate(rows)}
+        return self.ladder(states)[:, [where[row.key()] for row in every]]                          # (L, B, Q, caption_dim)
+
+    def absorb(self, rows, cache, depth):
+        """Reads rows, or what comes next of them, into the cache."""
+        if any(row.ids for row in rows):
+            batch = self.mllm.pad(rows)
+            self.mllm(self.mllm.read(batch), batch.positions, batch.real, cache, depth)
 
     def velocity(self, x_t, t, rungs):
         """x_t (B, C, h, w), t (B,) in [0, 1], rungs from `encode` -> velocity (B, C, h, w), pointing from data to noise."""

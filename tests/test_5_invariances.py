@@ -17,6 +17,25 @@ def test_a_mixed_batch_gives_the_same_rows_as_one_at_a_time(tiny):
         assert relative(together[:, b:b + 1], tiny.encode([prompt], [row])) < 1e-5, b
 
 
+def test_nothing_is_read_twice(tiny):
+    """Equal rows are one row, a picture in two rows is seen once, and what rows begin with in common is read once."""
+    tokens, pictures = [], []
+    tiny.mllm.layers[0].register_forward_hook(lambda m, args, out: tokens.append(out.shape[0] * out.shape[1]))
+    tiny.mllm.vision.register_forward_hook(lambda m, args, out: pictures.append(len(out)))
+
+    def read(*args):
+        tokens.clear(), pictures.clear()
+        tiny.encode(*args)
+        return sum(tokens), sum(pictures)
+    one, other = read(["a dog"])[0], read(["a cat, perhaps"])[0]
+    assert read(["a dog"] * 4) == (one, 0)
+    assert one + other - read(["a dog", "a cat, perhaps"])[0] > 40                # the system prompt and what surrounds it
+    alone, _ = read(["a dog"], [[RED]])
+    both, seen = read(["a dog", "a cat, perhaps"], [[RED], [RED.copy()]])
+    assert seen == 1 and both < 1.2 * alone
+    assert read([""] * 2, [[RED, BLUE], [BLUE, RED]])[1] == 2
+
+
 def test_no_images_and_empty_lists_are_the_same(tiny):
     assert torch.equal(tiny.encode(PROMPTS), tiny.encode(PROMPTS, [[]] * 4))
 

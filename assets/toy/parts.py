@@ -18,7 +18,7 @@ from torch import nn
 import data
 from dcae import DCAEConfig
 from dit import DiTConfig
-from mllm import ASK, DRAW, MLLMConfig, Tokenizer, ViTConfig, chat, mrope_positions, patchify
+from mllm import ASK, DRAW, MLLMConfig, Row, Tokenizer, ViTConfig, chat, mrope_positions, patchify
 from sample import to_pixels
 from tbac import TBACConfig
 
@@ -113,9 +113,8 @@ def mllm_loss(model, extra, rows, a):
             for text, counts in ((ask, 0), (answer + "<|im_end|>", 1)):
                 piece = tok.encode(text)
                 ids, weight = ids + piece, weight + [counts / len(piece)] * len(piece)
-        batch.append((ids, mrope_positions(ids, tok.special["image_pad"], grids), patches)), weights.append(weight)
-    ids, positions, patches = zip(*batch)
-    batch = mllm.pad(ids, positions, sum(patches, []))
+        batch.append(Row(ids, mrope_positions(ids, tok.special["image_pad"], grids), patches)), weights.append(weight)
+    batch = mllm.pad(batch)
     S = batch.ids.shape[1]
     weight = torch.tensor([[0] * (S - len(w)) + w for w in weights], device=a.device)[:, 1:]          # (B, S - 1) of the tokens to predict
     hidden = mllm(mllm.read(batch), batch.positions, batch.real)[-1][:, :-1]                          # (B, S - 1, M)
