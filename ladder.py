@@ -8,33 +8,52 @@ become at the very end, here DiT block j hears them as they stand on entering ML
                        |    |          |    |        one shared connector
     DiT block          0    1   ...   18   19        20 blocks
 
-Dimension key: B batch, Q queries, M MLLM width, L rungs = DiT blocks.
+The other wirings are there to be compared with it: no public source says whether the ladder is what helps.
+
+Dimension key: B batch, Q queries, M MLLM width, L rungs = DiT blocks, T tapped states.
 """
+import random
+
 import torch
 from torch import nn
 
 
 def rungs(n_mllm, n_dit, how="top"):
-    """Which MLLM state feeds which DiT block: a list of n_dit indexes into the n_mllm + 1 hidden states.
-
-    "top", the paper's: the inputs of the last n_dit layers, in order. Raises ValueError for another word or too short an MLLM.
-    """
-    if how != "top":
-        raise ValueError(f"unknown wiring {how!r}, expected 'top'")
+    """Which MLLM state feeds which DiT block: a list of n_dit indexes into the n_mllm + 1 hidden states. "mean" and "routed" mix all states,
+    and list them all. ValueError for another word, or where the MLLM is too short."""
     if n_dit > n_mllm:
         raise ValueError(f"{n_dit} DiT blocks need {n_dit} MLLM layers, got {n_mllm}")
-    return list(range(n_mllm - n_dit, n_mllm))
+    top = list(range(n_mllm - n_dit, n_mllm))
+    ways = {
+        "top": top,                                                             # the paper's: what enters the last n_dit layers, in order
+        "last": [n_mllm] * n_dit,                                               # MetaQuery's: the normed end, for every block
+        "penultimate": [n_mllm - 1] * n_dit,                                    # what enters the last layer, for every block
+        "uniform": [round(j * (n_mllm - 1) / max(1, n_dit - 1)) for j in range(n_dit)],    # spread over the whole depth
+        "first": list(range(n_dit)),                                            # what enters the first n_dit layers
+        "reversed": top[::-1],
+        "shuffled": random.Random(0).sample(top, n_dit),
+        "mean": list(range(n_mllm + 1)),                                        # the same average for every block
+        "routed": list(range(n_mllm + 1)),                                      # each block learns its own weights
+    }
+    if how not in ways:
+        raise ValueError(f"unknown wiring {how!r}, expected one of {list(ways)}")
+    return ways[how]
 
 
 class Ladder(nn.Module):
     """Queries, taps and connector: all that is new between the two pretrained models."""
 
-    def __init__(self, n_query, mllm_dim, caption_dim, taps):
+    def __init__(self, n_query, mllm_dim, caption_dim, n_mllm, n_dit, how="top"):
         super().__init__()
-        self.taps = taps                                                        # state index per DiT block
+        self.taps = rungs(n_mllm, n_dit, how)                                   # state indexes
         self.queries = nn.Parameter(torch.empty(n_query, mllm_dim))             # a parameter of its own, not rows of a frozen table
         self.connector = nn.Sequential(nn.Linear(mllm_dim, caption_dim), nn.GELU("tanh"),
                                        nn.Linear(caption_dim, caption_dim), nn.RMSNorm(caption_dim, eps=1e-5))
+        routes = torch.zeros(n_dit, n_mllm + 1) if how in ("mean", "routed") else None               # (L, T) logits
+        if how == "routed":
+            self.routes = nn.Parameter(routes)
+        else:
+            self.register_buffer("routes", routes)
 
     def init_weights(self, generator=None):
         """Queries like token embeddings; the connector's gain sqrt(5.5) brings the rungs to the size SANA knows from its captions."""
@@ -47,4 +66,6 @@ class Ladder(nn.Module):
     def forward(self, states):
         """states: list of (B, Q, M), the queries' hidden states at every depth -> rungs (L, B, Q, caption_dim)."""
         tapped = torch.stack([states[i] for i in self.taps])                    # (L, B, Q, M)
+        if self.routes is not None:                                             # mean, routed: of all T states a mixture for each block
+            tapped = torch.einsum("lt,tbqm->lbqm", self.routes.float().softmax(1), tapped.float())
         return self.connector(tapped.to(self.queries.dtype))                    # (L, B, Q, caption_dim)

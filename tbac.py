@@ -27,7 +27,7 @@ from torch import nn
 
 from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
-from ladder import Ladder, rungs
+from ladder import Ladder
 from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, split_shared
 
 
@@ -65,7 +65,7 @@ class TBAC(nn.Module):
         super().__init__()
         c = self.config = config
         self.mllm = MLLM(c.mllm, tokenizer).requires_grad_(False)
-        self.ladder = Ladder(c.n_query, c.mllm.dim, c.dit.caption_dim, rungs(c.mllm.n_layer, c.dit.n_layer, c.wiring))
+        self.ladder = Ladder(c.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer, c.wiring)
         self.dit = DiT(c.dit)
         self.dcae = DCAE(c.dcae).requires_grad_(False)
 

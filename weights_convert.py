@@ -170,7 +170,7 @@ def convert(qwen, sana, tbac, out, dtype=None, seed=0):
             for n, piece in to_ours(ours, t, config):
                 yield place(file, name, n, piece)
         if not tbac:
-            ladder = Ladder(config.n_query, config.mllm.dim, config.dit.caption_dim, model.ladder.taps)
+            ladder = Ladder(config.n_query, config.mllm.dim, config.dit.caption_dim, config.mllm.n_layer, config.dit.n_layer)
             ladder.init_weights(torch.Generator().manual_seed(seed))
             for n, t in ladder.state_dict().items():
                 yield place("fresh ladder", n, f"ladder.{n}", t)

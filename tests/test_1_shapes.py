@@ -18,14 +18,35 @@ def test_the_ladder_taps_the_inputs_of_the_last_layers():
         rungs(12, 20)
 
 
-def test_ladder_gives_each_block_its_own_state():
-    ladder = Ladder(3, 8, 6, rungs(5, 2))
+def test_the_other_wirings():
+    assert rungs(36, 4, "last") == [36] * 4 and rungs(36, 4, "penultimate") == [35] * 4 and rungs(36, 4, "first") == [0, 1, 2, 3]
+    assert rungs(36, 4, "reversed") == [35, 34, 33, 32] and rungs(36, 4, "uniform") == [0, 12, 23, 35] and rungs(36, 1, "uniform") == [0]
+    shuffled = rungs(36, 20, "shuffled")
+    assert sorted(shuffled) == list(range(16, 36)) != shuffled == rungs(36, 20, "shuffled")
+    assert rungs(36, 4, "mean") == rungs(36, 4, "routed") == list(range(37))
+
+
+@pytest.mark.parametrize("how, fed", [("top", [3, 4]), ("last", [5, 5]), ("penultimate", [4, 4]), ("uniform", [0, 4]), ("first", [0, 1]),
+                                      ("reversed", [4, 3]), ("shuffled", rungs(5, 2, "shuffled")), ("mean", [2.5, 2.5]), ("routed", [1, 2.5])])
+def test_each_wiring_gives_each_block_its_own_state(how, fed):
+    """State i is 1 + i throughout; what block j hears is the connector of 1 + fed[j]."""
+    ladder = Ladder(3, 8, 6, 5, 2, how)
     ladder.init_weights()
-    states = [torch.full((1, 3, 8), float(i)) for i in range(6)]
-    out = ladder(states)
+    if how == "routed":
+        assert torch.equal(ladder.routes.softmax(1), torch.full((2, 6), 1 / 6))     # it starts as the mean
+        ladder.routes.data[0, 1] = 50                               # now block 0 has learnt to hear state 1
+    assert (how == "routed") == ("routes" in dict(ladder.named_parameters()))
+    out = ladder([torch.full((1, 3, 8), 1.0 + i) for i in range(6)])
     assert out.shape == (2, 1, 3, 6)
-    for j, state in enumerate((3, 4)):
-        assert relative(out[j], ladder.connector(states[state]).detach()) < 1e-6
+    for j, value in enumerate(fed):
+        assert relative(out[j], ladder.connector(torch.full((1, 3, 8), 1.0 + value)).detach()) < 1e-5
+
+
+def test_every_wiring_runs_from_prompt_to_rungs(tiny):
+    for how in ("top", "last", "penultimate", "uniform", "first", "reversed", "shuffled", "mean", "routed"):
+        tiny.ladder = Ladder(4, tiny.config.mllm.dim, tiny.config.dit.caption_dim, tiny.config.mllm.n_layer, tiny.config.dit.n_layer, how)
+        tiny.ladder.init_weights(torch.Generator().manual_seed(0))
+        assert tiny.encode(["a dog", "a cat"]).shape == (tiny.config.dit.n_layer, 2, 4, tiny.config.dit.caption_dim)
 
 
 def test_first_velocity_is_zero_and_every_block_hears_its_rung():
