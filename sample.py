@@ -12,6 +12,8 @@ import json
 import math
 import os
 import pathlib
+import time
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +71,7 @@ def guide(v, guidance, image_guidance):
     return v[0] + image_guidance * (v[1] - v[0]) + guidance * (v[2] - v[1])
 
 
+@torch.no_grad()
 def conditions(model, prompts, images, image_guidance, negative):
     """Rungs (L, k B, Q, caption_dim) of the k rows that guidance compares: k = 3 if there is an image to be guided by, else 2."""
     images = [[] for _ in prompts] if images is None else [list(row) for row in images]
@@ -81,12 +84,13 @@ def conditions(model, prompts, images, image_guidance, negative):
 
 @torch.no_grad()
 def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidance=1.5, negative="", shift=3.0, solver="dpm++",
-            size=None, eps=None, generator=None):
+            size=None, eps=None, generator=None, heard=None):
     """Yields a Step after every step; the last x_t is the picture, in the DiT's latent space.
 
     prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images, used for editing; size: side in pixels or
-    (height, width); eps: (B, C, h, w) starting noise, else drawn. A prompt without images is guided by its text alone, also
-    beside others that have some: for it the first two of the three velocities are the same.
+    (height, width); eps: (B, C, h, w) starting noise, else drawn; heard: what `conditions` gave for the same prompts, if there is more than
+    one picture to draw of them. A prompt without images is guided by its text alone, also beside others that have some: for it the first
+    two of the three velocities are the same.
     """
     c, B = model.config, len(prompts)
     if steps < 1 or solver not in SOLVERS:
@@ -97,12 +101,12 @@ def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidan
     dev = model.ladder.queries.device
     if eps is None:
         eps = torch.randn(B, c.dit.channels, height // c.dcae.factor, width // c.dcae.factor, device=dev, generator=generator)
-    rungs, k = conditions(model, prompts, images, image_guidance, negative)      # (L, k B, Q, caption_dim)
+    rungs, k = heard or conditions(model, prompts, images, image_guidance, negative)         # (L, k B, Q, caption_dim)
     blocks = model.dit.condition(rungs)                                          # keys and values, once for all steps
     times, x, before = schedule(steps, shift).tolist(), eps.float().to(dev), None
     for i, t in enumerate(times[:-1]):
-        time = torch.full((k * B,), int(1000 * t), device=dev)                   # whole numbers, as in the released sampler
-        v = model.dit(torch.cat([x] * k).to(rungs.dtype), time, blocks).float()  # (k B, C, h, w)
+        t1000 = torch.full((k * B,), int(1000 * t), device=dev)                  # whole numbers, as in the released sampler
+        v = model.dit(torch.cat([x] * k).to(rungs.dtype), t1000, blocks).float() # (k B, C, h, w)
         x0 = x - t * guide(v.chunk(k), guidance, image_guidance)
         x, before = SOLVERS[solver](x, x0, before, times, i), x0
         yield Step(i, times[i + 1], x, x0)
@@ -159,6 +163,7 @@ def options(argv=None):
     p.add_argument("--size", help="side in pixels, or WIDTHxHEIGHT (default: the model's)")
     p.add_argument("--model", default=str(pathlib.Path(__file__).parent / "assets" / "toy"), help="folder (default: the toy)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster; for many pictures")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
     a = p.parse_args(argv)
     if a.prompt is None and a.ask is None:
@@ -178,15 +183,32 @@ def parse_size(text):
     return sides[0] if len(sides) == 1 else (sides[1], sides[0])
 
 
+def compile_parts(model, once):
+    """torch.compile for the DiT step and the decoder (on a GPU with CUDA graphs). `once` draws a picture, so that compiling happens now and
+    not in the first real one. Where it fails (no compiler, an old card), a warning, and the model stays as it was."""
+    parts, start = (model.dit, model.dcae.decoder), time.perf_counter()
+    for part in parts:
+        part.compile(mode="reduce-overhead" if model.ladder.queries.is_cuda else "default")
+    try:
+        once()
+        print(f"compiled in {time.perf_counter() - start:.1f} s")
+    except RuntimeError as e:                                                    # all that torch.compile raises is one of these
+        for part in parts:
+            part._compiled_call_impl = None
+        warnings.warn(f"--compile: goes on without, {type(e).__name__}: {str(e).splitlines()[0]}", stacklevel=2)
+
+
 def draw(a, model, images, out):
     """The pictures one by one, each from its own seed, so that a picture does not depend on how many others are asked for."""
     size = parse_size(a.size) if a.size else None
     settings = dict(guidance=a.guidance, image_guidance=a.image_guidance, negative=a.negative, solver=a.solver, size=size, steps=a.steps)
-    pictures = []
+    heard = conditions(model, [a.prompt], [images], a.image_guidance, a.negative)            # once for all pictures
+    one, pictures = dict(prompts=[a.prompt], images=[images], heard=heard), []
+    if a.compile:
+        compile_parts(model, lambda: generate(model, **one, **settings | dict(steps=1)))
     with tqdm(total=a.n * a.steps, desc="draw", unit="step") as bar:
         for seed in range(a.seed, a.seed + a.n):
-            generator = torch.Generator(a.device).manual_seed(seed)
-            for step in denoise(model, [a.prompt], [images], generator=generator, **settings):
+            for step in denoise(model, **one, **settings, generator=torch.Generator(a.device).manual_seed(seed)):
                 bar.update()
                 latents = step.x_t
             pictures += decode(model, latents)

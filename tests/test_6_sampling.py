@@ -1,4 +1,5 @@
 """The solvers against known answers, with the network replaced by formulas."""
+import shutil
 import types
 
 import pytest
@@ -102,3 +103,40 @@ def test_black_null_image_has_the_same_size(tiny, recorded):
     (prompts, images), = seen
     assert k == 3 and prompts == ["bad"] * 4 + ["x", "y"] and [len(row) for row in images] == [1, 0, 1, 0, 1, 0]
     assert images[0][0].size == (640, 360) and images[0][0].getextrema() == ((0, 0),) * 3
+
+
+def test_pictures_of_one_prompt_share_what_was_heard(tiny, monkeypatch):
+    """The MLLM reads once for all of them, and the pictures are the ones that they are by themselves."""
+    generator = lambda: torch.Generator().manual_seed(0)
+    alone, = sample.generate(tiny, ["a dog"], steps=2, generator=generator())
+    heard = sample.conditions(tiny, ["a dog"], None, 1.5, "")
+    monkeypatch.setattr(type(tiny), "encode", None)
+    shared, = sample.generate(tiny, ["a dog"], steps=2, generator=generator(), heard=heard)
+    assert shared.tobytes() == alone.tobytes()
+
+
+def picture_of(model):
+    return sample.generate(model, ["a dog"], steps=2, generator=torch.Generator().manual_seed(0))
+
+
+def test_without_a_compiler_it_draws_all_the_same(tiny, monkeypatch):
+    def broken(f, **_):
+        def call(*_):
+            raise RuntimeError("no compiler here")
+        return call
+    before = picture_of(tiny)
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="no compiler here"):
+        sample.compile_parts(tiny, lambda: picture_of(tiny))
+    assert picture_of(tiny)[0].tobytes() == before[0].tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_parts_give_the_same_numbers(tiny):
+    eps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    run = lambda: list(sample.denoise(tiny, ["a dog"], steps=3, eps=eps))[-1].x_t
+    plain = run()
+    sample.compile_parts(tiny, run)
+    assert tiny.dit._compiled_call_impl is not None
+    assert ((run() - plain).norm() / plain.norm()).item() < 1e-5
