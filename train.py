@@ -47,6 +47,7 @@ from tqdm import tqdm
 import data
 import sample
 from assets.toy import parts
+from ladder import Ladder
 from tbac import TBAC, read_tensors, sync, weight_files, write_shards
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -76,6 +77,8 @@ def options(argv=None):
     add("--preset", choices=PRESETS, default="toy", help="defaults of this stage for what follows")
     add("--model", help="folder to start from; none: a fresh toy")
     add("--take", nargs="*", default=[], metavar="PART=FOLDER", help="take a part (mllm, dcae, dit, ladder) from another folder")
+    add("--wiring", help="start with a fresh ladder, wired like this: ladder.rungs has the words")
+    add("--queries", type=int, help="start with a fresh ladder of so many queries")
     add("--data", nargs="+", metavar="SOURCE[=WEIGHT]", help="toy, toy-edit, a folder with metadata.jsonl, a folder of tars, 'a-{000..123}.tar'")
     add("--out", type=pathlib.Path, help="folder for model, checkpoints, log, sheets and curves")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the options of that run")
@@ -151,6 +154,10 @@ def build(a):
         setattr(model, part, getattr(other, part))
         if part != "ladder":
             model.config = dataclasses.replace(model.config, **{part: getattr(other.config, part)})
+    if a.wiring or a.queries:
+        c = model.config = dataclasses.replace(model.config, wiring=a.wiring or model.config.wiring, n_query=a.queries or model.config.n_query)
+        model.ladder = Ladder(c.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer, c.wiring).to(a.device)
+        model.ladder.init_weights(torch.Generator().manual_seed(a.seed))
     return model
 
 

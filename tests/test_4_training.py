@@ -107,6 +107,16 @@ def test_every_stage_runs_and_saves_a_model(stage, tmp_path):
     assert all(n.startswith(tuple(f"{part}." for part in train.LEARNS[stage])) for n in moved)
 
 
+@pytest.mark.parametrize("args, wiring, queries", [(("--wiring", "routed"), "routed", 16), (("--wiring", "last", "--queries", 4), "last", 4)])
+def test_another_ladder_is_trained_saved_and_gone_on_with(tmp_path, args, wiring, queries):
+    run = start(tmp_path, *args, "--save-every", 1)
+    next(run.steps()), run.save()
+    model = TBAC.load(tmp_path)
+    assert (model.config.wiring, model.config.n_query) == (wiring, queries) and model.encode(["a dog"]).shape == (6, 1, queries, 128)
+    again = start(tmp_path, *args, "--resume")
+    assert again.state.step == 1 and all(torch.equal(p, run.state.params[n]) for n, p in again.state.params.items())
+
+
 def test_a_dry_run_goes_through_everything_and_leaves_nothing(tmp_path):
     done = run("train.py", "--out", tmp_path / "x", "--dry-run", "--batch", 2)
     assert done.returncode == 0 and "1/1" in done.stderr and not list(tmp_path.iterdir()), done.stderr
