@@ -28,6 +28,7 @@ BACKGROUNDS = {"white": (255, 255, 255), "grey": (165, 165, 165), "black": (15, 
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}                          # half the side of the box a thing fills
 HELD_OUT = frozenset({("purple", "triangle"), ("orange", "cross")})             # never drawn with a second thing, until a test asks
 MARGIN, GAP = 0.03, 0.06                                                        # to the picture's edge; between two boxes: 4 pixels of 64
+STEP = 0.15                                                                     # a thing that is moved goes at least so far
 BORDER = 0.04                                                                   # no centre is nearer to a line of the 3x3 grid of places
 # the part of its box that a shape fills, and how far its centroid lies below the centre of the box, in radii
 FORMS = {"circle": (np.pi / 4, 0), "square": (1, 0), "triangle": (1 / 2, 1 / 3), "cross": (0.64, 0)}
@@ -78,6 +79,12 @@ def relation(a, b, ratio=1.5):
     return None
 
 
+def sides(scene):
+    """Where the first of just two things is, seen from the other, or None where that is not clear or both have one name."""
+    one, other = scene.things if len(scene.things) == 2 else (None, None)
+    return relation(one, other) if one and one.name != other.name else None
+
+
 def cell(thing):
     """Column and row in a 3x3 grid."""
     return min(2, int(3 * thing.x)), min(2, int(3 * thing.y))
@@ -105,12 +112,11 @@ def placed(thing):
 
 
 def valid(scene, held_out=False):
-    """Inside, placed, apart, one to four things, two things of different names and clear or no relation, and no held-out pair beside another
-    thing."""
+    """Inside, placed, apart, one to four things, two things in a clear relation or clearly in none, and no held-out pair beside another thing."""
     things = scene.things
     pairs = [(a, b) for i, a in enumerate(things) for b in things[:i]]
     kept = held_out or len(things) < 2 or not any((t.colour, t.shape) in HELD_OUT for t in things)
-    plain = len(things) != 2 or things[0].name != things[1].name and relation(*things) == relation(*things, ratio=1.2)
+    plain = len(things) != 2 or relation(*things) == relation(*things, ratio=1.2)
     fits = all(inside(t) and placed(t) for t in things)
     return 1 <= len(things) <= 4 and kept and plain and fits and all(apart(a, b) for a, b in pairs)
 
@@ -137,14 +143,14 @@ def sample_scene(rng, n=None, held_out=False):
         raise ValueError(f"a scene has 1 to 4 things, not {n}")
     background = rng.choices(list(BACKGROUNDS), (0.6, 0.2, 0.2))[0]
     while True:
-        # three or four things repeat names, so that there is something to count; equal names get equal sizes, to be named together
-        kinds = n if n < 3 else rng.choice((1, 2, n))
+        # things repeat names, so that there is something to count; equal names get equal sizes, to be named together
+        kinds = rng.choice((1, 2, n)) if n > 2 else rng.choices((1, n), (0.15, 0.85))[0]
         names = [sample_name(rng) for _ in range(kinds)]
         if held_out:
             names[rng.randrange(kinds)] = rng.choice(sorted(HELD_OUT))
         sizes = {name: rng.choices(list(SIZES), (1, 2, 1) if n < 3 else (2, 2, 0))[0] for name in names}
         names += rng.choices(names, k=n - kinds)
-        clear = n == 2 and rng.random() < 0.9                                   # two things nearly always stand in a clear relation
+        clear = n == 2 and rng.random() < 0.75                                  # two things mostly stand in a clear relation
         for _ in range(100):
             things = tuple(Thing(shape, colour, sizes[colour, shape], *sample_place(rng, SIZES[sizes[colour, shape]]))
                            for colour, shape in names)
@@ -182,7 +188,7 @@ def render(scene, size=64):
     picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
         x, y, radius = thing.x * size, thing.y * size, thing.radius * size
-        left, top, right, bottom = int(x - radius), int(y - radius), int(x + radius) + 1, int(y + radius) + 1
+        left, top, right, bottom = int(x - radius), int(y - radius), min(size, int(x + radius) + 1), min(size, int(y + radius) + 1)
         alpha = coverage(thing.shape, x, y, radius, left, top, right, bottom)[..., None]
         window = picture[top:bottom, left:right]
         window += alpha * (np.array(COLOURS[thing.colour]) - window)
@@ -218,7 +224,7 @@ def its_side(where):
 
 def plain(scene):
     """The shortest text that says it all but the background: 'a red circle left of a blue square', 'three red circles'."""
-    if len(scene.things) == 2 and (where := relation(*scene.things)):
+    if where := sides(scene):
         first, second = scene.things
         return f"{a(first.label)} {where} {a(second.label)}"
     return listing(scene.things)
@@ -226,7 +232,7 @@ def plain(scene):
 
 def ordered(scene):
     """The same scene with two things named from left to right, or else from top to bottom."""
-    swap = len(scene.things) == 2 and relation(*scene.things) in ("right of", "below")
+    swap = sides(scene) in ("right of", "below")
     return replace(scene, things=scene.things[::-1]) if swap else scene
 
 
@@ -236,7 +242,7 @@ def varied(scene, rng):
     core = listing(things)
     if len(things) == 1 and rng.random() < 0.6:
         core = f"{core} {at(spot(things[0]))}"
-    where = relation(*things[:2]) if len(things) > 1 else None
+    where = sides(Scene(things[:2]))
     if len(things) == 2 and where:
         first, second, back = a(things[0].label), a(things[1].label), OPPOSITE[where]
         core = rng.choice([f"{first} {side(where)} {second}", f"{second} {back} {first}", f"{second} {side(back)} {first}",
@@ -334,13 +340,13 @@ def move(scene, rng, thing, words):
         x, y = sample_place(rng, thing.radius)
         new = replace(thing, x=x, y=y)
         where = relation(new, other)
-        if where in (None, relation(thing, other)):
+        if where in (None, relation(thing, other, ratio=1.2)) or max(abs(x - thing.x), abs(y - thing.y)) < STEP:
             return None, scene
         return f"move {words} {side(where)} {other_words}", swapped(scene, thing, new)
     where = rng.choice(list(SPOTS))
     x, y = centre_of(*SPOTS[where], thing.radius)
     new = replace(thing, x=thing.x if where in ("top", "bottom") else x, y=thing.y if where in ("left", "right") else y)
-    if max(abs(new.x - thing.x), abs(new.y - thing.y)) < 0.15:                  # too small a step to see
+    if max(abs(new.x - thing.x), abs(new.y - thing.y)) < STEP:
         return None, scene
     return f"move {words} to the {where}", swapped(scene, thing, new)
 
@@ -400,7 +406,7 @@ def ask_count(scene, rng, seen):
 
 def ask_where(scene, rng, seen):
     things = scene.things
-    if len(things) == 2 and relation(*things):
+    if sides(scene):
         pairs = [(t, other, relation(t, other)) for t, other in (things, things[::-1])]
         return [pair for t, other, where in pairs for pair in
                 ((f"where is {rng.choice(references(t, scene))}?", f"{where} the {other.name}"),
@@ -533,7 +539,7 @@ def grade(image):
 def check(found, target, places=False):
     """What of the target a found scene gets right, by name. Sizes never count; places only where asked, within 0.12 of the side."""
     names = [sorted(t.name for t in scene.things) for scene in (found, target)]
-    where = relation(*target.things) if len(target.things) == 2 else None
+    where = sides(target)
     first, second = ([f for f in found.things if f.name == t.name] for t in (target.things[0], target.things[-1]))
     right = {"colours_shapes": names[0] == names[1], "count": len(names[0]) == len(names[1]),
              "background": found.background == target.background,

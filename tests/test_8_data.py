@@ -40,7 +40,7 @@ def test_scenes_are_apart_inside_and_of_every_sort():
     assert {s.background for s in drawn} == set(data.BACKGROUNDS)
     assert {t.name for s in drawn for t in s.things} == {f"{c} {s}" for c in data.COLOURS for s in data.SHAPES}
     twos = [s.things for s in drawn if len(s.things) == 2]
-    assert all(a.name != b.name for a, b in twos)
+    assert 0.1 < sum(a.name == b.name for a, b in twos) / len(twos) < 0.3          # two of a kind, to be counted
     sides = Counter(data.relation(a, b) for a, b in twos)
     assert sides[None] < 0.1 * len(twos) and min(sides[side] for side in data.OPPOSITE) > 0.15 * len(twos)
     assert {max(Counter(t.name for t in s.things).values()) for s in drawn} == {1, 2, 3, 4}  # something to count
@@ -81,7 +81,7 @@ def test_captions_say_what_counts():
             assert (data.a(label) if n == 1 else f"{data.NUMBERS[n]} {data.plural(label)}") in text
         assert (f"on {scene.background}" in text or f"{scene.background} background" in text) or scene.background == "white"
         said = [side for side in ("left", "right", "above", "below") if side in text]
-        if len(scene.things) == 2 and data.relation(*scene.things):
+        if data.sides(scene):
             first, second = sorted(scene.things, key=lambda t: text.find(t.name))
             subject, other = (second, first) if " with " in text else (first, second)     # 'a blue square with a red circle to its left'
             assert said == [data.relation(subject, other).split()[0]]
