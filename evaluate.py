@@ -1,152 +1,373 @@
-"""Scores a model on the toy world: does it draw, change and say what it was asked? First version: a table, scores.json, failures.
+"""The benchmark on the toy world: does a model draw, change and say what it was asked?
 
-    python evaluate.py --model runs/edit --n 100
+    python evaluate.py                                  # the shipped weights; under 5 minutes on two CPU cores
+    python evaluate.py --quick                          # under one; rough
+    python evaluate.py --model runs/edit --out runs/scores
 
-Pictures are read by the grader in data.py, from pixels alone. Its own error and the autoencoder's ceiling are reported beside the
-scores, so that nobody reads more into a score than is there. Intervals are 95 % bootstraps over the examples.
+draw   the six categories of GenEval (arXiv 2310.11513), several pictures per prompt
+edit   the actions of ImgEdit (arXiv 2505.20275) that this world has: was the order followed, and is everything else as it was?
+ask    every kind of question, about pictures and about scenes in words; only the exact answer counts
+
+"Never seen" are scenes in which a pair of colour and shape stands beside another thing that training drew alone only (data.HELD_OUT).
+Pictures are read by the grader in data.py, from pixels alone. What it makes of pictures that are right for certain is reported, too: as
+rendered (its own error) and as the autoencoder gives them back (the ceiling for any model that paints with it).
 """
 import argparse
 import json
 import pathlib
 import random
-from dataclasses import replace
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import sample
 from tbac import TBAC
 
+GENEVAL = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
+ALONE = ("single object", "colours")                                            # training has drawn every pair alone: no list of never-seen ones
+TASKS = ("draw", "edit", "ask")
+PAIRS = {False: "seen", True: "never seen"}
+OPENINGS = ("draw ", "paint ", "show me ", "a picture of ", "an image of ")
+QUICK = dict(n=8, pictures=2, steps=10)
+NEAR = 0.12                                                                     # of the side, as in data.check: still the same place
 
-def batches(items, n, name):
-    for i in tqdm(range(0, len(items), n), name, leave=False):
-        yield items[i:i + n]
 
+@dataclass(frozen=True)
+class Case:
+    category: str
+    pairs: str
+    prompt: str
+    target: object = field(compare=False)                                       # a scene that is right, or the right answer
+    source: data.Scene | None = None                                            # what is changed or asked about
+
+    def images(self, size):
+        return [data.render(self.source, size)] if self.source else []
+
+
+# ---------------------------------------------------------------- fixed lists of prompts
 
 def plain_scene(rng, n, held_out=False):
     """A scene that its plain text describes fully: medium sizes on white, two things in a clear relation."""
     while True:
         s = data.sample_scene(rng, n, held_out)
         s = data.Scene(tuple(replace(t, size="medium") for t in s.things))
-        if data.valid(s, held_out) and (n != 2 or data.relation(*s.things)):
+        if data.valid(s, held_out) and (n != 2 or data.sides(s)):
             return s
 
 
-def pictures(model, prompts, images, a, name):
-    out, generator = [], torch.Generator(a.device).manual_seed(a.seed)
-    for rows in batches(list(zip(prompts, images)), a.batch, name):
-        p, i = zip(*rows)
-        out += sample.generate(model, list(p), list(i), steps=a.steps, guidance=a.guidance, generator=generator)
-    return out
+def scene_for(category, rng, held_out):
+    """One thing, or two to four of one name, or two of different shapes (and colours, so that they can be mistaken for each other's)."""
+    if category in ALONE:
+        return plain_scene(rng, 1)
+    while True:
+        number = rng.choice((2, 3, 4)) if category == "counting" else 2
+        scene = plain_scene(rng, 2 if category != "counting" else max(3, number), held_out)
+        names, shapes, colours = ({getattr(t, part) for t in scene.things} for part in ("name", "shape", "colour"))
+        if category == "counting" and len(names) == 1:
+            return replace(scene, things=scene.things[:number])                 # two of one name have no sides
+        if category != "counting" and len(shapes) == 2 and (category != "colour attribution" or len(colours) == 2):
+            return scene
 
 
-def drawing(model, a):
-    """-> {category: list of right or wrong}, the first six of each as (picture, prompt), and failures likewise"""
-    scores, shown, failures = {}, [], []
-    for name, n, held_out in (("one thing", 1, False), ("two things", 2, False), ("two things, held-out pair", 2, True), ("three or four", 3, False)):
-        rng = random.Random(f"{a.seed} {name}")
-        scenes = [plain_scene(rng, n if n < 3 else rng.choice((3, 4)), held_out) for _ in range(a.n)]
-        prompts = [data.plain(s) for s in scenes]
-        drawn = pictures(model, prompts, [[]] * a.n, a, name)
-        checks = [data.check(data.grade(p), s) for p, s in zip(drawn, scenes)]
-        scores[f"draw: {name}"] = [all(c.values()) for c in checks]
-        scores[f"draw: {name}, colours and shapes"] = [c["colours_shapes"] for c in checks]
-        shown += list(zip(drawn, prompts))[:6]
-        failures += [(p, t) for p, t, c in zip(drawn, prompts, checks) if not all(c.values())][:8]
-    return scores, shown, failures
+def draw_case(category, held_out, rng):
+    """Half of the prompts in the plain form, half in varied wording."""
+    scene = scene_for(category, rng, held_out)
+    varied = rng.random() < 0.5
+    if category == "position":
+        prompt = data.varied(scene, rng) if varied else data.plain(scene)
+    else:                                                                       # 'a red circle and a blue square': no sides
+        prompt = (rng.choice(OPENINGS) if varied else "") + data.listing(scene.things)
+    return Case(category, PAIRS[held_out], prompt, scene)
 
 
-def editing(model, a):
-    """Was the instruction followed (all of the target is there, in place), and is the rest as it was?"""
-    scores, shown, failures = {}, [], []
-    for action in data.EDITS:
-        rng, cases = random.Random(f"{a.seed} {action}"), []
-        while len(cases) < max(1, a.n // 4):
-            scene = data.sample_scene(rng, rng.choice((1, 2, 3)))
-            try:
-                cases.append((scene, *data.edit(scene, rng, action)[:2]))
-            except ValueError:                                              # not possible in this scene
-                continue
-        drawn = pictures(model, [order for _, order, _ in cases], [[data.render(s)] for s, _, _ in cases], a, action)
-        found = [data.grade(p) for p in drawn]
-        follow = [data.matches(f, target, places=action == "move") for f, (_, _, target) in zip(found, cases)]
-        scores[f"edit: {action}"] = follow
-        scores[f"edit: {action}, rest unchanged"] = [
-            all(any(t.name == f.name and abs(t.x - f.x) + abs(t.y - f.y) < 0.12 for f in seen.things) for t in set(s.things) & set(target.things))
-            for seen, (s, _, target) in zip(found, cases)]
-        shown += [pair for p, (s, order, _) in list(zip(drawn, cases))[:3] for pair in ((data.render(s), "before"), (p, order))]
-        failures += [(p, order) for p, (_, order, _), ok in zip(drawn, cases, follow) if not ok][:4]
-    return scores, shown, failures
+def edit_case(action, held_out, rng):
+    """ValueError where this action is impossible in the scene that came up, or where doing nothing would do."""
+    scene = data.sample_scene(rng, rng.choice((2, 2, 3) if held_out else (1, 1, 2, 2, 2, 3)), held_out)
+    order, target, _ = data.edit(scene, rng, action, held_out)
+    case = Case(action, PAIRS[held_out], order, target, scene)
+    if edited(scene, case)["followed"]:                                         # hardly left of it is left of it to the grader already
+        raise ValueError(order)
+    return case
 
 
-def understanding(model, a):
-    """Exact answers, about pictures and about scenes in words."""
-    scores = {}
-    for seen in (True, False):
-        for kind in data.QUESTIONS:
-            rng, rows = random.Random(f"{a.seed} {kind}"), []
-            for _ in range(20 * a.n):
-                scene = data.sample_scene(rng)
-                try:
-                    question, answer, _ = data.question(scene, rng, kind, seen=seen)
-                except ValueError:                                          # nothing of this kind to ask
-                    continue
-                rows.append((question, [data.render(scene)], answer) if seen else (f"{data.plain(scene)}. {question}", [], answer))
-                if len(rows) == a.n:
-                    break
-            said = [x for part in batches(rows, a.batch, kind) for x in model.ask_all([r[0] for r in part], [r[1] for r in part])]
-            if rows:
-                scores[f"ask about a {'picture' if seen else 'text'}: {kind}"] = [x == r[2] for x, r in zip(said, rows)]
+def ask_case(kind, held_out, rng, seen=True):
+    """ValueError where there is no such question about the scene that came up."""
+    scene = data.sample_scene(rng, held_out=held_out)
+    question, answer, _ = data.question(scene, rng, kind, seen)
+    return Case(kind, PAIRS[held_out], question if seen else f"{data.caption(scene, rng)}. {question}", answer, scene if seen else None)
+
+
+def first(n, make, category, held_out):
+    """The first n different cases of a list that is the same for every n; fewer where there are no more (counting never-seen pairs: 36)."""
+    rng, found = random.Random(f"{category} {held_out}"), {}
+    for _ in range(100 * n):
+        with suppress(ValueError):
+            found[make(category, held_out, rng)] = None
+        if len(found) == n:
+            break
+    return list(found)
+
+
+@cache
+def cases(task, n):
+    """-> the cases of a task, n for each category and for seen and never-seen pairs apart."""
+    make, categories = {"draw": (draw_case, GENEVAL), "edit": (edit_case, data.EDITS), "ask": (ask_case, data.QUESTIONS)}[task]
+    lists = [(make, c, held_out) for c in categories for held_out in PAIRS if not (held_out and c in ALONE)]
+    if task == "ask":                                                           # a scene in words is its own description
+        lists += [(partial(ask_case, seen=False), c, held_out) for _, c, held_out in lists if c != "describe"]
+    return [case for which in lists for case in first(n, *which)]
+
+
+# ---------------------------------------------------------------- right or wrong
+
+def near(a, b):
+    return a.name == b.name and max(abs(a.x - b.x), abs(a.y - b.y)) < NEAR
+
+
+def drawn(found, case):
+    """The category's own question: are there things of these shapes, with the colours or the sides where these are the category? Stricter
+    than GenEval: a thing too many is always wrong. And: is all of the prompt right, with the white background that goes without saying?"""
+    listed = lambda scene, part: sorted(getattr(t, part) for t in scene.things)
+    right = {part: listed(found, part) == listed(case.target, part) for part in ("shape", "name")}
+    sides = True
+    if case.category == "position" and right["shape"]:
+        one, other = ([f for f in found.things if f.shape == t.shape][0] for t in case.target.things)
+        sides = data.relation(one, other, ratio=1.2) == data.relation(*case.target.things)
+    asked = right["name" if "colour" in case.category else "shape"]
+    return {"category": asked and sides, "whole prompt": right["name"] and sides and found.background == case.target.background}
+
+
+def in_place(thing, wanted, found, case):
+    """Does a thing stand where the order says: at a side of another thing, or at a spot? Where it says neither, any place will do."""
+    order, source = case.prompt, case.source
+    for side in data.OPPOSITE:
+        if f" {data.side(side)} the " in order:
+            other = next(t for t in source.things if any(order.endswith(words) for words in data.references(t, source)))
+            return any(data.relation(thing, f, ratio=1.2) == side for f in found.things if f.name == other.name)
+    anywhere = case.category == "add" and not any(order.endswith(data.at(spot)) for spot in data.SPOTS)
+    return anywhere or near(thing, wanted)
+
+
+def edited(found, case):
+    """Two answers that do not depend on each other: the thing (or background) in question is as ordered; all other things stand where they
+    stood, with at most one thing beside them, on the same background. The second is easy for a model that does nothing, and the first, where
+    something must go, for one that ignores the picture: so both together count, too."""
+    before, after = case.source, case.target
+    gone, new = set(before.things) - set(after.things), set(after.things) - set(before.things)
+    kept = set(before.things) & set(after.things)
+    count = lambda scene, name: sum(t.name == name for t in scene.things)
+    followed = all(count(found, t.name) == count(after, t.name) for t in gone | new) and all(
+        any(in_place(f, t, found, case) for f in found.things if f.name == t.name) for t in new)
+    others = all(any(near(f, t) for f in found.things) for t in kept) and len(found.things) <= len(kept) + (len(gone | new) > 0)
+    ground = found.background == after.background
+    if case.category == "background":
+        followed, ground = ground, True
+    return {"followed": followed, "unchanged": others and ground, "both": followed and others and ground}
+
+
+def answered(said, case):
+    return {"a picture" if case.source else "words": said == case.target}
+
+
+def read(found, case):
+    return {"everything": data.matches(found, case.target, places=True)}
+
+
+JUDGES = {"draw": drawn, "edit": edited, "ask": answered, "read": read}
+
+
+# ---------------------------------------------------------------- scores: {(task, category, what, pairs): [of each prompt]}
+
+def paint(model, rows, seed, batch, **settings):
+    """rows: (case, which of its pictures) -> yields a picture for each. Its noise has a seed of its own, so it depends neither on the other
+    pictures nor on the batch (but for rounding)."""
+    c = model.config
+    shape = c.dit.channels, c.size // c.dcae.factor, c.size // c.dcae.factor
+    for i in range(0, len(rows), batch):
+        part = rows[i:i + batch]
+        rngs = [random.Random(f"{seed} {case.category} {case.prompt} {k}") for case, k in part]
+        eps = data.noise(rngs, shape, model.ladder.queries.device)[1]
+        yield from sample.generate(model, [case.prompt for case, _ in part], [case.images(c.size) for case, _ in part], eps=eps, **settings)
+
+
+def answer(model, rows, batch):
+    """Yields a text for each row."""
+    for i in range(0, len(rows), batch):
+        part = [case for case, _ in rows[i:i + batch]]
+        yield from model.ask_all([case.prompt for case in part], [case.images(model.config.size) for case in part])
+
+
+def score(task, every, k, respond):
+    """every: cases, each answered k times by respond(rows), a generator of pictures or texts -> scores, failures [(case, response, label)]"""
+    rows, hits, failures = [(case, i) for case in every for i in range(k)], {}, []
+    for (case, _), response in tqdm(zip(rows, respond(rows)), task, len(rows), leave=False):
+        found = response if task == "ask" else data.grade(response)
+        verdict = JUDGES[task](found, case)
+        for what, right in verdict.items():
+            hits.setdefault((task, case.category, what, case.pairs), {}).setdefault(case, []).append(right)
+        if not all(verdict.values()):
+            seen = found if task == "ask" else ", ".join(t.name for t in found.things) or "nothing"
+            failures.append((case, response, f"{case.category}: {case.prompt} -> {seen}"))
+    return {key: [float(np.mean(right)) for right in each.values()] for key, each in hits.items()}, failures
+
+
+@torch.no_grad()
+def benchmark(model, tasks=TASKS, n=24, pictures=4, batch=32, seed=0, **settings):
+    """n prompts of every category: with several pictures each when drawing, one when editing; and as many questions as there are pictures of a
+    category. seed: of the noise; settings: of `sample.denoise` -> scores, failures."""
+    scores, failures = {}, []
+    painter = partial(paint, model, seed=seed, batch=batch, **settings)
+    plans = {"draw": (n, pictures, painter), "edit": (n, 1, painter), "ask": (n * pictures, 1, partial(answer, model, batch=batch))}
+    for task in tasks:
+        many, k, respond = plans[task]
+        found, wrong = score(task, cases(task, many), k, respond)
+        scores, failures = scores | found, failures + wrong
+    return scores, failures
+
+
+@torch.no_grad()
+def ceilings(model, n=24, batch=32):
+    """The grader on pictures that are right for certain: those that the benchmark asks for, and scenes of every sort (all of it right, places
+    too); as rendered, and as the autoencoder gives them back -> scores."""
+    size, device, dtype = model.config.size, model.ladder.queries.device, model.dit.proj_out.weight.dtype
+
+    def rendered(rows):
+        return (data.render(case.target, size) for case, _ in rows)
+
+    def reconstructed(rows):
+        for i in range(0, len(rows), batch):
+            x = sample.to_pixels(list(rendered(rows[i:i + batch])), device, dtype)
+            yield from sample.decode(model, model.dcae.encode(x))
+
+    rng, sorts, scores = random.Random("every sort"), [], {}
+    for scene in [data.sample_scene(rng, held_out=held_out) for held_out in PAIRS for _ in range(5 * n)]:
+        sorts.append(Case("scene", "", "", scene, scene))
+    for task, every in (("draw", cases("draw", n)), ("edit", cases("edit", n)), ("read", sorts)):
+        for painter in (rendered, reconstructed):
+            for (_, _, what, _), values in score(task, every, 1, painter)[0].items():
+                scores.setdefault(("grader", f"{task}: {what}", "right pictures", painter.__name__), []).extend(values)
     return scores
 
 
-def ceilings(model, a):
-    """The grader on rendered scenes, and on what the autoencoder gives back of them."""
-    rng = random.Random(a.seed)
-    scenes = [data.sample_scene(rng) for _ in range(a.n)]
-    rendered = [data.render(s) for s in scenes]
-    x = sample.to_pixels(rendered, a.device)
-    back = [p for part in x.split(a.batch) for p in sample.decode(model, model.dcae.encode(part.to(model.dit.proj_out.weight.dtype)))]
-    return {"grader on rendered scenes": [data.matches(data.grade(p), s) for p, s in zip(rendered, scenes)],
-            "grader on reconstructions": [data.matches(data.grade(p), s) for p, s in zip(back, scenes)]}
-
-
-def interval(values, seed=0, resamples=1000):
-    """95 % bootstrap interval of a mean."""
-    v = np.asarray(values, float)
-    means = v[np.random.default_rng(seed).integers(0, len(v), (resamples, len(v)))].mean(1)
+def interval(*groups, seed=0, resamples=1000):
+    """95 % bootstrap interval of the mean of the means of some lists, each resampled by itself. What is resampled are prompts, one number each
+    whatever the number of pictures: pictures of one prompt are right or wrong together. With n prompts all right (or all wrong) the interval
+    has no width, though the truth may be 3 / n away."""
+    rng, means = np.random.default_rng(seed), 0
+    for v in (np.asarray(values, float) for values in groups):
+        means = means + v[rng.integers(0, len(v), (resamples, len(v)))].mean(1) / len(groups)
     return [float(x) for x in np.percentile(means, (2.5, 97.5))]
 
 
-def main():
+def measure(*groups):
+    return dict(mean=float(np.mean([np.mean(values) for values in groups])), interval=interval(*groups), prompts=sum(map(len, groups)))
+
+
+def layout(scores, task):
+    """-> the categories of a task, and its columns (what, pairs): what was judged side by side for seen and never-seen pairs."""
+    categories, whats, pairs = (list(dict.fromkeys(key[i] for key in scores if key[0] == task)) for i in (1, 2, 3))
+    columns = [(what, pair) for what in whats for pair in pairs]
+    return categories, [c for c in columns if any((task, name) + c in scores for name in categories)]
+
+
+def summary(scores):
+    """-> {key: its mean, interval and number of prompts}, and the same for means over categories: all of them, for columns that have all, and
+    those that every column has."""
+    rows = {key: measure(values) for key, values in scores.items()}
+    for task in TASKS:
+        categories, columns = layout(scores, task)
+        common = [name for name in categories if all((task, name) + c in scores for c in columns)]
+        for some in [categories] + [common] * (len(common) < len(categories)):
+            title = f"mean of {len(some)}" + " in all columns" * (some is common)
+            for c in columns:
+                if all((task, name) + c in scores for name in some):
+                    rows[(task, title) + c] = measure(*(scores[(task, name) + c] for name in some))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+def show(rows, task):
+    """One task's table, in percent: categories down, what was judged and the pairs across."""
+    categories, columns = layout(rows, task)
+    wide = max(map(len, categories)) + 2
+    print()
+    for label, line in zip((task, ""), zip(*columns)):
+        print(f"{label:{wide}}" + "".join(f"{text:16}" for text in line).rstrip())
+    for name in categories:
+        cells = [rows.get((task, name) + c) for c in columns]
+        texts = ["{:3.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (c["mean"], *c["interval"]))) if c else "" for c in cells]
+        print(f"{name:{wide}}" + "".join(f"{text:16}" for text in texts).rstrip())
+
+
+def failures_sheet(failures, size, each=4):
+    """A contact sheet: of every category, seen and never-seen pairs apart, the first prompts that failed; edits beside what was to be changed."""
+    groups = {}
+    for case, response, label in failures:
+        group, shown = groups.setdefault((case.category, case.pairs), {}), case.images(size) + [response] * isinstance(response, Image.Image)
+        if shown and len(group) < each:                                         # a question about words has no picture
+            group.setdefault(case, [(image, "before") for image in shown[:-1]] + [(shown[-1], label)])
+    # pairs come first: in rows of 8 they stay together
+    tiles = sorted((tiles for group in groups.values() for tiles in group.values()), key=len, reverse=True)
+    return data.sheet(*zip(*sum(tiles, [])), scale=max(1, 128 // size), columns=8) if tiles else None
+
+
+def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default=str(pathlib.Path(__file__).parent / "assets" / "toy"))
-    p.add_argument("--n", type=int, default=100, help="examples per category (editing: a quarter of it per action)")
-    p.add_argument("--quick", action="store_true", help="20 examples per category, 10 steps")
-    p.add_argument("--seed", type=int, default=0), p.add_argument("--steps", type=int, default=20)
-    p.add_argument("--guidance", type=float, default=4.5), p.add_argument("--batch", type=int, default=25)
-    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/evaluate"))
+    p.add_argument("--model", default=str(pathlib.Path(__file__).parent / "assets" / "toy"), help="folder (default: the toy)")
+    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/evaluate"), help="folder for scores.json and failures.png")
+    p.add_argument("--quick", action="store_true", help=f"{QUICK['n']} prompts, {QUICK['pictures']} pictures each, {QUICK['steps']} steps")
+    p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
+    p.add_argument("--n", type=int, default=24, help="prompts per category, the first of lists that never change (default: 24)")
+    p.add_argument("--pictures", type=int, default=4, help="per prompt, when drawing (default: 4, as in GenEval)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--steps", type=int, default=20, help="(default: 20)")
+    p.add_argument("--guidance", type=float, default=4.5, help="(default: 4.5)")
+    p.add_argument("--image-guidance", type=float, default=1.5, help="(default: 1.5)")
+    p.add_argument("--batch", type=int, default=32)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a = p.parse_args()
-    if a.quick:
-        a.n, a.steps = 20, 10
-    model = TBAC.load(a.model, a.device)
-    with torch.no_grad():
-        scores, answers = ceilings(model, a), understanding(model, a)
-        drawn, *pages = drawing(model, a)
-        edited, *more = editing(model, a)
-    scores |= answers | {"ask: all of these": sum(answers.values(), [])} | drawn | edited
-    table = {k: dict(mean=float(np.mean(v)), interval=interval(v), n=len(v)) for k, v in scores.items()}
-    for k, row in table.items():
-        print(f"{k:48s} {row['mean']:.3f}   [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]   n = {row['n']}")
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "scores.json").write_text(json.dumps(dict(options={k: str(v) for k, v in vars(a).items()}, scores=table), indent=1))
-    for name, page in zip(("shown", "failures"), map(list.__add__, pages, more)):
-        if page:
-            data.sheet([p for p, _ in page], [t for _, t in page], scale=2, columns=6).save(a.out / f"{name}.png")
-    print("wrote", a.out)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
+    if p.parse_args(argv).quick:
+        p.set_defaults(**QUICK)                                                 # what is said on the command line still counts
+    a = p.parse_args(argv)
+    if min(a.n, a.pictures, a.batch) < 1:
+        p.error(f"--n {a.n} --pictures {a.pictures} --batch {a.batch}: expected at least 1")
+    return a
+
+
+def save(a, rows, sheet, seconds):
+    nested = {}
+    for (task, category, *column), row in rows.items():
+        nested.setdefault(task, {}).setdefault(category, {})[", ".join(filter(None, column))] = row
+    record = dict(options=vars(a), torch=torch.__version__, seconds=round(seconds), scores=nested)
+    (a.out / "scores.json").write_text(json.dumps(record, indent=1, default=str))
+    (a.out / "failures.png").unlink(missing_ok=True)                            # of a run before
+    if sheet:
+        sheet.save(a.out / "failures.png")
+
+
+def main(argv=None):
+    a, start = options(argv), time.time()
+    try:
+        a.out.mkdir(parents=True, exist_ok=True)
+        model = TBAC.load(a.model, a.device, a.dtype and getattr(torch, a.dtype))
+        scores, failures = benchmark(model, a.tasks, a.n, a.pictures, a.batch, seed=a.seed, steps=a.steps, guidance=a.guidance,
+                                     image_guidance=a.image_guidance)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"error: {e}") from None
+    rows = summary(scores | ceilings(model, a.n, a.batch))
+    for task in dict.fromkeys(key[0] for key in rows):
+        show(rows, task)
+    save(a, rows, failures_sheet(failures, model.config.size), time.time() - start)
+    print(f"\nPercent right with 95 % bootstrap intervals over prompts: {a.n} a category, {a.pictures} pictures each when drawing, "
+          f"{a.n * a.pictures} questions.\nWhere an interval has no width, the truth may still be 300 / prompts away. Wrote {a.out}")
 
 
 if __name__ == "__main__":
