@@ -83,44 +83,89 @@ def vit_loss(model, extra, rows, a):
 
 
 def conversation(rng, i):
-    """-> (system prompt, scene to show or None, [(question, answer), ...]). 32 with pictures, then 32 without: rows of a batch are alike."""
+    """-> (system prompt, scene to show or None, [(question, answer), ...], what a drawing of it shows, or None). 32 with pictures, then 32
+    without: rows of a batch are alike."""
     scene, kind = data.sample_scene(rng), rng.random()
     if i // 32 % 2 and kind < 0.5:                                              # a caption, in any words -> what it says, in order
-        return DRAW, None, [(data.caption(scene, rng), f"{data.plain(data.ordered(scene))}, on a {scene.background} background")]
+        text, target = data.caption(scene, rng), data.ordered(scene)
+        return DRAW, None, [(text, f"{data.plain(target)}, on a {scene.background} background")], (target, text)
     if i // 32 % 2:                                                             # a scene in words, and questions about it
         (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
-        return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns]
+        return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns], None
     if kind < 0.6:                                                              # a picture, and questions about it
-        return ASK, scene, [data.question(scene, rng)[:2] for _ in range(5)]
+        return ASK, scene, [data.question(scene, rng)[:2] for _ in range(5)], None
     if kind < 0.7:
-        return DRAW, scene, [("", data.describe(scene))]
+        return DRAW, scene, [("", data.describe(scene))], None
     scene = data.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
     order, target, _ = data.edit(scene, rng)
-    return DRAW, scene, [(order, data.describe(target))]
+    return DRAW, scene, [(order, data.describe(target))], (target, None)
+
+
+class Blanks(nn.Module):
+    """A large MLLM sums up what it has read in any token that follows; a small one learns it here. After a prompt to draw come tokens that mean
+    nothing, random vectors: four for each thing in turn. Each tells its thing's name, size, place, side of the other one, and the background."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n, self.width = 16, config.mllm.dim
+        self.facts = [[f"{c} {s}" for c in data.COLOURS for s in data.SHAPES] + ["nothing"], list(data.SIZES), list(data.SPOTS),
+                      [*data.OPPOSITE, None], list(data.BACKGROUNDS)]
+        self.head = nn.Linear(self.width, sum(map(len, self.facts)))
+
+    def show(self, scene, text):
+        """(n, 5) class indices; -100 for what is not known: from a text, places that it does not name."""
+        labels = [t.label for t in scene.things]                                # a text names equal things together, at the first of them
+        seen = sorted(scene.things, key=lambda t: labels.index(t.label) if text else (data.cell(t), t.x, t.y))
+        for i in range(self.n):
+            t = seen[4 * i // self.n] if 4 * i // self.n < len(seen) else None
+            known = t and (text is None or data.at(data.spot(t)) in text)
+            side = data.relation(t, next(u for u in seen if u is not t)) if t and len(seen) == 2 else None
+            facts = [t.name if t else "nothing", t and t.size, known and data.spot(t), side, scene.background]
+            told = [True, t, known, t and len(seen) < 3 and len(set(labels)) == len(seen), True]
+            yield [names.index(f) if ok else -100 for names, f, ok in zip(self.facts, facts, told)]
+
+    def vectors(self, rng, rows, like):
+        """(rows, n, M), as small as queries are at their start."""
+        return 0.02 * torch.randn(rows, self.n, self.width, generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(like)
+
+    def forward(self, hidden, shown):
+        """hidden (rows, n, M), shown (rows, n, 5) -> mean over the five kinds of the mean cross-entropy of what is known."""
+        logits = self.head(hidden).float().split(list(map(len, self.facts)), -1)
+        losses = (F.cross_entropy(x.flatten(0, 1), shown[..., i].flatten(), reduction="sum") for i, x in enumerate(logits))
+        return sum(loss / (shown[..., i] >= 0).sum().clamp(min=1) for i, loss in enumerate(losses)) / len(logits)
 
 
 def mllm_loss(model, extra, rows, a):
     """Cross-entropy of the answers, several questions per picture. Every answer counts the same, however long: the loss of "red" must not
-    drown in that of descriptions, since it alone asks which colour belongs to which shape."""
+    drown in that of descriptions, since it alone asks which colour belongs to which shape. Of the prompts to draw two thirds are followed by
+    blanks instead of an answer."""
     mllm, tok, c = model.mllm, model.mllm.tokenizer, model.config.mllm.vision
-    batch, weights = [], []
-    for (system, scene, turns), _ in rows:
+    batch, weights, blank, shown = [], [], [], []
+    for b, ((system, scene, turns, drawn), rng) in enumerate(rows):
         patches = [patchify(data.render(scene, a.size), c)] if scene else []
         grids, ids, weight = [(h // c.merge, w // c.merge) for _, (h, w) in patches], [], []
+        units = [h * w for h, w in grids]
+        if drawn and rng.random() < 2 / 3:
+            ids = tok.encode(chat(turns[0][0], units, system) + "<|vision_start|>") + [tok.special["endoftext"]] * extra.n
+            blank.append(b), shown.append(list(extra.show(*drawn)))
+            turns, weight = [], [0] * len(ids)
         for i, (question, answer) in enumerate(turns):
-            ask = chat(question, [h * w for h, w in grids], system) if i == 0 else \
-                f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            ask = chat(question, units, system) if i == 0 else f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
             for text, counts in ((ask, 0), (answer + "<|im_end|>", 1)):
                 piece = tok.encode(text)
                 ids, weight = ids + piece, weight + [counts / len(piece)] * len(piece)
         batch.append(Row(ids, mrope_positions(ids, tok.special["image_pad"], grids), patches)), weights.append(weight)
     batch = mllm.pad(batch)
     S = batch.ids.shape[1]
+    x = mllm.read(batch).clone()                                                                      # (B, S, M)
+    if blank:
+        x[blank, -extra.n:] = extra.vectors(rows[0][1], len(blank), x)
+    states = mllm(x, batch.positions, batch.real)[-1]                                                 # (B, S, M)
     weight = torch.tensor([[0] * (S - len(w)) + w for w in weights], device=a.device)[:, 1:]          # (B, S - 1) of the tokens to predict
-    hidden = mllm(mllm.read(batch), batch.positions, batch.real)[-1][:, :-1]                          # (B, S - 1, M)
-    logits = mllm.logits(hidden[weight > 0]).float()                                                  # (answer tokens, vocab)
+    logits = mllm.logits(states[:, :-1][weight > 0]).float()                                          # (answer tokens, vocab)
     losses = F.cross_entropy(logits, batch.ids[:, 1:][weight > 0], reduction="none") * weight[weight > 0]
-    return (losses.sum() / weight.sum()).expand(len(rows)), None
+    filled = extra(states[blank, -extra.n:], torch.tensor(shown, device=a.device)) if blank else 0.0
+    return (losses.sum() / weight.sum() + filled).expand(len(rows)), None
 
 
 def dcae_loss(model, extra, rows, a):
@@ -169,5 +214,5 @@ def dit_loss(model, extra, rows, a):
 
 
 LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss}
-EXTRA = {"vit": Names, "dit": Things}                                           # thrown away afterwards
+EXTRA = {"vit": Names, "mllm": Blanks, "dit": Things}                                           # thrown away afterwards
 EXAMPLE = dict.fromkeys(LOSS, lambda rng, i: data.sample_scene(rng)) | {"mllm": conversation}
