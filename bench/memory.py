@@ -65,8 +65,8 @@ def model_of(config, trained, device="meta"):
 
 def rows(n, size, edit):
     picture = Image.new("RGB", (size, size), "red")
-    text = "a long caption of about eighty words, as those of the training sets are. " * 8
-    return [(train.data.Example(text, (picture,) if edit else (), picture), random.Random(i)) for i in range(n)]
+    text = "a long caption of about eighty words, as those of the training sets are. " * 8                # no two alike: those were read once
+    return [(train.data.Example(f"{i} {text}", (picture,) if edit else (), picture), random.Random(i)) for i in range(n)]
 
 
 def train_step(model, a, batch, edit):
