@@ -46,9 +46,9 @@ def test_lists_are_fixed_and_longer_ones_go_on(task):
 def test_the_lists_of_today():
     """A change of these makes scores incomparable with older ones."""
     prompts = {c.category + ", " + c.pairs: c.prompt for task in ("edit", "draw") for c in reversed(evaluate.cases(task, 2))}
-    assert prompts["two objects, seen"] == "draw a green circle and a yellow square"
-    assert prompts["position, never seen"] == "paint an orange cross with a purple square to its right"
-    assert prompts["move, seen"] == "move the red object to the bottom"
+    assert prompts["two objects, seen"] == "an image of a blue triangle and a yellow square"
+    assert prompts["position, never seen"] == "a yellow square above a purple triangle"
+    assert prompts["move, seen"] == "move the blue triangle to the left of the cross"
 
 
 def test_never_seen_pairs_are_in_their_own_lists_only():
