@@ -174,7 +174,7 @@ class TBAC(nn.Module):
                     raise ValueError(f"{file}: tensor {name} has shape {tuple(t.shape)}, expected {tuple(missing[name].shape)}")
                 if not t.isfinite().all():
                     raise ValueError(f"{file}: tensor {name} has values that are not finite")
-                found[name] = t.to(kinds.get(name.split(".")[0], own))
+                found[name] = t.to(kinds.get(name.split(".")[0], own), copy=t.device.type == "cpu")  # not a view of the file
                 del missing[name]
             model.load_state_dict(found, strict=False, assign=True)
         if missing:
@@ -203,9 +203,12 @@ def weight_files(folder):
 def read_tensors(file, device="cpu"):
     """Yields (name, tensor) of one file, one at a time. ValueError names a file that is cut short or damaged."""
     try:
-        with safe_open(file, "pt", device=str(device)) as f:
-            for name in list(f.keys()):
-                yield name, f.get_tensor(name)
+        with safe_open(file, "pt") as f:
+            names = list(f.keys())
+        for name in names:                                      # a mapping of the file for each, which goes when the tensor has been converted
+            with safe_open(file, "pt", device=str(device)) as f:
+                t = f.get_tensor(name)
+            yield name, t
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file} cannot be read as safetensors, is it whole? {e}") from None
 

@@ -1,7 +1,7 @@
 """How the toy's parts were made: what stands in for the years of pretraining behind the real ones. `train.py` runs these stages.
 
     vit    the MLLM's ViT learns to name what each of its tokens shows (a stand-in for its captions by the billion)
-    mllm   the whole MLLM learns to caption, to answer, and to say what an edit would give
+    mllm   the whole MLLM learns to caption, to answer, to say what an edit would give, and to sum up what it has read
     dcae   the autoencoder learns to reconstruct
     dit    the DiT learns to draw from a list of things (a stand-in for the captions that SANA was pretrained on)
 
