@@ -277,10 +277,11 @@ class KVCache:
     def __init__(self):
         self.layers, self.real, self.full = {}, None, False
 
-    def spread(self, which):
-        """Row i becomes a copy of row which[i]."""
-        self.layers = {i: (k[which], v[which]) for i, (k, v) in self.layers.items()}
-        self.real = self.real[which]
+    def rows(self, which):
+        """A new cache; its row i is a copy of row which[i]."""
+        new = KVCache()
+        new.layers, new.real = {i: (k[which], v[which]) for i, (k, v) in self.layers.items()}, self.real[which]
+        return new
 
     def extend(self, layer, k, v):
         if layer in self.layers:
@@ -354,6 +355,14 @@ def split_shared(rows):
         for i in members:
             tails[i], which[i] = Row(rows[i].ids[n:], rows[i].positions[:, n:], []), len(heads) - 1
     return heads, tails, which
+
+
+def alike(rows):
+    """Indexes of the rows in groups of like length, so that padding is less than half of a group."""
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(len(row.ids).bit_length(), []).append(i)
+    return list(groups.values())
 
 
 @dataclass

@@ -28,7 +28,7 @@ from torch import nn
 from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
 from ladder import Ladder
-from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, split_shared
+from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, alike, split_shared
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,36 @@ class TBAC(nn.Module):
         rows begin with in common is read once, and layers above the last tap do not run. Equal rows are one row. Prompts beyond
         `max_prompt` tokens are cut with a warning.
         """
-        mllm, depth, cache = self.mllm, max(self.ladder.taps), KVCache()
+        mllm, cache = self.mllm, KVCache()
         prompts = [mllm.tokenizer.cut(p, self.config.max_prompt) for p in prompts]
         every = mllm.rows(prompts, images, DRAW, then="<|vision_start|>")
         rows = list({row.key(): row for row in every}.values())
         heads, tails, which = split_shared(rows)
-        with torch.no_grad():
-            self.absorb(heads, cache, depth)                                                        # system prompt, pictures
-            cache.spread(which)
-            self.absorb(tails, cache, depth)                                                        # the user's own words
-        cache.full = True
-        x = self.ladder.queries.to(mllm.embed.weight.dtype).expand(len(rows), -1, -1)               # (B, Q, M)
-        places = torch.stack([row.positions[:, -1] for row in rows], 1)[..., None].to(x.device)     # (3, B, 1), of the last token
-        places = places + torch.arange(1, x.shape[1] + 1, device=x.device)                          # (3, B, Q), counted as text
-        states = mllm(x, places, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), cache, depth)
-        where = {row.key(): b for b, row in enumerate(rows)}
+        self.absorb(heads, cache)                                                                   # system prompt, pictures
+        queries = self.ladder.queries.to(mllm.embed.weight.dtype)                                   # (Q, M)
+        groups, states = alike(tails), []
+        for group in groups:
+            part = cache.rows([which[i] for i in group])
+            self.absorb([tails[i] for i in group], part)                                            # the user's own words
+            states.append(self.hear(queries, [rows[i] for i in group], part))
+        states = [torch.cat(parts) for parts in zip(*states)]                                       # of each depth (B, Q, M)
+        where = {rows[i].key(): b for b, i in enumerate(sum(groups, []))}
         return self.ladder(states)[:, [where[row.key()] for row in every]]                          # (L, B, Q, caption_dim)
 
-    def absorb(self, rows, cache, depth):
+    @torch.no_grad()
+    def absorb(self, rows, cache):
         """Reads rows, or what comes next of them, into the cache."""
         if any(row.ids for row in rows):
             batch = self.mllm.pad(rows)
-            self.mllm(self.mllm.read(batch), batch.positions, batch.real, cache, depth)
+            self.mllm(self.mllm.read(batch), batch.positions, batch.real, cache, max(self.ladder.taps))
+
+    def hear(self, queries, rows, cache):
+        """The queries' hidden states at every depth, a list of (B, Q, M), after rows that the cache has read."""
+        x, cache.full = queries.expand(len(rows), -1, -1), True                                     # (B, Q, M)
+        places = torch.stack([row.positions[:, -1] for row in rows], 1)[..., None].to(x.device)     # (3, B, 1), of the last token
+        places = places + torch.arange(1, x.shape[1] + 1, device=x.device)                          # (3, B, Q), counted as text
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return self.mllm(x, places, real, cache, max(self.ladder.taps))
 
     def velocity(self, x_t, t, rungs):
         """x_t (B, C, h, w), t (B,) in [0, 1], rungs from `encode` -> velocity (B, C, h, w), pointing from data to noise."""
