@@ -264,6 +264,17 @@ def caption(scene, rng):
     return text
 
 
+def request(scene, rng):
+    """A caption, or with probability 0.4 a text that gives each thing its place, as longer captions of real pictures do."""
+    if rng.random() < 0.6:
+        return caption(scene, rng)
+    names = [t.label for t in scene.things]
+    things = sorted(scene.things, key=lambda t: names.index(t.label))           # equal ones together
+    text = join([f"{a(t.label)} {at(spot(t))}" for t in things])
+    ground = f", on a {scene.background} background" if scene.background != "white" else ""
+    return rng.choice(("", "draw ", "paint ", "a picture of ")) + text + ground
+
+
 def describe(scene):
     """The one full description of a scene: things column by column, from left to right, each with its place."""
     things = sorted(scene.things, key=lambda t: (cell(t), t.x, t.y))
@@ -567,7 +578,7 @@ class Example:
 
 def draw_example(rng, size):
     scene = sample_scene(rng)
-    return Example(caption(scene, rng), (), render(scene, size))
+    return Example(request(scene, rng), (), render(scene, size))
 
 
 def edit_example(rng, size):

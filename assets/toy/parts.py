@@ -87,7 +87,7 @@ def conversation(rng, i):
     without: rows of a batch are alike."""
     scene, kind = data.sample_scene(rng), rng.random()
     if i // 32 % 2 and kind < 0.5:                                              # a caption, in any words -> what it says, in order
-        text, target = data.caption(scene, rng), data.ordered(scene)
+        text, target = data.request(scene, rng), data.ordered(scene)
         return DRAW, None, [(text, f"{data.plain(target)}, on a {scene.background} background")], (target, text)
     if i // 32 % 2:                                                             # a scene in words, and questions about it
         (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
@@ -103,7 +103,8 @@ def conversation(rng, i):
 
 class Blanks(nn.Module):
     """A large MLLM sums up what it has read in any token that follows; a small one learns it here. After a prompt to draw come tokens that mean
-    nothing, random vectors: four for each thing in turn. Each tells its thing's name, size, place, side of the other one, and the background."""
+    nothing, random vectors: four for each thing in turn. Each tells its thing's name, size, place (a guess where the text does not say), side of
+    the other one, and the background."""
 
     def __init__(self, config):
         super().__init__()
@@ -113,15 +114,14 @@ class Blanks(nn.Module):
         self.head = nn.Linear(self.width, sum(map(len, self.facts)))
 
     def show(self, scene, text):
-        """(n, 5) class indices; -100 for what is not known: from a text, places that it does not name."""
+        """Yields for each blank five class indices, -100 for what cannot be known."""
         labels = [t.label for t in scene.things]                                # a text names equal things together, at the first of them
         seen = sorted(scene.things, key=lambda t: labels.index(t.label) if text else (data.cell(t), t.x, t.y))
         for i in range(self.n):
             t = seen[4 * i // self.n] if 4 * i // self.n < len(seen) else None
-            known = t and (text is None or data.at(data.spot(t)) in text)
             side = data.relation(t, next(u for u in seen if u is not t)) if t and len(seen) == 2 else None
-            facts = [t.name if t else "nothing", t and t.size, known and data.spot(t), side, scene.background]
-            told = [True, t, known, t and len(seen) < 3 and len(set(labels)) == len(seen), True]
+            facts = [t.name if t else "nothing", t and t.size, t and data.spot(t), side, scene.background]
+            told = [True, t, t, t and len(seen) < 3 and len(set(labels)) == len(seen), True]
             yield [names.index(f) if ok else -100 for names, f, ok in zip(self.facts, facts, told)]
 
     def vectors(self, rng, rows, like):
