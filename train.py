@@ -77,6 +77,7 @@ def options(argv=None):
     add("--preset", choices=PRESETS, default="toy", help="defaults of this stage for what follows")
     add("--model", help="folder to start from; none: a fresh toy")
     add("--take", nargs="*", default=[], metavar="PART=FOLDER", help="take a part (mllm, dcae, dit, ladder) from another folder")
+    add("--learn", nargs="+", metavar="PART", help="of the parts that this stage teaches only these: 'ladder' fits it to a DiT that stands still")
     add("--wiring", help="start with a fresh ladder, wired like this: ladder.rungs has the words")
     add("--queries", type=int, help="start with a fresh ladder of so many queries")
     add("--data", nargs="+", metavar="SOURCE[=WEIGHT]", help="toy, toy-edit, a folder with metadata.jsonl, a folder of tars, 'a-{000..123}.tar'")
@@ -119,6 +120,9 @@ def options(argv=None):
     if first.resume and (out / "options.json").is_file():
         p.set_defaults(**json.loads((out / "options.json").read_text()) | dict(out=out))
     a = p.parse_args(argv)
+    a.learn = a.learn or LEARNS[a.stage]
+    if unknown := set(a.learn) - set(LEARNS[a.stage]):
+        p.error(f"--learn {' '.join(unknown)}: stage {a.stage} teaches {', '.join(LEARNS[a.stage])}")
     if a.dry_run:
         a.steps, a.warmup, a.save_every, a.sheet_every, a.resume = 1, 1, 1, 1, False
     return a
@@ -141,7 +145,7 @@ def processes(a):
 
 def build(a):
     """-> the model as stored, but for the parts that learn: those in float32."""
-    dtype = {part.split(".")[0]: torch.float32 for part in LEARNS[a.stage]}
+    dtype = {part.split(".")[0]: torch.float32 for part in a.learn}
     if a.model:
         model = TBAC.load(a.model, a.device, dtype)
     else:
@@ -166,7 +170,7 @@ class Learner(nn.Module):
 
     def __init__(self, model, a):
         super().__init__()
-        for part in LEARNS[a.stage]:
+        for part in a.learn:
             self.add_module(part.replace(".", "/"), model.get_submodule(part))
         self.extra = Latents(model, a) if a.stage in LADDER else parts.EXTRA.get(a.stage, lambda config: nn.Module())(model.config).to(a.device)
         self.rest, self.a = (model,), a                                         # in a tuple, so that what is frozen is not a part
