@@ -88,7 +88,7 @@ def conversation(rng, i):
     scene, kind = data.sample_scene(rng), rng.random()
     if i // 32 % 2 and kind < 0.5:                                              # a caption, in any words -> what it says, in order
         text, target = data.request(scene, rng), data.ordered(scene)
-        return DRAW, None, [(text, f"{data.plain(target)}, on a {scene.background} background")], (target, text)
+        return DRAW, None, [(text, f"{data.plain(target)}, on a {scene.background} background")], (scene, text)
     if i // 32 % 2:                                                             # a scene in words, and questions about it
         (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
         return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns], None
@@ -104,7 +104,8 @@ def conversation(rng, i):
 class Blanks(nn.Module):
     """A large MLLM sums up what it has read in any token that follows; a small one learns it here. After a prompt to draw come tokens that mean
     nothing, random vectors: four for each thing in turn. Each tells its thing's name, size, place (a guess where the text does not say), side of
-    the other one, and the background."""
+    the other one, and the background, at every depth from DEPTH on: in a large MLLM the middle layers, too, know what they have read."""
+    DEPTH = 3
 
     def __init__(self, config):
         super().__init__()
@@ -115,13 +116,12 @@ class Blanks(nn.Module):
 
     def show(self, scene, text):
         """Yields for each blank five class indices, -100 for what cannot be known."""
-        labels = [t.label for t in scene.things]                                # a text names equal things together, at the first of them
-        seen = sorted(scene.things, key=lambda t: labels.index(t.label) if text else (data.cell(t), t.x, t.y))
+        seen = sorted(scene.things, key=lambda t: text.find(t.name) if text else (data.cell(t), t.x, t.y))        # as mentioned, or as described
         for i in range(self.n):
             t = seen[4 * i // self.n] if 4 * i // self.n < len(seen) else None
             side = data.relation(t, next(u for u in seen if u is not t)) if t and len(seen) == 2 else None
             facts = [t.name if t else "nothing", t and t.size, t and data.spot(t), side, scene.background]
-            told = [True, t, t, t and len(seen) < 3 and len(set(labels)) == len(seen), True]
+            told = [True, t, t, t and len(seen) < 3 and len({u.name for u in seen}) == len(seen), True]
             yield [names.index(f) if ok else -100 for names, f, ok in zip(self.facts, facts, told)]
 
     def vectors(self, rng, rows, like):
@@ -129,9 +129,10 @@ class Blanks(nn.Module):
         return 0.02 * torch.randn(rows, self.n, self.width, generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(like)
 
     def forward(self, hidden, shown):
-        """hidden (rows, n, M), shown (rows, n, 5) -> mean over the five kinds of the mean cross-entropy of what is known."""
-        logits = self.head(hidden).float().split(list(map(len, self.facts)), -1)
-        losses = (F.cross_entropy(x.flatten(0, 1), shown[..., i].flatten(), reduction="sum") for i, x in enumerate(logits))
+        """hidden (depths, rows, n, M), shown (rows, n, 5) -> mean over the five kinds of the mean cross-entropy of what is known."""
+        shown = shown.expand(len(hidden), -1, -1, -1)
+        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float().split(list(map(len, self.facts)), -1)
+        losses = (F.cross_entropy(x.flatten(0, 2), shown[..., i].flatten(), reduction="sum") for i, x in enumerate(logits))
         return sum(loss / (shown[..., i] >= 0).sum().clamp(min=1) for i, loss in enumerate(losses)) / len(logits)
 
 
@@ -160,11 +161,12 @@ def mllm_loss(model, extra, rows, a):
     x = mllm.read(batch).clone()                                                                      # (B, S, M)
     if blank:
         x[blank, -extra.n:] = extra.vectors(rows[0][1], len(blank), x)
-    states = mllm(x, batch.positions, batch.real)[-1]                                                 # (B, S, M)
+    states = mllm(x, batch.positions, batch.real)                                                     # of each depth (B, S, M)
     weight = torch.tensor([[0] * (S - len(w)) + w for w in weights], device=a.device)[:, 1:]          # (B, S - 1) of the tokens to predict
-    logits = mllm.logits(states[:, :-1][weight > 0]).float()                                          # (answer tokens, vocab)
+    logits = mllm.logits(states[-1][:, :-1][weight > 0]).float()                                          # (answer tokens, vocab)
     losses = F.cross_entropy(logits, batch.ids[:, 1:][weight > 0], reduction="none") * weight[weight > 0]
-    filled = extra(states[blank, -extra.n:], torch.tensor(shown, device=a.device)) if blank else 0.0
+    told = [state[blank, -extra.n:] for state in states[extra.DEPTH:]]                                # of each depth (blank rows, n, M)
+    filled = extra(torch.stack(told), torch.tensor(shown, device=a.device)) if blank else 0.0
     return (losses.sum() / weight.sum() + filled).expand(len(rows)), None
 
 
