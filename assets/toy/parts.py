@@ -167,7 +167,7 @@ def mllm_loss(model, extra, rows, a):
     losses = F.cross_entropy(logits, batch.ids[:, 1:][weight > 0], reduction="none") * weight[weight > 0]
     told = [state[blank, -extra.n:] for state in states[extra.DEPTH:]]                                # of each depth (blank rows, n, M)
     filled = extra(torch.stack(told), torch.tensor(shown, device=a.device)) if blank else 0.0
-    return (losses.sum() / weight.sum() + filled).expand(len(rows)), None
+    return (losses.sum() / weight.sum().clamp(min=1) + filled).expand(len(rows)), None                # all rows may end in blanks
 
 
 def dcae_loss(model, extra, rows, a):
