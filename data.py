@@ -11,6 +11,7 @@ import json
 import pathlib
 import random
 import re
+import signal
 import tarfile
 import textwrap
 import warnings
@@ -625,12 +626,12 @@ class Pictures:
 
     def example(self, name, text, sources, target):
         """text: str or UTF-8; sources: list of files; target: a file. ValueError where one of them is missing or broken."""
+        if not isinstance(text, str | bytes) or target is None:
+            raise ValueError(f"{name}: the record has no {'picture to draw' if isinstance(text, str | bytes) else 'text'}")
         try:
-            text = text.decode() if isinstance(text, bytes) else text
-        except UnicodeDecodeError:
+            text = (text.encode() if isinstance(text, str) else text).decode()  # JSON can hold what UTF-8 cannot: "\ud800"
+        except UnicodeError:
             raise ValueError(f"{name}: the text is not UTF-8") from None
-        if not isinstance(text, str) or target is None:
-            raise ValueError(f"{name}: the record has no {'picture to draw' if isinstance(text, str) else 'text'}")
         known = self.latents(name) if self.latents else None
         sources = tuple(self.square(f, f"{name}, source") for f in sources)
         return Example(text, sources, self.square(target, f"{name}, target") if known is None else known, name)
@@ -657,8 +658,9 @@ class Tars(Pictures):
             try:
                 with tarfile.open(file, "r:") as tar:
                     for key, members in itertools.groupby(self.members(tar), lambda m: key_suffix(m.name)[0]):
-                        yield file, key, {key_suffix(m.name)[1]: (m.offset_data, m.size) for m in members}
-            except (tarfile.TarError, OSError) as e:
+                        parts = {key_suffix(m.name)[1]: (m.offset_data, m.size) for m in members}
+                        yield file, f"{key}, byte {next(iter(parts.values()))[0]}", parts       # a key may come again
+            except tarfile.TarError as e:
                 yield file, f"damaged tar, the rest of it is lost: {e}", {}
 
     @staticmethod
@@ -667,17 +669,20 @@ class Tars(Pictures):
             tar.members.clear()                                                 # tarfile remembers all of them, in a stream too many
             if member.isfile():
                 yield member
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):     # tarfile takes a broken header for the end
+            raise tarfile.ReadError(f"at byte {tar.offset} is neither a header nor the mark of the end")
 
     def read(self, location):
         file, key, parts = location
         name, found = f"{file}: {key}", {}
         with open(file, "rb") as f:
-            for part, (offset, size) in sorted(parts.items()):
+            for part, (offset, size) in parts.items():
                 f.seek(offset)
                 role, _, kind = part.rpartition(".")
                 found[role if kind in KINDS else part] = f.read(size)
         pictures = {role: io.BytesIO(content) for role, content in found.items() if role != "txt"}
-        sources = [f for role, f in pictures.items() if role.startswith("source")]
+        sources = [pictures[role] for role in sorted(pictures, key=lambda r: (len(r), r)) if role.startswith("source")]      # source10 after source9
         return self.example(name, found.get("txt"), sources, pictures.get("target", pictures.get("")))
 
 
@@ -704,16 +709,18 @@ class Folder(Pictures):
             f.seek(offset)
             try:
                 row = dict(json.loads(f.readline()))
+                target, sources = row.get("target", row.get("file_name")), row.get("source", [])
+                sources = [sources] if isinstance(sources, str) else sources
+                if not all(isinstance(x, str) for x in (target, *sources)):
+                    raise ValueError("source, and target or file_name, must be names of files")
             except (ValueError, TypeError) as e:
                 raise ValueError(f"{file}, byte {offset}: {e}") from None
-        target, sources = row.get("target", row.get("file_name")), row.get("source", [])
-        sources = [sources] if isinstance(sources, str) else sources
-        return self.example(f"{self.folder / str(target)}", row.get("text"), [self.folder / s for s in sources], target and self.folder / target)
+        return self.example(str(self.folder / target), row.get("text"), [self.folder / s for s in sources], self.folder / target)
 
 
 def source(spec, toys, seed, *how):
     """What --data names: one of `toys`, a folder with metadata.jsonl, a folder of tars, a tar, 'shards-{000..123}.tar' or 'a*.tar'.
-    ValueError if it holds nothing."""
+    ValueError if it holds nothing that can be read."""
     if spec in toys:
         return Toy(toys[spec], seed)
     path = pathlib.Path(spec)
@@ -728,9 +735,14 @@ def source(spec, toys, seed, *how):
         if missing := [f for f, there in every.items() if not there]:
             raise ValueError(f"--data {spec}: no such files: {missing[:3]}; expected tars, a folder with metadata.jsonl, or one of {list(toys)}")
         found = Tars(sum(every.values(), []), *how)
-    if next(found.locations(random.Random(0)), None) is None:
-        raise ValueError(f"--data {spec}: there is not one record in it")
-    return found
+    wrong = []
+    for location in found.locations(random.Random(0)):
+        try:
+            found.read(location)
+            return found
+        except ValueError as e:
+            wrong.append(str(e))
+    raise ValueError("\n".join([f"--data {spec}: there is not one record in it that can be read", *wrong[:10]]))
 
 
 # ---------------------------------------------------------------- one order of examples for all processes, and each one's share of it
@@ -786,26 +798,34 @@ class Share(torch.utils.data.IterableDataset):
             try:
                 yield place, number, source.read(location)
             except (ValueError, OSError) as e:
-                yield place, number, str(e)
+                yield place, number, str(e).encode(errors="backslashreplace").decode()          # names of files may be no text
+
+
+def deaf(worker):
+    """A signal to all processes at once is for the first one to answer: it needs its helpers until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Reader:
-    """Yields (number, example), good ones only. A broken record is counted and named in `bad`; more than `max_bad` of what was read (of 200 at
-    the least) raises ValueError with the list. `reached` is the place to go on from."""
+    """Yields (number, example), good ones only. A broken record is counted and named in `bad`; more of them than chance explains where `max_bad`
+    are broken (three standard deviations, and two), or a thousand in a row, raise ValueError with the list. `reached` is the place to go on from."""
 
     def __init__(self, share, workers=0, max_bad=0.01):
         self.share, self.workers, self.max_bad, self.bad, self.seen = share, workers, max_bad, [], 0
         self.reached = share.past[-1][1][share.rank]
 
     def __iter__(self):
-        loader = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers)
+        loader, in_a_row = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers, worker_init_fn=deaf), 0
         for place, number, example in loader:
             self.seen, self.reached = self.seen + 1, place + 1
             if not isinstance(example, str):
+                in_a_row = 0
                 yield number, example
                 continue
             self.bad.append(example)
-            if len(self.bad) > self.max_bad * max(self.seen, 200):
+            in_a_row, mean = in_a_row + 1, self.max_bad * self.seen
+            if len(self.bad) > mean + 3 * mean ** 0.5 + 2 or in_a_row == 1000:
                 raise ValueError("\n".join([f"{len(self.bad)} of {self.seen} records are broken, more than --max-bad allows:", *self.bad]))
 
 

@@ -141,6 +141,22 @@ def test_too_much_that_is_broken_stops_the_run_with_the_list(tmp_path):
         list(itertools.islice(reader, 100))
 
 
+def test_chance_does_not_stop_good_data_and_what_is_all_broken_stops():
+    class Some(data.Toy):
+        def __init__(self, broken):
+            self.rng, self.broken = random.Random(0), broken
+
+        def read(self, i):
+            if self.rng.random() < self.broken:
+                raise ValueError(f"record {i}")
+            return data.Example("x", (), None)
+    reader = lambda broken, max_bad: data.Reader(data.Share([Some(broken)], [1], 0, 0, [(1, [0])]), max_bad=max_bad)
+    assert len(list(itertools.islice(reader(0.008, 0.01), 20_000))) == 20_000
+    for broken, max_bad, words in ((0.02, 0.01, r"of \d+ records"), (1, 1, "1000 of 1000 records"), (1, 0.01, "3 of 3 records")):
+        with pytest.raises(ValueError, match=words):
+            list(itertools.islice(reader(broken, max_bad), 20_000))
+
+
 def test_a_tar_that_is_cut_short_loses_its_end_only(shards):
     file = shards / "s-000.tar"
     file.write_bytes(file.read_bytes()[:4000])
@@ -149,19 +165,59 @@ def test_a_tar_that_is_cut_short_loses_its_end_only(shards):
     assert {str(i) for i in range(10, 18)} < set(seen) and any("s-000.tar" in bad for bad in reader.bad)
 
 
+@pytest.mark.parametrize("harm", ["header", "cut in a header", "cut between members"])
+def test_a_tar_with_a_broken_header_or_without_an_end_is_a_broken_record(shards, harm):
+    file = shards / "s-000.tar"
+    with tarfile.open(file) as t:
+        offset = t.getmembers()[10].offset                                      # of the sixth record
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1                                                        # the checksum is wrong now
+    file.write_bytes(content[:{"header": None, "cut in a header": offset + 100, "cut between members": offset}[harm]])
+    reader = data.Reader(data.Share([source(shards)], [1], 0, 0, [(1, [0])]), max_bad=1)
+    seen = [e.prompt for _, e in itertools.islice(reader, 30)]
+    assert set(seen) == {str(i) for i in (*range(4), *range(10, 18))}             # the fifth may have had more members
+    assert all("s-000.tar: damaged tar" in bad and f"byte {offset}" in bad for bad in reader.bad) and reader.bad
+
+
+def test_a_tar_that_is_gone_stops_the_run(shards):
+    found = source(shards)
+    (shards / "s-001.tar").unlink()
+    with pytest.raises(FileNotFoundError):
+        texts([found], 100)
+
+
+def test_two_records_of_one_key_have_two_names_and_sources_come_by_number(tmp_path):
+    pictures = {f"source{i}.png": jpeg((i, 0, 0)) for i in (10, 9, 2)} | {"target.png": jpeg("blue"), "txt": b"mix them"}
+    tar(tmp_path / "a.tar", {"one": pictures, "two": pictures})
+    with tarfile.open(tmp_path / "a.tar", "a") as t:
+        for suffix, content in pictures.items():
+            member = tarfile.TarInfo(f"one.{suffix}")
+            member.size = len(content)
+            t.addfile(member, io.BytesIO(content))
+    found = source(tmp_path / "a.tar")
+    examples = [found.read(where) for where in found.locations(random.Random(0))]
+    assert len({e.name for e in examples}) == 3 and [i.getpixel((0, 0))[0] for i in examples[0].images] == [2, 9, 10]
+
+
 def test_a_missing_picture_or_a_bad_line_is_one_broken_record(tmp_path):
     (tmp_path / "a.png").write_bytes(jpeg("red"))
     lines = [dict(file_name="a.png", text="fine"), dict(file_name="b.png", text="gone"), dict(file_name="a.png"), dict(text="no picture")]
+    fine = dict(text="x", target="a.png")
+    lines += [fine | dict(source=None), fine | dict(source=[1]), fine | dict(target=5), fine | dict(text="\ud800"), fine | dict(text=5),
+              fine | dict(target="\ud800"), fine | dict(source={"a": [1]})]
     (tmp_path / "metadata.jsonl").write_text("\n".join([*map(json.dumps, lines), "{not json", "[]", ""]))
     reader = data.Reader(data.Share([source(tmp_path)], [1], 0, 0, [(1, [0])]), max_bad=1)
     assert [e.prompt for _, e in itertools.islice(reader, 2)] == ["fine"] * 2
-    assert len(set(reader.bad)) == 5 and any("b.png" in bad for bad in reader.bad)
+    assert len(set(reader.bad)) == 11 and all(str(tmp_path) in bad for bad in reader.bad)         # two are called a.png without a text
+    "".join(reader.bad).encode()                                                # can be printed
 
 
 @pytest.mark.parametrize("spec, message", [("nothing", "no such files"), ("a-{0..2}.tar", "a-0.tar"), ("empty", "no such files"),
-                                           ("empty.tar", "not one record")])
+                                           ("empty.tar", "not one record"), ("zero.tar", "not one record"), ("text.tar", "not one record"),
+                                           ("broken.tar", "not one record(.|\n)*broken.tar: a, byte 512: the record has no text")])
 def test_an_empty_source_is_an_error_at_once(tmp_path, spec, message):
     (tmp_path / "empty").mkdir()
-    tar(tmp_path / "empty.tar", {})
+    tar(tmp_path / "empty.tar", {}), tar(tmp_path / "broken.tar", {"a": {"png": jpeg("red")}})
+    (tmp_path / "zero.tar").write_bytes(b""), (tmp_path / "text.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(ValueError, match=message):
         source(tmp_path / spec)
