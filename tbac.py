@@ -239,6 +239,8 @@ class replacing:
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".new-*"):                 # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self.new = pathlib.Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
         return self.new
 

@@ -27,6 +27,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -69,9 +70,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     pass
 
 
-def options(argv=None):
-    """The preset's values, over them those of the run that --resume goes on with, over them what the command line says."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def arguments():
+    """The command line; what has no default here has one in the preset."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, add_help=False)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--stage", choices=LEARNS, default="t2i", help="what learns")
     add("--preset", choices=PRESETS, default="toy", help="defaults of this stage for what follows")
@@ -111,30 +112,47 @@ def options(argv=None):
     add("--overfit", action=switch, default=False, help="the first batch again and again")
     add("--dry-run", action="store_true", help="go once through everything, a step, a checkpoint, a sheet, and leave nothing")
     add("--curves", action="store_true", help="only draw curves.png from the log in --out")
+    return p
+
+
+def options(argv=None):
+    """The preset's values, over them those of the run that --resume goes on with, over them what the command line says."""
+    p = arguments()
     first, _ = p.parse_known_args(argv)
+    p.add_argument("-h", "--help", action="help", help="show this")             # only now, to show the preset's values
     if first.stage not in PRESETS[first.preset]:
         p.error(f"preset {first.preset} has no stage {first.stage}")
     out = first.out or pathlib.Path("runs") / first.stage
-    p.set_defaults(**PRESETS[first.preset][first.stage], out=out, data=["toy=0.5", "toy-edit=0.5"] if first.stage in ("edit", "mix") else ["toy"],
-                   model=str(TOY_FOLDER) if first.stage in LADDER else None)
+    p.set_defaults(**PRESETS[first.preset][first.stage], out=out)
+    if first.preset == "toy":
+        p.set_defaults(data=["toy=0.5", "toy-edit=0.5"] if first.stage in ("edit", "mix") else ["toy"],
+                       model=str(TOY_FOLDER) if first.stage in LADDER else None)
     if first.resume and (out / "options.json").is_file():
         p.set_defaults(**json.loads((out / "options.json").read_text()) | dict(out=out))
     a = p.parse_args(argv)
     a.learn = a.learn or LEARNS[a.stage]
     if unknown := set(a.learn) - set(LEARNS[a.stage]):
         p.error(f"--learn {' '.join(unknown)}: stage {a.stage} teaches {', '.join(LEARNS[a.stage])}")
+    if wrong := [take for take in a.take if not re.fullmatch("(mllm|dcae|dit|ladder)=.+", take)]:
+        p.error(f"--take {wrong[0]}: expected PART=FOLDER, where PART is mllm, dcae, dit or ladder")
+    if wrong := [name for name in ("batch", "accumulate", "save_every", "keep") if getattr(a, name) < 1]:
+        p.error(f"--{wrong[0].replace('_', '-')} must be 1 or more")
+    if first.steps:
+        a.epochs = first.epochs                                                 # not the preset's
     if a.dry_run:
-        a.steps, a.warmup, a.save_every, a.sheet_every, a.resume = 1, 1, 1, 1, False
+        a.steps, a.epochs, a.warmup, a.save_every, a.sheet_every, a.resume = 1, None, 1, 1, 1, False
     return a
 
 
 def processes(a):
     """-> rank, number of processes: those of torchrun, or this one alone."""
+    if a.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {a.device}: there is no CUDA here, take --device cpu")
     if "RANK" not in os.environ:
         if a.fsdp:
             raise ValueError("--fsdp shards over the processes that torchrun starts: torchrun --nproc-per-node N train.py --fsdp ...")
         return 0, 1
-    if a.device == "cuda":
+    if a.device.startswith("cuda"):                                             # with a number where a run goes on
         a.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(a.device)
     dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo")
@@ -153,11 +171,11 @@ def build(a):
         model = TBAC(parts.TOY, parts.toy_tokenizer(a.out / "tokenizer.json")).to(a.device)
         for part in (model.mllm, model.ladder, model.dit):
             part.init_weights(generator)
-    for part, folder in (take.split("=") for take in a.take):
+    for part, folder in (take.split("=", 1) for take in a.take):
         other = TBAC.load(folder, a.device, dtype)
         setattr(model, part, getattr(other, part))
-        if part != "ladder":
-            model.config = dataclasses.replace(model.config, **{part: getattr(other.config, part)})
+        names = ("n_query", "wiring") if part == "ladder" else (part,)
+        model.config = dataclasses.replace(model.config, **{name: getattr(other.config, name) for name in names})
     if a.wiring or a.queries:
         c = model.config = dataclasses.replace(model.config, wiring=a.wiring or model.config.wiring, n_query=a.queries or model.config.n_query)
         model.ladder = Ladder(c.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer, c.wiring).to(a.device)
@@ -213,7 +231,7 @@ def prepare(model, a, world):
         for name in [n for n, _ in module.named_parameters(recurse=False)]:
             parametrize.register_parametrization(module, name, Cast(dtype), unsafe=True)
     if world > 1:                                                               # a step of stage mllm may hold no pictures
-        learner = nn.parallel.DistributedDataParallel(learner, find_unused_parameters=a.stage == "mllm")
+        learner = nn.parallel.DistributedDataParallel(learner, find_unused_parameters=a.stage == "mllm", gradient_as_bucket_view=True)
     return learner, trained, frozen
 
 
@@ -221,13 +239,13 @@ def prepare(model, a, world):
 
 class Latents(nn.Module):
     """Pictures -> latents by the autoencoder; with --cache-latents once per picture, then from a file in --out/latents. The folder there is named
-    after size, dtype and weights: where one of them changes, nothing old is found, and it is thrown away."""
+    after size, dtype, autoencoder and its weights: where one of them changes, nothing old is found, and it is thrown away."""
 
     def __init__(self, model, a):
         super().__init__()
         self.folder, self.device, self.dtype = None, a.device, getattr(torch, a.dtype)
         if a.cache_latents:
-            digest = hashlib.sha256(f"{a.size} {a.dtype}".encode())
+            digest = hashlib.sha256(f"{a.size} {a.dtype} {model.config.dcae}".encode())
             for t in model.dcae.state_dict().values():
                 digest.update(t.float().cpu().numpy().tobytes())
             self.folder = a.out / "latents" / digest.hexdigest()[:16]
@@ -237,7 +255,7 @@ class Latents(nn.Module):
                     shutil.rmtree(old, ignore_errors=True)
 
     def file(self, name):
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        return self.folder / f"{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:32]}.safetensors"
 
     def known(self, name):
         """The latents of a record's picture, or None."""
@@ -323,6 +341,7 @@ class State:
 
     def __init__(self, trained, a):
         self.params, self.step, self.updates, self.guard, self.past = trained, 0, 0, Guard(), []
+        self.saved = None                                                       # the step of the last checkpoint
         self.mean = {n: p.detach().clone() for n, p in trained.items()} if a.ema else trained
         matrices, others = ([p for p in trained.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
         groups = [dict(params=matrices, weight_decay=a.weight_decay), dict(params=others, weight_decay=0.0)]
@@ -341,8 +360,8 @@ class State:
     def tensors(self):
         """Yields (name, whole tensor), on every process at once where they are sharded."""
         for n, p in self.params.items():
-            moments = {k: self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")} if self.updates else {}
-            for kind, t in (dict(param=p) | (dict(mean=self.mean[n]) if self.mean is not self.params else {}) | moments).items():
+            mean = dict(mean=self.mean[n]) if self.mean is not self.params else {}
+            for kind, t in (dict(param=p) | mean | self.optimizer.state.get(p, {})).items():      # AdamW has none where there was no gradient yet
                 yield f"{kind}.{n}", whole(t)
 
     @torch.no_grad()
@@ -350,17 +369,25 @@ class State:
         facts = json.loads((folder / "state.json").read_text())
         self.step, self.updates, self.past = facts["step"], facts["updates"], [(world, reached) for world, reached in facts["past"]]
         self.guard.__dict__ |= facts["guard"]
+        self.saved, stored = self.step, set()
         for file in weight_files(folder):
             for name, t in read_tensors(file):
                 kind, n = name.split(".", 1)
-                p = self.params[n]
-                if kind in ("param", "mean"):
-                    fill({"param": p, "mean": self.mean[n]}[kind], t)
-                else:
+                stored.add(name)
+                p = self.params.get(n)
+                if p is None or kind != "step" and t.shape != p.shape:
+                    raise ValueError(f"{folder} holds {name} {tuple(t.shape)}, which does not learn here: of another --stage, --learn or --model?")
+                if kind not in ("param", "mean"):
                     moments = self.optimizer.state[p]
-                    moments[kind] = torch.empty_like(p)
-                    fill(moments[kind], t)
-                    moments["step"] = torch.tensor(float(self.updates), device=p.device)
+                    moments.setdefault("step", torch.tensor(float(self.updates), device=p.device))      # an older checkpoint has none
+                    moments[kind] = fill(torch.empty_like(moments["step"] if kind == "step" else p), t)
+                elif kind == "param" or self.mean is not self.params:           # with --ema 0 a stored mean is left out
+                    fill({"param": p, "mean": self.mean[n]}[kind], t)
+        for n, p in self.params.items():
+            if f"param.{n}" not in stored:
+                raise ValueError(f"{folder} lacks {n}, which learns here: of another --stage, --learn or --model?")
+            if f"mean.{n}" not in stored:                                       # a run with --ema 0 so far
+                self.mean[n].copy_(p)
 
 
 def whole(t):
@@ -369,7 +396,7 @@ def whole(t):
 
 
 def fill(into, t):
-    into.copy_(distribute_tensor(t.to(into.device), into.device_mesh, into.placements) if isinstance(into, DTensor) else t)
+    return into.copy_(distribute_tensor(t.to(into.device), into.device_mesh, into.placements) if isinstance(into, DTensor) else t)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -381,7 +408,8 @@ def checkpoints(out):
 
 def save(model, state, frozen, a, rank):
     """A checkpoint, and the model with the mean weights. On every process (shards are put together), written by the first."""
-    tensors = state.tensors()
+    new_step = state.step != state.saved                                        # else a resumed run had nothing left to do
+    tensors = state.tensors() if new_step else ()
     weights = ((n, whole(state.mean[n]) if n in state.mean else frozen[n]) for n in [*frozen, *(n for n in state.mean if not n.startswith("extra."))])
     if rank > 0:
         for _ in itertools.chain(tensors, weights):
@@ -391,14 +419,15 @@ def save(model, state, frozen, a, rank):
     new = folder / ".new"
     try:
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        write_shards(new, tensors)
-        (new / "state.json").write_text(json.dumps(dict(step=state.step, updates=state.updates, past=state.past, guard=vars(state.guard))))
-        sync(new)
-        os.rename(new, folder / f"step-{state.step:08d}")
-        sync(folder)
-        for old in checkpoints(a.out)[:-a.keep]:
-            shutil.rmtree(old)
+        if new_step:
+            new.mkdir(parents=True)
+            write_shards(new, tensors)
+            (new / "state.json").write_text(json.dumps(dict(step=state.step, updates=state.updates, past=state.past, guard=vars(state.guard))))
+            sync(new)
+            os.rename(new, folder / f"step-{state.step:08d}")
+            sync(folder)
+            for old in checkpoints(a.out)[:-a.keep]:
+                shutil.rmtree(old)
         model.save(a.out, tensors=weights)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(new, ignore_errors=True)
@@ -436,13 +465,19 @@ def sheet(model, learner, state, examples, a):
     return data.sheet([p for p, _ in shown], [text for _, text in shown], scale=max(1, 128 // a.size), columns=6)
 
 
+def logged(out):
+    """Yields the rows of log.jsonl but for those that a crash or a full disk cut in half."""
+    for line in (out / "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def curves(out):
     """curves.png from log.jsonl: loss, loss by t, gradient norm with the skipped steps, learning rate."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    rows = {row["step"]: row for row in rows if "loss" in row}                  # a run that was killed and resumed wrote some steps twice
+    rows = {row["step"]: row for row in logged(out) if "loss" in row}           # a run that was killed and resumed wrote some steps twice
     rows = [rows[step] for step in sorted(rows)]
     steps, n = [row["step"] for row in rows], max(1, len(rows) // 100)
 
@@ -473,13 +508,15 @@ def curves(out):
 
 @dataclasses.dataclass
 class Report:
-    """After a step: what it cost, and why it was skipped, if it was. by_t: mean loss in ten bins of t of this process's rows."""
+    """After a step: what it cost, and why it was skipped, if it was. by_t: mean loss in ten bins of t of this process's rows. examples: these
+    rows, by name or text, if the step was skipped."""
     step: int
     loss: float
     norm: float
     lr: float
     skipped: str | None
     by_t: list | None
+    examples: list | None
 
 
 def batches(reader, state, a):
@@ -513,14 +550,19 @@ def bins(losses, times):
     return [losses[which == i].mean().item() if (which == i).any() else None for i in range(10)]
 
 
+def names(passes):
+    """What the log calls examples: a record's name, else its text."""
+    return [str(getattr(example, "name", "") or getattr(example, "prompt", example))[:200] for rows in passes for example, _ in rows]
+
+
 def training_loop(learner, state, rows, a, stop=lambda: False):
     """Yields a Report after every step, until a.steps or until some process is told to stop."""
     asked = False
     while state.step < a.steps and not asked:
-        passes = []
-        for i in range(a.accumulate):
+        passes, read = [], list(itertools.islice(rows, a.accumulate))
+        for i, batch in enumerate(read):
             sync_gradients(learner, i == a.accumulate - 1)
-            losses, times = learner(next(rows))                                 # (B,), (B,)
+            losses, times = learner(batch)                                      # (B,), (B,)
             (losses.mean() / a.accumulate).backward()
             passes.append((losses.detach(), times))
         losses, times = (None if x[0] is None else torch.cat(x) for x in zip(*passes))
@@ -531,7 +573,8 @@ def training_loop(learner, state, rows, a, stop=lambda: False):
             state.update(a)
         state.optimizer.zero_grad()
         state.step += 1
-        yield Report(state.step, loss, norm, learning_rate(state.step - 1, a), skipped, None if times is None else bins(losses, times))
+        by_t = None if times is None else bins(losses, times)
+        yield Report(state.step, loss, norm, learning_rate(state.step - 1, a), skipped, by_t, names(read) if skipped else None)
 
 
 def unit_latents(folder, a):
@@ -562,13 +605,17 @@ def sources(a, latents):
 def reader_of(a, state, rank, world, latents):
     """The examples of this process, from where the run has come to; --epochs becomes --steps."""
     where, weights = sources(a, latents)
+    if a.overfit:
+        state.past = []                                                         # always the first batch
     if not (state.past and state.past[-1][0] == world):                         # from here on with so many processes
         state.past.append((world, [0] * world))
     if a.epochs:
         if any(isinstance(s, data.Toy) for s in where):
             raise ValueError("--epochs: the toy world has no end, give --steps")
-        records = sum(1 for _ in tqdm(itertools.chain.from_iterable(s.locations(random.Random(0)) for s in where), "count records", disable=rank > 0))
-        a.steps = math.ceil(a.epochs * records / (a.batch * a.accumulate * world))
+        records = [sum(1 for _ in tqdm(s.locations(random.Random(0)), "count records", disable=rank > 0)) for s in where]
+        a.steps = math.ceil(a.epochs * sum(records) / (a.batch * a.accumulate * world))
+        if set(weights) == {1.0}:                                               # none was given: an epoch has all of each source
+            weights = records
     return data.Reader(data.Share(where, weights, a.seed, rank, state.past), a.workers, a.max_bad)
 
 
@@ -576,17 +623,23 @@ class Run:
     """All of a run: `steps()` trains and yields a Report after every step, for a notebook to watch or to stop; `train` below is its use."""
 
     def __init__(self, a):
-        self.a, (self.rank, self.world), self.asked = a, processes(a), None
+        self.a, (self.rank, self.world), self.asked, last = a, processes(a), None, checkpoints(a.out)
+        if last and not a.resume:
+            raise ValueError(f"{a.out} holds a run already: --resume, or another --out")
+        if a.preset == "paper" and not (a.model and a.data):
+            raise ValueError("--preset paper needs --model and --data")
         torch.manual_seed(a.seed)                                               # for what a stage makes from nothing
         self.model = build(a)
         self.learner, trained, self.frozen = prepare(self.model, a, self.world)
         self.state = State(trained, a)
-        if a.resume and (last := checkpoints(a.out)):
+        if last:
             self.state.load(last[-1])
+        if a.resume and self.rank == 0:
+            print(f"goes on from {last[-1]}" if last else f"no checkpoint in {a.out}: starts anew")
         inner = self.learner.module if hasattr(self.learner, "module") else self.learner
         self.reader = reader_of(a, self.state, self.rank, self.world, inner.extra.known if a.stage in LADDER else None)
         first = data.Share(self.reader.share.sources, self.reader.share.weights, a.seed, 0, [(1, [0])])
-        self.shown = [e for _, e in itertools.islice(data.Reader(first), 8)] if a.stage in LADDER else []
+        self.shown = [e for _, e in itertools.islice(data.Reader(first, max_bad=a.max_bad), 8)] if a.stage in LADDER else []
 
     def steps(self):
         return training_loop(self.learner, self.state, batches(self.reader, self.state, self.a), self.a, lambda: self.asked is not None)
@@ -597,6 +650,7 @@ class Run:
             dist.all_gather_object(reached, self.reader.reached)
         self.state.past[-1] = (self.world, reached)
         save(self.model, self.state, self.frozen, self.a, self.rank)
+        self.state.saved = self.state.step
 
     def sheet(self):
         page = sheet(self.model, self.learner, self.state, self.shown, self.a)
@@ -606,9 +660,12 @@ class Run:
 
 def train(run):
     """Steps, and what happens between them: the bar, the log, checkpoints, sheets. Ends early, after a checkpoint, when told to."""
-    a, state, written, named, mean = run.a, run.state, run.state.step, 0, None
+    a, state, written, named, mean, file = run.a, run.state, None, 0, None, run.a.out / "log.jsonl"
     rows = a.batch * a.accumulate * run.world
-    with tqdm(total=a.steps, initial=state.step, desc=a.stage, mininterval=1, disable=run.rank > 0) as bar, open(a.out / "log.jsonl", "a") as log:
+    line = lambda row: json.dumps(json.loads(json.dumps(row), parse_constant=lambda _: None)) + "\n"         # NaN is not JSON
+    with tqdm(total=a.steps, initial=state.step, desc=a.stage, mininterval=1, disable=run.rank > 0) as bar, open(file, "a") as log:
+        if run.rank == 0 and file.read_bytes()[-1:] not in (b"", b"\n"):        # a crash left half a line
+            log.write("\n")
         began = time.time()
         for r in run.steps():
             took, began = time.time() - began, time.time()
@@ -616,12 +673,14 @@ def train(run):
             row = dataclasses.asdict(r) | dict(images_per_second=round(rows / took, 2), memory_gb=round(peak_memory(a.device), 3))
             if bad := run.reader.bad[named:]:                                   # each process names its own
                 named = len(run.reader.bad)
-                log.write(json.dumps(dict(step=r.step, process=run.rank, bad=bad)) + "\n")
+                log.write(line(dict(step=r.step, process=run.rank, bad=bad)))
                 bar.write("\n".join(f"skipped: {what}" for what in bad))
             if run.rank == 0:
-                log.write(json.dumps(row) + "\n")
+                log.write(line(row))
                 if r.skipped:
                     bar.write(f"step {r.step} not taken: {r.skipped}")
+            elif r.skipped:
+                log.write(line(dict(step=r.step, process=run.rank, examples=r.examples)))
             log.flush()
             bar.update()
             said = f"loss {mean:.4f}, norm {r.norm:.2f}, lr {r.lr:.1e}, {rows / took:.1f} images/s, {row['memory_gb']:.1f} GB"
@@ -632,13 +691,13 @@ def train(run):
             if run.shown and a.sheet_every and (r.step % a.sheet_every == 0 or r.step == a.steps):
                 run.sheet()
             began = time.time()
-    if state.step > written:
+    if state.step != written:                                                   # stopped early, or resumed to write the model only
         run.save()
 
 
 def main():
-    a = options()
     try:
+        a = options()
         if a.curves:
             return curves(a.out)
         with tempfile.TemporaryDirectory() as scratch:
@@ -646,9 +705,16 @@ def main():
             a.out.mkdir(parents=True, exist_ok=True)
             run = Run(a)
             if run.rank == 0:
-                (a.out / "options.json").write_text(json.dumps(vars(a), indent=1, default=str))
+                (a.out / ".options.json").write_text(json.dumps(vars(a), indent=1, default=str))
+                os.replace(a.out / ".options.json", a.out / "options.json")
+
+            def stop(number, frame):
+                """At the end of this step; at a second Ctrl-C at once."""
+                if run.asked == number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                run.asked = number
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, frame: setattr(run, "asked", number))     # at the end of this step
+                signal.signal(number, stop)
             train(run)
             if run.rank == 0:
                 curves(a.out)
@@ -656,7 +722,7 @@ def main():
                     unit_latents(a.out, a)
             if dist.is_initialized():
                 dist.destroy_process_group()
-    except ValueError as e:
+    except (ValueError, OSError, SafetensorError) as e:
         raise SystemExit(f"error: {e}") from None
     if run.asked:
         print(f"stopped at step {run.state.step}, saved; --resume goes on")

@@ -1,4 +1,5 @@
 """Two processes take the steps that one takes: copies (DDP) and shards (FSDP2), and checkpoints pass between them."""
+import argparse
 import json
 import os
 import pathlib
@@ -9,9 +10,11 @@ import time
 
 import pytest
 
+import train as training
 from tests.conftest import ROOT
 
-COMMON = ("--stage", "mix", "--warmup", 1, "--sheet-every", 0, "--dtype", "float32", "--save-every", 2)
+# at the paper's rate: AdamW's first steps are as large for a gradient of rounding errors as for any other
+COMMON = ("--stage", "mix", "--lr", 1e-4, "--warmup", 1, "--sheet-every", 0, "--dtype", "float32", "--save-every", 2)
 
 
 def command(processes, *args):
@@ -24,6 +27,18 @@ def train(processes, out, *args):
     assert done.returncode == 0, done.stderr
     rows = {row["step"]: row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
     return [rows[step]["loss"] for step in sorted(rows)]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])                          # cuda:0 stands in options.json, which --resume reads
+def test_each_process_takes_the_gpu_of_its_own(monkeypatch, device):
+    monkeypatch.setenv("RANK", "5"), monkeypatch.setenv("LOCAL_RANK", "1")
+    taken = []
+    for where, fake in (("torch.cuda.is_available", lambda: True), ("torch.cuda.set_device", taken.append),
+                        ("torch.distributed.init_process_group", taken.append), ("torch.distributed.get_rank", lambda: 5),
+                        ("torch.distributed.get_world_size", lambda: 8)):
+        monkeypatch.setattr(where, fake)
+    a = argparse.Namespace(device=device, fsdp=False)
+    assert training.processes(a) == (5, 8) and a.device == "cuda:1" and taken == ["cuda:1", "nccl"]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Checkpoints: a run that was stopped, killed, or had no room goes on as if nothing had happened."""
+import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -8,8 +10,10 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import tbac
 import train
 from tests.conftest import ROOT, run
 
@@ -44,7 +48,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, more):
     assert losses(whole) == losses(half) and len(losses(whole)) == 5
     (a, facts), (b, again) = state_of(whole), state_of(half)
     assert facts == again and a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert {n.split(".")[0] for n in a} == {"param", "mean", "exp_avg", "exp_avg_sq"}
+    assert {n.split(".")[0] for n in a} == {"param", "mean", "exp_avg", "exp_avg_sq", "step"}
 
 
 def test_the_last_ones_stay_and_a_half_written_one_is_never_picked_up(tmp_path):
@@ -60,7 +64,7 @@ def test_the_last_ones_stay_and_a_half_written_one_is_never_picked_up(tmp_path):
 
 def start(out, *args):
     command = [sys.executable, str(ROOT / "train.py"), *map(str, (*TOY, "--out", out, *args))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for_steps(out, n):
@@ -70,9 +74,10 @@ def wait_for_steps(out, n):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(tmp_path, number):
-    process = start(tmp_path, "--steps", 1000, "--save-every", 1000)
+    """Also one to the whole group, which the helpers that read data are part of."""
+    process = start(tmp_path, "--steps", 1000, "--save-every", 1000, "--workers", 2)
     wait_for_steps(tmp_path, 3)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "--resume" in out, err
     assert state_of(tmp_path)[1]["step"] == max(losses(tmp_path))
@@ -91,6 +96,116 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_whole(tmp_pat
     after = state_of(tmp_path)
     assert before[1] == after[1] and all(torch.equal(before[0][n], after[0][n]) for n in before[0])
     assert (tmp_path / "model.safetensors").read_bytes() == model and len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def main(monkeypatch, out, *args):
+    monkeypatch.setattr(sys, "argv", [str(x) for x in ("train.py", *TOY, "--out", out, *args)])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)                # pytest keeps its own
+    monkeypatch.setattr(train, "curves", lambda out: None)                      # seconds
+    train.main()
+
+
+@pytest.mark.parametrize("where, error, args", [
+    ("train.open", OSError(28, "No space left on device"), ()), ("pathlib.Path.write_text", OSError(28, "No space left on device"), ()),
+    ("train.sheet", OSError(28, "No space left on device"), ("--sheet-every", 1)), ("train.save_file", SafetensorError("No space left"), ())])
+def test_a_full_disk_is_a_clear_error_wherever_it_strikes(tmp_path, monkeypatch, where, error, args):
+    def full(*_, **__):
+        raise error
+    (tmp_path / "a.png").write_bytes((ROOT / "tests" / "fixtures" / "tiny" / "images").glob("*.png").__next__().read_bytes())
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(dict(source="a.png", text="x", target="a.png")))
+    monkeypatch.setattr(where, full, raising=False)
+    with pytest.raises(SystemExit, match="error: .*No space left"):
+        main(monkeypatch, tmp_path / "out", "--steps", 1, "--cache-latents", "--data", tmp_path, *args)
+
+
+def test_a_half_line_at_the_end_of_the_log_spoils_nothing(tmp_path, monkeypatch):
+    main(monkeypatch, tmp_path, "--steps", 1)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 2, "lo')
+    main(monkeypatch, tmp_path, "--steps", 2, "--resume")
+    assert [row["step"] for row in train.logged(tmp_path)] == [1, 2] and len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_folder_that_holds_a_run_is_not_begun_anew(tmp_path):
+    first = toy_run(tmp_path, "--steps", 2)
+    next(first.steps()), first.save()
+    with pytest.raises(ValueError, match="holds a run already: --resume, or another --out"):
+        toy_run(tmp_path, "--steps", 2)
+
+
+def test_a_resume_with_nothing_left_to_do_writes_the_model(tmp_path, monkeypatch, capsys):
+    main(monkeypatch, tmp_path, "--steps", 1, "--resume")
+    assert f"no checkpoint in {tmp_path}" in capsys.readouterr().out
+    model, (weights, facts) = (tmp_path / "model.safetensors").read_bytes(), state_of(tmp_path)
+    (tmp_path / "model.safetensors").unlink()                                   # as if it had been killed between checkpoint and model
+    (tmp_path / ".new-1").mkdir(), (tmp_path / ".new-1" / "part-0").write_bytes(b"half")
+    main(monkeypatch, tmp_path, "--steps", 1, "--resume")
+    assert f"goes on from {tmp_path}/checkpoints/step-00000001" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").read_bytes() == model and not (tmp_path / ".new-1").exists()
+    assert state_of(tmp_path)[1] == facts and all(torch.equal(t, weights[n]) for n, t in state_of(tmp_path)[0].items())
+
+
+def state(ema=0.9, names=("a", "b")):
+    a = argparse.Namespace(ema=ema, weight_decay=0.1, lr=0.1, betas=[0.9, 0.999], warmup=0, steps=10, floor=0.1)
+    return train.State({n: torch.nn.Parameter(torch.ones(2)) for n in names}, a), a
+
+
+def stored(s, folder):
+    folder.mkdir()
+    tbac.write_shards(folder, s.tensors())
+    (folder / "state.json").write_text(json.dumps(dict(step=s.step, updates=s.updates, past=s.past, guard=vars(s.guard))))
+    return folder
+
+
+def steps(s, a, *which):
+    """Steps in which only these parameters have a gradient."""
+    for names in which:
+        for n, p in s.params.items():
+            p.grad = torch.full_like(p, 1 + s.step) if n in names else None
+        s.update(a)
+        s.step += 1
+
+
+def test_a_parameter_without_a_gradient_in_some_steps_goes_on_exactly(tmp_path):
+    s, a = state()
+    steps(s, a, "a", "a")                                                       # nothing of b is there to be stored
+    t, _ = state()
+    t.load(stored(s, tmp_path / "1"))
+    steps(s, a, "ab", "a"), steps(t, a, "ab", "a")
+    u, _ = state()
+    u.load(stored(t, tmp_path / "2"))
+    steps(s, a, "ab"), steps(u, a, "ab")
+    assert all(torch.equal(s.params[n], u.params[n]) and torch.equal(s.mean[n], u.mean[n]) for n in "ab")
+    assert [u.optimizer.state[u.params[n]]["step"].item() for n in "ab"] == [5, 2]
+
+
+def test_a_mean_begins_and_ends_where_a_run_goes_on(tmp_path):
+    without, a = state(ema=0)
+    steps(without, a, "ab")
+    s, _ = state()
+    s.load(stored(without, tmp_path / "without"))
+    assert all(torch.equal(s.mean[n], without.params[n]) for n in "ab")         # not from the weights that the run once began with
+    steps(s, argparse.Namespace(**vars(a) | dict(ema=0.9)), "ab")
+    back, _ = state(ema=0)
+    back.load(stored(s, tmp_path / "with"))
+    assert all(torch.equal(back.params[n], s.params[n]) and not torch.equal(s.mean[n], s.params[n]) for n in "ab")
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds \w+.b .*another --stage"):
+        state(names="a")[0].load(stored(state()[0], tmp_path / "1"))
+    with pytest.raises(ValueError, match="lacks c.*another --stage"):
+        state(names="abc")[0].load(tmp_path / "1")
+
+
+def test_overfit_goes_on_with_its_batch(tmp_path):
+    seen = []
+    for _ in range(2):
+        started = toy_run(tmp_path, "--steps", 9, "--overfit", "--resume")
+        forward = started.learner.forward
+        started.learner.forward = lambda rows, forward=forward: seen.append([example.prompt for example, _ in rows]) or forward(rows)
+        next(started.steps()), started.save()
+    assert seen[0] == seen[1] and started.state.step == 2
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
 """Frozen is frozen; what trains, trains; the loss is what the analysis says at the start and falls on one batch."""
+import argparse
+import copy
+import dataclasses
 import json
 import math
 import random
@@ -126,6 +129,15 @@ def test_another_ladder_is_trained_saved_and_gone_on_with(tmp_path, args, wiring
     assert again.state.step == 1 and all(torch.equal(p, run.state.params[n]) for n, p in again.state.params.items())
 
 
+def test_a_ladder_is_taken_with_its_wiring_and_queries(tmp_path):
+    first = start(tmp_path / "a", "--wiring", "last", "--queries", 4)
+    next(first.steps()), first.save()
+    second = start(tmp_path / "b", "--take", f"ladder={tmp_path / 'a'}")
+    next(second.steps()), second.save()
+    config = TBAC.load(tmp_path / "b").config
+    assert (config.wiring, config.n_query) == ("last", 4)
+
+
 def test_a_dry_run_goes_through_everything_and_leaves_nothing(tmp_path):
     done = run("train.py", "--out", tmp_path / "x", "--dry-run", "--batch", 2)
     assert done.returncode == 0 and "1/1" in done.stderr and not list(tmp_path.iterdir()), done.stderr
@@ -139,6 +151,48 @@ def test_presets_are_the_papers_and_the_command_line_wins():
     assert train.options([]).model == str(train.TOY_FOLDER) and train.options([]).data == ["toy"]
     with pytest.raises(SystemExit):
         train.options(["--preset", "paper", "--stage", "vit"])
+
+
+def test_steps_and_epochs():
+    paper = ["--preset", "paper", "--stage", "edit", "--model", "x", "--data", "y"]
+    epochs = lambda *args: (lambda a: (a.steps, a.epochs))(train.options([*paper, *args]))
+    assert epochs() == (None, 10) and epochs("--epochs", "2") == (None, 2)
+    assert epochs("--steps", "7") == (7, None) and epochs("--dry-run") == (1, None)
+
+
+@pytest.mark.parametrize("args, words", [
+    (("--batch", "0"), "--batch must be"), (("--save-every", "0"), "--save-every must be"), (("--keep", "0"), "--keep must be"),
+    (("--accumulate", "-1"), "--accumulate must be"), (("--take", "dcae"), "dcae: expected PART=FOLDER"),
+    (("--take", "vit=x"), "vit=x: expected PART=FOLDER, where PART is mllm")])
+def test_what_the_command_line_cannot_mean(args, words, capsys):
+    with pytest.raises(SystemExit):
+        train.options(args)
+    assert words in capsys.readouterr().err
+
+
+def test_help_shows_the_presets_values(capsys):
+    with pytest.raises(SystemExit):
+        train.options(["--preset", "paper", "--stage", "t2i", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "optimizer steps (default: 150000)" in said and "of matrices (default: 0.05)" in said
+
+
+def test_no_toy_where_the_paper_was_meant_and_no_cuda_where_there_is_none(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--preset paper needs --model and --data"):
+        train.Run(train.options(["--preset", "paper", "--data", "toy", "--out", str(tmp_path), "--device", "cpu"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA here, take --device cpu"):
+        start(tmp_path, "--device", "cuda")
+
+
+def test_an_epoch_has_all_of_each_source_unless_weights_say_otherwise(tmp_path):
+    for folder, n in (("a", 6), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        data.render(data.sample_scene(random.Random(0))).save(tmp_path / folder / "0.png")
+        (tmp_path / folder / "metadata.jsonl").write_text("\n".join([json.dumps(dict(file_name="0.png", text="x"))] * n))
+    share = lambda *more: start(tmp_path / "out", "--epochs", 3, "--data", *more)
+    plain, weighted = share(tmp_path / "a", tmp_path / "b"), share(f"{tmp_path / 'a'}=0.5", f"{tmp_path / 'b'}=0.5")
+    assert plain.reader.share.weights == [6, 2] and weighted.reader.share.weights == [0.5, 0.5] and plain.a.steps == weighted.a.steps == 12
 
 
 def test_learning_rate():
@@ -191,6 +245,24 @@ def test_the_guard_can_be_switched_off_and_stops_after_ten_in_a_row(tmp_path):
     assert len(list(always_nan("--no-guard").steps())) == 20
 
 
+def test_a_skipped_step_is_logged_with_its_examples_and_without_nan(tmp_path):
+    started = start(tmp_path, "--accumulate", 2, "--sheet-every", 0)
+    read, forward = [], started.learner.forward
+
+    def second_is_nan(rows):
+        read.append([example.prompt for example, _ in rows])
+        losses, times = forward(rows)
+        return (losses * math.nan if len(read) == 3 else losses), times
+    started.learner.forward = second_is_nan
+    train.train(started)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    first, second, third = (json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in lines)
+    assert first["examples"] is third["examples"] is None
+    assert second["loss"] is None and "nan" in second["skipped"] and second["examples"] == read[2] + read[3]
+    train.curves(tmp_path)
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_guard_limits():
     guard = train.Guard()
     assert guard.allows(1.0, 0.1) is None and guard.allows(19.9, 0.9) is None                        # below 1 a norm is never a spike
@@ -224,6 +296,9 @@ def test_cached_latents_change_nothing_and_go_with_size_and_weights(tmp_path):
     again = start(tmp_path / "run", "--cache-latents", *how)
     again.model.dcae.encode = None                                              # it is not needed any more
     assert losses(again) == want
+    scaled = copy.copy(again.model)
+    scaled.config = dataclasses.replace(scaled.config, dcae=dataclasses.replace(scaled.config.dcae, scaling_factor=2.0))
+    assert train.Latents(scaled, argparse.Namespace(**vars(again.a) | dict(out=tmp_path / "scaled"))).folder.name != kept[0].parent.name
     other = start(tmp_path / "run", "--cache-latents", "--size", 32, *how)
     assert losses(other) != want and not kept[0].exists()                       # another size: the old ones are gone
     with torch.no_grad():
