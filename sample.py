@@ -3,6 +3,7 @@
     python sample.py "a red circle left of a blue square"
     python sample.py "make the circle green" --image circle.png
     python sample.py --ask "how many circles?" --image circle.png
+    python sample.py "a red circle left of a blue square" --explain              # also out-explain.png: where each block looked
 
 The ordinary differential equation dx/dt = v(x, t) is followed from noise (t = 1) to data (t = 0); see the box in tbac.py.
 Sources: DPM-Solver++ (arXiv 2211.01095, algorithm 2), InstructPix2Pix for two-way guidance (arXiv 2211.09800, equation 3).
@@ -164,6 +165,8 @@ def options(argv=None):
     p.add_argument("--model", default=str(pathlib.Path(__file__).parent / "assets" / "toy"), help="folder (default: the toy)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster; for many pictures")
+    p.add_argument("--explain", action="store_true", help="also write OUT-explain.png, one page on the (first) picture: how it became clear, "
+                   "where each DiT block looked, the rungs, the tokens; with --ask: where the answer looked")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
     a = p.parse_args(argv)
     if a.prompt is None and a.ask is None:
@@ -200,6 +203,7 @@ def compile_parts(model, once):
 
 def draw(a, model, images, out):
     """The pictures one by one, each from its own seed, so that a picture does not depend on how many others are asked for."""
+    from notebooks import explain                                                # it imports this file
     size = parse_size(a.size) if a.size else None
     settings = dict(guidance=a.guidance, image_guidance=a.image_guidance, negative=a.negative, solver=a.solver, size=size, steps=a.steps)
     heard = conditions(model, [a.prompt], [images], a.image_guidance, a.negative)            # once for all pictures
@@ -208,7 +212,11 @@ def draw(a, model, images, out):
         compile_parts(model, lambda: generate(model, **one, **settings | dict(steps=1)))
     with tqdm(total=a.n * a.steps, desc="draw", unit="step") as bar:
         for seed in range(a.seed, a.seed + a.n):
-            for step in denoise(model, **one, **settings, generator=torch.Generator(a.device).manual_seed(seed)):
+            steps = denoise(model, **one, **settings, generator=torch.Generator(a.device).manual_seed(seed))
+            if a.explain and seed == a.seed:
+                kept = explain.Drawn(a.steps)
+                steps = kept.watch(model.dit, steps)
+            for step in steps:
                 bar.update()
                 latents = step.x_t
             pictures += decode(model, latents)
@@ -220,7 +228,24 @@ def draw(a, model, images, out):
         labels = [*a.image, *(f"seed {a.seed + i}" for i in range(a.n))]
         every = [*(image.resize(pictures[0].size) for image in images), *pictures]
         save_png(sheet(every, labels, scale=max(1, 256 // min(pictures[0].size))), out, said)
-    print("wrote", *files, *([out] if a.n > 1 else []))
+    if a.explain:
+        save_png(explain.drawing(model, a.prompt, images, pictures[0], heard[0][:, -1], kept), beside(out), said | dict(seed=a.seed))
+    print("wrote", *files, *([out] if a.n > 1 else []), *([beside(out)] if a.explain else []))
+
+
+def beside(out):
+    """Where --explain writes."""
+    return out.with_name(f"{out.stem}-explain.png")
+
+
+def ask(a, model, images, out):
+    """Prints the answer; with --explain, also the page on it."""
+    if not a.explain:
+        return print(model.ask(a.ask, images))
+    from notebooks import explain
+    ids, seen = explain.watched_answer(model, a.ask, images)
+    print(model.mllm.tokenizer.decode(ids).strip())
+    save_png(explain.answer(model, a.ask, images, ids, seen), beside(out), dict(question=a.ask, model=str(a.model), images=a.image))
 
 
 def main():
@@ -231,10 +256,12 @@ def main():
             raise ValueError(f"--out {out}: " + ("is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
         if a.n < 1:
             raise ValueError(f"--n {a.n}: expected at least 1")
+        if a.explain and (a.compile or a.ask is not None and not a.image):
+            raise ValueError("--explain " + ("reads what --compile fuses away: leave one out" if a.compile else "and --ask need an --image"))
         images = [open_image(file) for file in a.image]
         model = TBAC.load(a.model, a.device, a.dtype and getattr(torch, a.dtype))
         if a.ask is not None:
-            print(model.ask(a.ask, images))
+            ask(a, model, images, out)
         else:
             draw(a, model, images, out)
     except ValueError as e:
