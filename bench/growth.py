@@ -22,8 +22,8 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import sample
-from bench.bench import timed
-from bench.memory import Counter
+from bench import timed
+from memory import Counter
 from dit import linear_attention
 from tbac import TBAC
 
