@@ -34,6 +34,7 @@ BORDER = 0.04                                                                   
 # the part of its box that a shape fills, and how far its centroid lies below the centre of the box, in radii
 FORMS = {"circle": (np.pi / 4, 0), "square": (1, 0), "triangle": (1 / 2, 1 / 3), "cross": (0.64, 0)}
 KINDS = ("jpg", "jpeg", "png", "webp")                                          # of pictures in real data
+NEAR = 0.12                                                                     # the grader: of the side, still the same place
 BLOB, SPECK = 0.25, 0.008                                                       # the grader: worst fit, smallest part of a picture
 NUMBERS = ("zero", "one", "two", "three", "four")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -548,8 +549,13 @@ def grade(image):
     return Scene(tuple(sorted(things, key=lambda t: (t.y, t.x))), background)
 
 
+def near(a, b):
+    """The same thing in the same place, to within NEAR."""
+    return a.name == b.name and max(abs(a.x - b.x), abs(a.y - b.y)) < NEAR
+
+
 def check(found, target, places=False):
-    """What of the target a found scene gets right, by name. Sizes never count; places only where asked, within 0.12 of the side."""
+    """What of the target a found scene gets right, by name. Sizes never count; places only where asked."""
     names = [sorted(t.name for t in scene.things) for scene in (found, target)]
     where = sides(target)
     first, second = ([f for f in found.things if f.name == t.name] for t in (target.things[0], target.things[-1]))
@@ -558,8 +564,7 @@ def check(found, target, places=False):
              # 1.2, not 1.5: a scene at the limit of being clear may be read as just beyond it
              "relation": where is None or any(relation(f, s, ratio=1.2) == where for f in first for s in second)}
     if places:
-        right["places"] = all(any(f.name == t.name and max(abs(f.x - t.x), abs(f.y - t.y)) < 0.12 for f in found.things)
-                              for t in target.things)
+        right["places"] = all(any(near(f, t) for f in found.things) for t in target.things)
     return right
 
 

@@ -36,7 +36,6 @@ TASKS = ("draw", "edit", "ask")
 PAIRS = {False: "seen", True: "never seen"}
 OPENINGS = ("draw ", "paint ", "show me ", "a picture of ", "an image of ")
 QUICK = dict(n=8, pictures=2, steps=10)
-NEAR = 0.12                                                                     # of the side, as in data.check: still the same place
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,6 @@ def cases(task, n):
 
 # ---------------------------------------------------------------- right or wrong
 
-def near(a, b):
-    return a.name == b.name and max(abs(a.x - b.x), abs(a.y - b.y)) < NEAR
-
-
 def drawn(found, case):
     """The category's own question: are there things of these shapes, with the colours or the sides where these are the category? Stricter
     than GenEval: a thing too many is always wrong. And: is all of the prompt right, with the white background that goes without saying?"""
@@ -152,7 +147,7 @@ def in_place(thing, wanted, found, case):
             other = next(t for t in source.things if any(order.endswith(words) for words in data.references(t, source)))
             return any(data.relation(thing, f, ratio=1.2) == side for f in found.things if f.name == other.name)
     anywhere = case.category == "add" and not any(order.endswith(data.at(spot)) for spot in data.SPOTS)
-    return anywhere or near(thing, wanted)
+    return anywhere or data.near(thing, wanted)
 
 
 def edited(found, case):
@@ -165,7 +160,7 @@ def edited(found, case):
     count = lambda scene, name: sum(t.name == name for t in scene.things)
     followed = all(count(found, t.name) == count(after, t.name) for t in gone | new) and all(
         any(in_place(f, t, found, case) for f in found.things if f.name == t.name) for t in new)
-    others = all(any(near(f, t) for f in found.things) for t in kept) and len(found.things) <= len(kept) + (len(gone | new) > 0)
+    others = all(any(data.near(f, t) for f in found.things) for t in kept) and len(found.things) <= len(kept) + (len(gone | new) > 0)
     ground = found.background == after.background
     if case.category == "background":
         followed, ground = ground, True
