@@ -43,6 +43,10 @@ class TBACConfig:
     max_prompt: int = 256               # tokens of the prompt that are read when drawing
     dtype: str = "float32"              # to compute in, unless `load` is told otherwise
 
+    def ladder(self):
+        """A ladder of these sizes, its weights not yet set."""
+        return Ladder(self.n_query, self.mllm.dim, self.dit.caption_dim, self.mllm.n_layer, self.dit.n_layer, self.wiring)
+
     @classmethod
     def from_dict(cls, d):
         """The inverse of dataclasses.asdict, from JSON (where tuples have become lists)."""
@@ -65,7 +69,7 @@ class TBAC(nn.Module):
         super().__init__()
         c = self.config = config
         self.mllm = MLLM(c.mllm, tokenizer).requires_grad_(False)
-        self.ladder = Ladder(c.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer, c.wiring)
+        self.ladder = c.ladder()
         self.dit = DiT(c.dit)
         self.dcae = DCAE(c.dcae).requires_grad_(False)
 

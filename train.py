@@ -48,7 +48,6 @@ from tqdm import tqdm
 import data
 import sample
 from assets.toy import parts
-from ladder import Ladder
 from tbac import TBAC, read_tensors, sync, weight_files, write_shards
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -177,8 +176,8 @@ def build(a):
         names = ("n_query", "wiring") if part == "ladder" else (part,)
         model.config = dataclasses.replace(model.config, **{name: getattr(other.config, name) for name in names})
     if a.wiring or a.queries:
-        c = model.config = dataclasses.replace(model.config, wiring=a.wiring or model.config.wiring, n_query=a.queries or model.config.n_query)
-        model.ladder = Ladder(c.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer, c.wiring).to(a.device)
+        model.config = dataclasses.replace(model.config, wiring=a.wiring or model.config.wiring, n_query=a.queries or model.config.n_query)
+        model.ladder = model.config.ladder().to(a.device)
         model.ladder.init_weights(torch.Generator().manual_seed(a.seed))
     return model
 
@@ -466,10 +465,13 @@ def sheet(model, learner, state, examples, a):
 
 
 def logged(out):
-    """Yields the rows of log.jsonl but for those that a crash or a full disk cut in half."""
+    """The steps in log.jsonl, in order. A run that was killed and resumed wrote some twice: the later row counts; a crash cut one in half."""
+    rows = {}
     for line in (out / "log.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
-            yield json.loads(line)
+            row = json.loads(line)
+            rows |= {row["step"]: row} if "loss" in row else {}
+    return [rows[step] for step in sorted(rows)]
 
 
 def curves(out):
@@ -477,8 +479,7 @@ def curves(out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = {row["step"]: row for row in logged(out) if "loss" in row}           # a run that was killed and resumed wrote some steps twice
-    rows = [rows[step] for step in sorted(rows)]
+    rows = logged(out)
     steps, n = [row["step"] for row in rows], max(1, len(rows) // 100)
 
     def smooth(values):

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from dcae import DCAEConfig
 from dit import DiTConfig
-from ladder import Ladder
 from mllm import MLLMConfig, Tokenizer, ViTConfig
 from tbac import TBAC, TBACConfig, read_json, read_tensors, replacing, weight_files, write_shards
 
@@ -170,7 +169,7 @@ def convert(qwen, sana, tbac, out, dtype=None, seed=0):
             for n, piece in to_ours(ours, t, config):
                 yield place(file, name, n, piece)
         if not tbac:
-            ladder = Ladder(config.n_query, config.mllm.dim, config.dit.caption_dim, config.mllm.n_layer, config.dit.n_layer)
+            ladder = config.ladder()
             ladder.init_weights(torch.Generator().manual_seed(seed))
             for n, t in ladder.state_dict().items():
                 yield place("fresh ladder", n, f"ladder.{n}", t)

@@ -14,7 +14,6 @@ Every figure is WIDTH pixels wide when shown. Dimension key of the shapes: B bat
 import argparse
 import inspect
 import io
-import json
 import math
 import pathlib
 import re
@@ -34,6 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import sample  # noqa: E402
+import train  # noqa: E402
 from data import Scene, Thing  # noqa: E402
 from ladder import rungs  # noqa: E402
 from tbac import TBAC, TBACConfig  # noqa: E402
@@ -313,10 +313,8 @@ def read_runs(folder):
     """A folder of runs -> {name: rows of its log.jsonl}, in the order of training. ValueError where there is none."""
     runs = {}
     for log in sorted(folder.glob("*/log.jsonl"), key=stage_of):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        rows = {row["step"]: row for row in rows if "loss" in row}              # a run that was resumed wrote some steps twice
-        if rows:
-            runs[log.parent.name] = [rows[step] for step in sorted(rows)]
+        if rows := train.logged(log.parent):
+            runs[log.parent.name] = rows
     if not runs:
         raise ValueError(f"no runs to draw curves of: there is no {folder}/*/log.jsonl. train.py writes one into its --out (README.md, \"The toy, "
                          "from nothing\"); --runs names the folder around these. The other figures need none: python notebooks/figures.py ladder")
