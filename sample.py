@@ -203,18 +203,19 @@ def compile_parts(model, once):
 
 def draw(a, model, images, out):
     """The pictures one by one, each from its own seed, so that a picture does not depend on how many others are asked for."""
-    from notebooks import explain                                                # it imports this file
     size = parse_size(a.size) if a.size else None
     settings = dict(guidance=a.guidance, image_guidance=a.image_guidance, negative=a.negative, solver=a.solver, size=size, steps=a.steps)
     heard = conditions(model, [a.prompt], [images], a.image_guidance, a.negative)            # once for all pictures
     one, pictures = dict(prompts=[a.prompt], images=[images], heard=heard), []
     if a.compile:
         compile_parts(model, lambda: generate(model, **one, **settings | dict(steps=1)))
+    if a.explain:
+        from notebooks import explain                                            # only now, since it imports this file
+        kept = explain.Drawn(a.steps)
     with tqdm(total=a.n * a.steps, desc="draw", unit="step") as bar:
         for seed in range(a.seed, a.seed + a.n):
             steps = denoise(model, **one, **settings, generator=torch.Generator(a.device).manual_seed(seed))
             if a.explain and seed == a.seed:
-                kept = explain.Drawn(a.steps)
                 steps = kept.watch(model.dit, steps)
             for step in steps:
                 bar.update()

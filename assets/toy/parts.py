@@ -163,7 +163,7 @@ def mllm_loss(model, extra, rows, a):
         x[blank, -extra.n:] = extra.vectors(rows[0][1], len(blank), x)
     states = mllm(x, batch.positions, batch.real)                                                     # of each depth (B, S, M)
     weight = torch.tensor([[0] * (S - len(w)) + w for w in weights], device=a.device)[:, 1:]          # (B, S - 1) of the tokens to predict
-    logits = mllm.logits(states[-1][:, :-1][weight > 0]).float()                                          # (answer tokens, vocab)
+    logits = mllm.logits(states[-1][:, :-1][weight > 0]).float()                                      # (answer tokens, vocab)
     losses = F.cross_entropy(logits, batch.ids[:, 1:][weight > 0], reduction="none") * weight[weight > 0]
     told = [state[blank, -extra.n:] for state in states[extra.DEPTH:]]                                # of each depth (blank rows, n, M)
     filled = extra(torch.stack(told), torch.tensor(shown, device=a.device)) if blank else 0.0
@@ -216,5 +216,5 @@ def dit_loss(model, extra, rows, a):
 
 
 LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss}
-EXTRA = {"vit": Names, "mllm": Blanks, "dit": Things}                                           # thrown away afterwards
+EXTRA = {"vit": Names, "mllm": Blanks, "dit": Things}                         # thrown away afterwards
 EXAMPLE = dict.fromkeys(LOSS, lambda rng, i: data.sample_scene(rng)) | {"mllm": conversation}
