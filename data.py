@@ -267,14 +267,16 @@ def caption(scene, rng):
 
 
 def request(scene, rng):
-    """A caption, or with probability 0.4 a text that gives each thing its place, as longer captions of real pictures do."""
-    if rng.random() < 0.6:
-        return caption(scene, rng)
+    """-> a text to draw from, and the plain form of what it says. A caption; or each thing with its place, as longer captions of real pictures
+    have it; or only what there is, sides left open."""
+    sort = rng.choices(("caption", "places", "list"), (0.5, 0.35, 0.15))[0]
+    if sort == "caption":
+        return caption(scene, rng), plain(ordered(scene))
     names = [t.label for t in scene.things]
     things = sorted(scene.things, key=lambda t: names.index(t.label))           # equal ones together
-    text = join([f"{a(t.label)} {at(spot(t))}" for t in things])
+    text = join([f"{a(t.label)} {at(spot(t))}" for t in things]) if sort == "places" else listing(things)
     ground = f", on a {scene.background} background" if scene.background != "white" else ""
-    return rng.choice(("", "draw ", "paint ", "a picture of ")) + text + ground
+    return rng.choice(("", "draw ", "paint ", "a picture of ")) + text + ground, plain(ordered(scene)) if sort == "places" else listing(things)
 
 
 def describe(scene):
@@ -584,7 +586,7 @@ class Example:
 
 def draw_example(rng, size):
     scene = sample_scene(rng)
-    return Example(request(scene, rng), (), render(scene, size))
+    return Example(request(scene, rng)[0], (), render(scene, size))
 
 
 def edit_example(rng, size):

@@ -342,6 +342,20 @@ def test_names_of_what_each_vision_token_shows():
     """The classes of stage `vit`: a small thing in one unit of 4 x 4, a large one in a block of units, the background elsewhere."""
     scene = data.Scene((data.Thing("circle", "red", "small", 0.375, 0.125), data.Thing("cross", "blue", "large", 0.75, 0.75)), "grey")
     names = parts.Names(parts.TOY)
-    rows = [(names.names[i], names.spots[j], k) for i, j, k in names.shown(scene, 4, 4)]
-    assert [name for name, _, _ in rows] == ["grey", "red circle", "grey", "grey"] + ["grey"] * 4 + ["grey", "grey", "blue cross", "blue cross"] * 2
-    assert rows[1] == ("red circle", "top", 0) and rows[0] == ("grey", "top left", -100) and rows[10] == ("blue cross", "bottom right", 2)
+    rows = list(names.shown(scene, 4, 4))
+    assert [r["shape"] for r in rows] == ["nothing", "circle", "nothing", "nothing"] + ["nothing"] * 4 + ["nothing", "nothing", "cross", "cross"] * 2
+    assert rows[1] == dict(colour="red", shape="circle", size="small", spot="top", column=3, row=1, background="grey")
+    assert rows[0] == dict(colour="nothing", shape="nothing", spot="top left", column=1, row=1, background="grey")
+    assert rows[10]["spot"] == "bottom right" and rows[10]["size"] == "large"
+
+
+def test_blanks_tell_each_thing_in_the_order_of_the_words():
+    """What the text says, and no exact place; with a picture, the order of places, and in eighths of the side."""
+    scene = data.Scene((data.Thing("circle", "red", "small", 0.2, 0.2), data.Thing("cross", "blue", "large", 0.75, 0.2)))
+    blanks = parts.Blanks(parts.TOY)
+    said, seen = list(blanks.shown(scene, "a large blue cross to the right of a small red circle")), list(blanks.shown(scene, None))
+    assert [t["colour"] for t in said] == ["blue"] * 4 + ["red"] * 4 + ["nothing"] * 8
+    assert said[0] == dict(colour="blue", shape="cross", size="large", spot="top right", side="right of", background="white")
+    assert [t["colour"] for t in seen] == ["red"] * 4 + ["blue"] * 4 + ["nothing"] * 8 and (seen[4]["column"], seen[4]["row"]) == (6, 1)
+    which = blanks.indices(said)
+    assert which.shape == (16, 8) and which[0].tolist() == [2, 3, 2, 2, -100, -100, 1, 0] and which[15].tolist()[2:7] == [-100] * 5

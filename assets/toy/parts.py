@@ -48,38 +48,54 @@ def toy_tokenizer(file):
     return Tokenizer(file)
 
 
-class Names(nn.Module):
-    """The stand-in for the captions that Qwen2.5-VL's ViT was pretrained on: every vision token tells which thing it shows, where in the picture
-    that is, and how large; or which background. From answers alone the ViT learns colours
-    long before shapes and places."""
+class Facts(nn.Module):
+    """Hidden states tell facts of a thing: which colour, which shape, how large, ... Each kind of fact has classes of its own, so that what is
+    learned of colours holds for all shapes, also for a pair never seen beside another thing."""
+    KINDS = {"colour": [*data.COLOURS, "nothing"], "shape": [*data.SHAPES, "nothing"], "size": [*data.SIZES], "spot": [*data.SPOTS],
+             "column": [*range(8)], "row": [*range(8)], "side": [*data.OPPOSITE, "none"], "background": [*data.BACKGROUNDS]}
 
     def __init__(self, config):
         super().__init__()
-        self.names = [f"{c} {s}" for c in data.COLOURS for s in data.SHAPES] + list(data.BACKGROUNDS)
-        self.spots, self.sizes = list(data.SPOTS), list(data.SIZES)
-        self.head = nn.Linear(config.mllm.dim, len(self.names + self.spots + self.sizes))
+        self.head = nn.Linear(config.mllm.dim, sum(map(len, self.KINDS.values())))
+
+    @staticmethod
+    def of(thing, scene, exact):
+        """-> {kind: class} of what is known of a thing, or of a bare place (colour and shape "nothing"). exact: in eighths of the side, too."""
+        known = dict(colour=thing.colour, shape=thing.shape, spot=data.spot(thing), background=scene.background)
+        known |= dict(column=int(8 * thing.x), row=int(8 * thing.y)) if exact else {}
+        return known | (dict(size=thing.size) if thing.size else {})
+
+    def indices(self, told):
+        """[{kind: class}] -> (N, kinds) class indices, -100 for what is not known."""
+        return torch.tensor([[classes.index(t[kind]) if kind in t else -100 for kind, classes in self.KINDS.items()] for t in told])
+
+    def forward(self, hidden, told):
+        """hidden (depths, N, M), told: N times {kind: class} -> the mean over kinds of the mean cross-entropy of what is known."""
+        which = self.indices(told).to(hidden.device).expand(len(hidden), -1, -1)                      # (depths, N, kinds)
+        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float().split(list(map(len, self.KINDS.values())), -1)
+        losses = (F.cross_entropy(x.flatten(0, 1), which[..., i].flatten(), reduction="sum") for i, x in enumerate(logits))
+        return sum(loss / (which[..., i] >= 0).sum().clamp(min=1) for i, loss in enumerate(losses)) / len(logits)
+
+
+class Names(Facts):
+    """The stand-in for the captions that Qwen2.5-VL's ViT was pretrained on: every vision token tells which thing it shows, where in the picture
+    that is, and how large. From answers alone the ViT learns colours long before shapes and places."""
 
     def shown(self, scene, h, w):
-        """Row by row, the nearest thing whose box reaches well into the unit, else the background. -> h * w triples of class indices"""
+        """Row by row, the nearest thing whose box reaches well into the unit, else the bare place. -> h * w times {kind: class}"""
         for y, x in (((row + 0.5) / h, (column + 0.5) / w) for row in range(h) for column in range(w)):
             far = [(max(abs(t.x - x), abs(t.y - y)), t) for t in scene.things]
             near = [(d, t) for d, t in far if d < t.radius + 0.35 / w]
-            t = min(near, key=lambda pair: pair[0])[1] if near else data.Thing("", "", "", x, y)
-            yield self.names.index(t.name if near else scene.background), self.spots.index(data.spot(t)), self.sizes.index(t.size) if near else -100
-
-    def forward(self, tokens):
-        """(N, M) -> logits of name, spot and size"""
-        return self.head(tokens).float().split([len(self.names), len(self.spots), len(self.sizes)], 1)
+            yield self.of(min(near, key=lambda pair: pair[0])[1] if near else data.Thing("nothing", "nothing", "", x, y), scene, exact=True)
 
 
 def vit_loss(model, extra, rows, a):
-    """Cross-entropy of what each merged unit shows."""
+    """What each merged unit shows."""
     c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
     pictures = [patchify(data.render(s, a.size), c) for s in scenes]
     h, w = (n // c.merge for n in pictures[0][1])
-    shown = torch.tensor([row for s in scenes for row in extra.shown(s, h, w)], device=a.device)       # (B * U, 3)
-    loss = sum(F.cross_entropy(logits, which) for logits, which in zip(extra(model.mllm.see(pictures)), shown.T))
-    return loss.expand(len(rows)), None
+    told = [facts for s in scenes for facts in extra.shown(s, h, w)]                                   # B * U
+    return extra(model.mllm.see(pictures)[None], told).expand(len(rows)), None
 
 
 def conversation(rng, i):
@@ -87,8 +103,8 @@ def conversation(rng, i):
     without: rows of a batch are alike."""
     scene, kind = data.sample_scene(rng), rng.random()
     if i // 32 % 2 and kind < 0.5:                                              # a caption, in any words -> what it says, in order
-        text, target = data.request(scene, rng), data.ordered(scene)
-        return DRAW, None, [(text, f"{data.plain(target)}, on a {scene.background} background")], (scene, text)
+        text, said = data.request(scene, rng)
+        return DRAW, None, [(text, f"{said}, on a {scene.background} background")], (scene, text)
     if i // 32 % 2:                                                             # a scene in words, and questions about it
         (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
         return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns], None
@@ -101,39 +117,27 @@ def conversation(rng, i):
     return DRAW, scene, [(order, data.describe(target))], (target, None)
 
 
-class Blanks(nn.Module):
+class Blanks(Facts):
     """A large MLLM sums up what it has read in any token that follows; a small one learns it here. After a prompt to draw come tokens that mean
-    nothing, random vectors: four for each thing in turn. Each tells its thing's name, size, place (a guess where the text does not say), side of
-    the other one, and the background, at every depth from DEPTH on: in a large MLLM the middle layers, too, know what they have read."""
-    DEPTH = 3
+    nothing, random vectors: four for each thing in turn. Each tells its thing's facts (a guess where the text does not say), at every depth
+    from DEPTH on: in a large MLLM the middle layers, too, know what they have read."""
+    DEPTH, n = 3, 16
 
-    def __init__(self, config):
-        super().__init__()
-        self.n, self.width = 16, config.mllm.dim
-        self.facts = [[f"{c} {s}" for c in data.COLOURS for s in data.SHAPES] + ["nothing"], list(data.SIZES), list(data.SPOTS),
-                      [*data.OPPOSITE, None], list(data.BACKGROUNDS)]
-        self.head = nn.Linear(self.width, sum(map(len, self.facts)))
-
-    def show(self, scene, text):
-        """Yields for each blank five class indices, -100 for what cannot be known."""
-        seen = sorted(scene.things, key=lambda t: text.find(t.name) if text else (data.cell(t), t.x, t.y))        # as mentioned, or as described
+    def shown(self, scene, text):
+        """Yields for each blank {kind: class}. text: what says it, or None where a picture shows it."""
+        things = sorted(scene.things, key=lambda t: text.find(t.name) if text else (data.cell(t), t.x, t.y))      # as mentioned, or as described
         for i in range(self.n):
-            t = seen[4 * i // self.n] if 4 * i // self.n < len(seen) else None
-            side = data.relation(t, next(u for u in seen if u is not t)) if t and len(seen) == 2 else None
-            facts = [t.name if t else "nothing", t and t.size, t and data.spot(t), side, scene.background]
-            told = [True, t, t, t and len(seen) < 3 and len({u.name for u in seen}) == len(seen), True]
-            yield [names.index(f) if ok else -100 for names, f, ok in zip(self.facts, facts, told)]
+            if (k := 4 * i // self.n) >= len(things):
+                yield dict(colour="nothing", shape="nothing", background=scene.background)
+                continue
+            told = self.of(things[k], scene, exact=text is None)
+            if len(things) < 3 and len({t.name for t in things}) == len(things):
+                told["side"] = len(things) == 2 and data.relation(things[k], things[1 - k]) or "none"
+            yield told
 
     def vectors(self, rng, rows, like):
         """(rows, n, M), as small as queries are at their start."""
-        return 0.02 * torch.randn(rows, self.n, self.width, generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(like)
-
-    def forward(self, hidden, shown):
-        """hidden (depths, rows, n, M), shown (rows, n, 5) -> mean over the five kinds of the mean cross-entropy of what is known."""
-        shown = shown.expand(len(hidden), -1, -1, -1)
-        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float().split(list(map(len, self.facts)), -1)
-        losses = (F.cross_entropy(x.flatten(0, 2), shown[..., i].flatten(), reduction="sum") for i, x in enumerate(logits))
-        return sum(loss / (shown[..., i] >= 0).sum().clamp(min=1) for i, loss in enumerate(losses)) / len(logits)
+        return 0.02 * torch.randn(rows, self.n, like.shape[-1], generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(like)
 
 
 def mllm_loss(model, extra, rows, a):
@@ -141,14 +145,14 @@ def mllm_loss(model, extra, rows, a):
     drown in that of descriptions, since it alone asks which colour belongs to which shape. Of the prompts to draw two thirds are followed by
     blanks instead of an answer."""
     mllm, tok, c = model.mllm, model.mllm.tokenizer, model.config.mllm.vision
-    batch, weights, blank, shown = [], [], [], []
+    batch, weights, blank, told = [], [], [], []
     for b, ((system, scene, turns, drawn), rng) in enumerate(rows):
         patches = [patchify(data.render(scene, a.size), c)] if scene else []
         grids, ids, weight = [(h // c.merge, w // c.merge) for _, (h, w) in patches], [], []
         units = [h * w for h, w in grids]
         if drawn and rng.random() < 2 / 3:
             ids = tok.encode(chat(turns[0][0], units, system) + "<|vision_start|>") + [tok.special["endoftext"]] * extra.n
-            blank.append(b), shown.append(list(extra.show(*drawn)))
+            blank.append(b), told.extend(extra.shown(*drawn))
             turns, weight = [], [0] * len(ids)
         for i, (question, answer) in enumerate(turns):
             ask = chat(question, units, system) if i == 0 else f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -165,8 +169,8 @@ def mllm_loss(model, extra, rows, a):
     weight = torch.tensor([[0] * (S - len(w)) + w for w in weights], device=a.device)[:, 1:]          # (B, S - 1) of the tokens to predict
     logits = mllm.logits(states[-1][:, :-1][weight > 0]).float()                                      # (answer tokens, vocab)
     losses = F.cross_entropy(logits, batch.ids[:, 1:][weight > 0], reduction="none") * weight[weight > 0]
-    told = [state[blank, -extra.n:] for state in states[extra.DEPTH:]]                                # of each depth (blank rows, n, M)
-    filled = extra(torch.stack(told), torch.tensor(shown, device=a.device)) if blank else 0.0
+    after = torch.stack([state[blank, -extra.n:].flatten(0, 1) for state in states[extra.DEPTH:]])    # of each depth (blank rows * n, M)
+    filled = extra(after, told) if blank else 0.0
     return (losses.sum() / weight.sum().clamp(min=1) + filled).expand(len(rows)), None                # all rows may end in blanks
 
 
