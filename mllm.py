@@ -277,12 +277,6 @@ class KVCache:
     def __init__(self):
         self.layers, self.real, self.full = {}, None, False
 
-    def rows(self, which):
-        """A new cache; its row i is a copy of row which[i]."""
-        new = KVCache()
-        new.layers, new.real = {i: (k[which], v[which]) for i, (k, v) in self.layers.items()}, self.real[which]
-        return new
-
     def extend(self, layer, k, v):
         if layer in self.layers:
             k, v = torch.cat([self.layers[layer][0], k], 2), torch.cat([self.layers[layer][1], v], 2)
@@ -341,28 +335,26 @@ class Row:
         return tuple(self.ids), tuple(id(patches) for patches, _ in self.pictures)
 
 
-def split_shared(rows):
-    """-> heads, tails, which: row i is heads[which[i]] and then tails[i]. A head is what all rows with the same pictures begin with (the
-    system prompt, the pictures); attention is causal, so it is read once for all of them. A row that shares nothing has an empty tail."""
-    groups, heads, tails, which = {}, [], [None] * len(rows), [None] * len(rows)
+def shared(rows):
+    """How many tokens the rows begin with in common."""
+    return next((n for n, column in enumerate(zip(*(row.ids for row in rows))) if len(set(column)) > 1), min(len(row.ids) for row in rows))
+
+
+def lines(rows, more, room):
+    """-> lists of indexes: rows that are read in one line of about `room` tokens, all with the same pictures. To each row belong `more` tokens that
+    come later."""
+    groups, out = {}, []
     for i, row in enumerate(rows):
         groups.setdefault(row.key()[1], []).append(i)
     for members in groups.values():
-        columns = zip(*(rows[i].ids for i in members))
-        n = next((n for n, column in enumerate(columns) if len(set(column)) > 1), min(len(rows[i].ids) for i in members))
-        first = rows[members[0]]
-        heads.append(Row(first.ids[:n], first.positions[:, :n], first.pictures))
+        n, used = shared([rows[i] for i in members]), room
         for i in members:
-            tails[i], which[i] = Row(rows[i].ids[n:], rows[i].positions[:, n:], []), len(heads) - 1
-    return heads, tails, which
-
-
-def alike(rows):
-    """Indexes of the rows in groups of like length, so that padding is less than half of a group."""
-    groups = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(len(row.ids).bit_length(), []).append(i)
-    return list(groups.values())
+            cost = len(rows[i].ids) - n + more
+            if used + cost > room:
+                out, used = [*out, []], n
+            out[-1].append(i)
+            used += cost
+    return out
 
 
 @dataclass
@@ -426,6 +418,29 @@ class MLLM(nn.Module):
             ids[b, start:], real[b, start:], places[:, b, start:] = torch.tensor(row.ids), True, row.positions
         return Batch(ids.to(dev), real.to(dev), places.to(dev), [picture for row in rows for picture in row.pictures])
 
+    def lay(self, lines, more):
+        """Lines, each a list of Rows with the same pictures -> one Batch, a line in each of its rows, and the mask (lines, 1, S, S) of who sees whom.
+
+        What the rows of a line begin with (the system prompt, the pictures) stands there once: attention is causal, so it is the same for all of
+        them. Then comes what is left of each row, and in the end `more` tokens for each of them, whose ids nobody knows yet. A token sees what is
+        before it in its own row and that beginning, and nothing of other rows.
+        """
+        laid, owners = [], []                                                  # owner of a token: 0 the beginning, k the k-th row
+        for rows in lines:
+            n, each = shared(rows), list(enumerate(rows, 1))
+            ids, places, owner = rows[0].ids[:n], [rows[0].positions[:, :n]], [0] * n
+            for k, row in each:
+                ids, owner = ids + row.ids[n:], owner + [k] * len(row.ids[n:])
+                places.append(row.positions[:, n:])
+            for k, row in each:
+                ids, owner = ids + [self.tokenizer.special["endoftext"]] * more, owner + [k] * more
+                places.append(row.positions[:, -1:] + torch.arange(1, more + 1))                       # counted as text
+            laid.append(Row(ids, torch.cat(places, 1), rows[0].pictures)), owners.append(torch.tensor(owner))
+        batch = self.pad(laid)
+        owner = torch.stack([F.pad(o, (batch.ids.shape[1] - len(o), 0), value=-1) for o in owners])    # (lines, S), -1 padding
+        mask = ((owner[:, :, None] == owner[:, None]) | (owner[:, None] == 0)).tril()
+        return batch, mask[:, None].to(batch.ids.device)
+
     def see(self, pictures):
         """[(patches, grid)] -> (all units of all pictures, M). Each distinct picture once; those of one grid go through the ViT together."""
         weight, tokens = self.embed.weight, {}
@@ -442,15 +457,16 @@ class MLLM(nn.Module):
             x = x.masked_scatter((batch.ids == self.tokenizer.special["image_pad"])[..., None], self.see(batch.pictures).to(x.dtype))
         return x
 
-    def forward(self, x, positions, real, cache=None, n_layer=None):
+    def forward(self, x, positions, real, cache=None, n_layer=None, mask=None):
         """x (B, S, M) embeddings, positions (3, B, S), real (B, S) -> the hidden states, a list: states[i] *enters* layer i.
 
         All layers give n_layer + 1 states, the last one after the final norm. A smaller `n_layer` stops there, and its last
-        state is the raw residual stream. With a cache, x continues what the cache has read.
+        state is the raw residual stream. With a cache, x continues what the cache has read. mask: who sees whom, if not
+        each token all real ones up to itself.
         """
         c, cache = self.config, KVCache() if cache is None else cache
         cache.real = real if cache.real is None else torch.cat([cache.real, real], 1)
-        mask = causal_mask(cache.real, x.shape[1])
+        mask = causal_mask(cache.real, x.shape[1]) if mask is None else mask
         axis = torch.tensor([i for i, n in enumerate(c.rope_sections) for _ in range(n)], device=x.device)          # (K/2,)
         angle = positions[axis].permute(1, 2, 0) * frequencies(c.head_dim // 2, c.rope_theta, x.device)  # (B, S, K/2)
         states = [x]

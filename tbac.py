@@ -28,7 +28,7 @@ from torch import nn
 from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
 from ladder import Ladder
-from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, alike, split_shared
+from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, lines
 
 
 @dataclass(frozen=True)
@@ -78,43 +78,38 @@ class TBAC(nn.Module):
 
     # ---- drawing
 
-    def encode(self, prompts, images=None):
+    def encode(self, prompts, images=None, room=512):
         """prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images -> rungs (L, B, Q, caption_dim).
 
-        Attention is causal and the queries come last, so what is read before them does not depend on them: it needs no graph, what
-        rows begin with in common is read once, and layers above the last tap do not run. Equal rows are one row. Prompts beyond
-        `max_prompt` tokens are cut with a warning.
+        Equal rows are one row. Rows with the same pictures are read behind each other, in lines of about `room` tokens, and layers above the last
+        tap do not run. Prompts beyond `max_prompt` tokens are cut with a warning.
         """
-        mllm, cache = self.mllm, KVCache()
+        mllm = self.mllm
         prompts = [mllm.tokenizer.cut(p, self.config.max_prompt) for p in prompts]
         every = mllm.rows(prompts, images, DRAW, then="<|vision_start|>")
         rows = list({row.key(): row for row in every}.values())
-        heads, tails, which = split_shared(rows)
-        self.absorb(heads, cache)                                                                   # system prompt, pictures
-        queries = self.ladder.queries.to(mllm.embed.weight.dtype)                                   # (Q, M)
-        groups, states = alike(tails), []
-        for group in groups:
-            part = cache.rows([which[i] for i in group])
-            self.absorb([tails[i] for i in group], part)                                            # the user's own words
-            states.append(self.hear(queries, [rows[i] for i in group], part))
-        states = [torch.cat(parts) for parts in zip(*states)]                                       # of each depth (B, Q, M)
-        where = {rows[i].key(): b for b, i in enumerate(sum(groups, []))}
+        order = lines(rows, self.config.n_query, room)
+        states = self.hear([[rows[i] for i in line] for line in order])                             # of each depth (rows, Q, M)
+        where = {rows[i].key(): b for b, i in enumerate(sum(order, []))}
         return self.ladder(states)[:, [where[row.key()] for row in every]]                          # (L, B, Q, caption_dim)
 
-    @torch.no_grad()
-    def absorb(self, rows, cache):
-        """Reads rows, or what comes next of them, into the cache."""
-        if any(row.ids for row in rows):
-            batch = self.mllm.pad(rows)
-            self.mllm(self.mllm.read(batch), batch.positions, batch.real, cache, max(self.ladder.taps))
+    def hear(self, rows):
+        """The queries' hidden states at every depth after each row of each line, a list of (rows, Q, M). Attention is causal and the queries
+        come last, so what is read before does not depend on them: where gradients are wanted it is read first, without a graph."""
+        mllm, queries, cache = self.mllm, self.ladder.queries.to(self.mllm.embed.weight.dtype), KVCache()
+        batch, mask = mllm.lay(rows, more=len(queries))
+        ends = [len(queries) * len(line) for line in rows]
+        x = torch.stack([torch.cat([line[:-n], queries.repeat(n // len(queries), 1)]) for line, n in zip(mllm.read(batch), ends)])
 
-    def hear(self, queries, rows, cache):
-        """The queries' hidden states at every depth, a list of (B, Q, M), after rows that the cache has read."""
-        x, cache.full = queries.expand(len(rows), -1, -1), True                                     # (B, Q, M)
-        places = torch.stack([row.positions[:, -1] for row in rows], 1)[..., None].to(x.device)     # (3, B, 1), of the last token
-        places = places + torch.arange(1, x.shape[1] + 1, device=x.device)                          # (3, B, Q), counted as text
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return self.mllm(x, places, real, cache, max(self.ladder.taps))
+        def read(part, seen):
+            return mllm(x[:, part], batch.positions[..., part], batch.real[:, part], cache, max(self.ladder.taps), mask[..., part, seen])
+        before = x.shape[1] - max(ends) if torch.is_grad_enabled() else 0
+        if before:
+            with torch.no_grad():
+                read(slice(before), slice(before))
+        cache.full = True
+        states = read(slice(before, None), slice(None))                                             # of each depth (lines, S, M)
+        return [torch.cat([line[-n:].unflatten(0, (-1, len(queries))) for line, n in zip(state, ends)]) for state in states]
 
     def velocity(self, x_t, t, rungs):
         """x_t (B, C, h, w), t (B,) in [0, 1], rungs from `encode` -> velocity (B, C, h, w), pointing from data to noise."""

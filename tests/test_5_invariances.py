@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mllm
 import sample
 from tests.conftest import relative
 
@@ -34,6 +35,30 @@ def test_nothing_is_read_twice(tiny):
     both, seen = read(["a dog", "a cat, perhaps"], [[RED], [RED.copy()]])
     assert seen == 1 and both < 1.2 * alone
     assert read([""] * 2, [[RED, BLUE], [BLUE, RED]])[1] == 2
+
+
+def test_the_length_of_a_line_and_what_has_a_graph_change_nothing(tiny):
+    """One row per line, a few, all in one; with the prefix read beforehand, as in training, or with the queries."""
+    prompts, images = [*PROMPTS, "a cat", "a dog on a hill"], [*IMAGES, [], []]
+    with torch.no_grad():
+        whole = tiny.encode(prompts, images, room=10_000)
+        for room in (1, 200):
+            assert relative(tiny.encode(prompts, images, room), whole) < 1e-5, room
+    graph = tiny.encode(prompts, images)
+    assert graph.requires_grad and relative(graph.detach(), whole) < 1e-5
+
+
+def test_who_sees_whom_in_a_line(tiny):
+    """Two rows that begin alike in one line of a batch, a third in another: x marks what a token (down) sees."""
+    P = torch.arange(9).expand(3, 9)
+    one, two, three = (mllm.Row(ids, P[:, :len(ids)], []) for ids in ([1, 2, 3], [1, 2, 4, 5], [6]))
+    batch, mask = tiny.mllm.lay([[one, two], [three]], more=1)
+    assert batch.ids[0, :5].tolist() == [1, 2, 3, 4, 5] and batch.ids[1, 5].item() == 6 and batch.real[1].tolist() == [False] * 5 + [True] * 2
+    assert ["".join(".x"[seen] for seen in row) for row in mask[0, 0].tolist()] == [
+        "x......", "xx.....", "xxx....", "xx.x...", "xx.xx..",                   # 1 2, 3 of the first row, 4 5 of the second
+        "xxx..x.", "xx.xx.x"]                                                    # what comes after the first row, after the second
+    assert mask[1, 0, 5:].tolist() == [[False] * 5 + [True, False], [False] * 5 + [True, True]]
+    assert batch.positions[0].tolist() == [[0, 1, 2, 2, 3, 3, 4], [1] * 5 + [0, 1]]
 
 
 def test_no_images_and_empty_lists_are_the_same(tiny):
