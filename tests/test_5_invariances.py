@@ -5,6 +5,7 @@ from PIL import Image
 
 import mllm
 import sample
+import tbac
 from tests.conftest import relative
 
 RED, BLUE = Image.new("RGB", (300, 200), "red"), Image.new("RGB", (150, 400), "blue")
@@ -59,6 +60,17 @@ def test_who_sees_whom_in_a_line(tiny):
         "xxx..x.", "xx.xx.x"]                                                    # what comes after the first row, after the second
     assert mask[1, 0, 5:].tolist() == [[False] * 5 + [True, False], [False] * 5 + [True, True]]
     assert batch.positions[0].tolist() == [[0, 1, 2, 2, 3, 3, 4], [1] * 5 + [0, 1]]
+
+
+def test_a_linear_layer_is_the_same_as_a_convolution(tiny, monkeypatch):
+    layer, x = torch.nn.Linear(48, 80), torch.randn(3, 40, 48, requires_grad=True)
+    called = []
+    monkeypatch.setattr(tbac.F, "conv2d", lambda *a, conv=tbac.F.conv2d: called.append(1) or conv(*a))
+    out = tbac.linear(layer, x)
+    assert relative(out.detach(), layer(x).detach()) < 1e-6 and len(called) == torch.backends.mkl.is_available()
+    grads = [torch.autograd.grad(y.square().sum(), (x, *layer.parameters())) for y in (out, layer(x))]
+    assert all(relative(a, b) < 1e-6 for a, b in zip(*grads))
+    assert tbac.linear(layer, x[:1, :5]).shape == (1, 5, 80) and tbac.linear(layer.double(), x.double()).dtype == torch.float64
 
 
 def test_no_images_and_empty_lists_are_the_same(tiny):
