@@ -204,7 +204,7 @@ class TBAC(nn.Module):
             model.load_state_dict(found, strict=False, assign=True)
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first ones {list(missing)[:3]}")
-        model.mllm.requires_grad_(False), model.dcae.requires_grad_(False)
+        model.mllm.requires_grad_(False), model.dcae.requires_grad_(False).to(memory_format=torch.channels_last)
         return model
 
 
