@@ -7,9 +7,11 @@
 
 Each piece of work is done by both after a warm-up, in alternating pairs; printed are the medians, the median ratio and its spread, and how far
 the two results are apart. Ratios count: seconds on a shared machine do not. The floor is what ours could take at best: its operations at the
-machine's measured matrix rate, or its weights through the measured memory bandwidth, whichever is longer.
+best rate that this machine showed for a large matrix product or convolution, or its weights through the measured memory bandwidth, whichever
+is longer.
 """
 import argparse
+import functools
 import json
 import pathlib
 import platform
@@ -21,6 +23,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -88,7 +91,15 @@ class Work:
     def sample_four(self):
         return self.sampling([PROMPT] * 4)
 
-    def train(self, prompts, images=None, cached=False):
+    def checkpoint(self, on):
+        """What train.py does for --grad-checkpoint."""
+        for block in (*self.ours.dit.blocks, *self.ours.mllm.layers):
+            if on:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            else:
+                del block.forward
+
+    def train(self, prompts, images=None, cached=False, again=False):
         n = len(prompts)
         pixels = sample.to_pixels([picture(self.size, i) for i in range(n)], self.device, self.dtype)
         s, eps = torch.linspace(0.1, 0.9, n, device=self.device), self.noise(n).to(self.dtype)
@@ -100,10 +111,14 @@ class Work:
             return loss
 
         def ours():
+            if again:
+                self.checkpoint(True)
             rungs = self.ours.encode(prompts, images) if cached else None
             loss = self.ours.flow_losses(x0, rungs, s, eps).mean() if cached else self.ours.loss(pixels, prompts, images, s, eps)
             loss.backward()
             self.ours.zero_grad()
+            if again:
+                self.checkpoint(False)
             return loss
         return peer, ours
 
@@ -116,8 +131,14 @@ class Work:
     def train_t2i_cached(self):
         return self.train(self.prompts(4), cached=True)
 
-    def train_edit(self):
-        return self.train(["make the circle green", "remove the square"], [[picture(self.size, 1)], [picture(self.size, 2)]])
+    def train_t2i_again(self):
+        return self.train(self.prompts(4), again=True)
+
+    def train_edit(self, **how):
+        return self.train(["make the circle green", "remove the square"], [[picture(self.size, 1)], [picture(self.size, 2)]], **how)
+
+    def train_edit_again(self):
+        return self.train_edit(again=True)
 
     def answer(self):
         """64 tokens about a picture; both greedy, both from a PIL picture and a string."""
@@ -145,8 +166,9 @@ class Work:
 ROWS = {"encode a prompt with its null prompt": "encode_prompt", "encode an edit (three rows)": "encode_edit",
         "20-step picture, encode to latents": "sample_picture", "20-step edit": "sample_edit", "four pictures of one prompt": "sample_four",
         "training step t2i": "train_t2i", "training step t2i, latents cached": "train_t2i_cached", "training step edit": "train_edit",
+        "training step t2i, --grad-checkpoint": "train_t2i_again", "training step edit, --grad-checkpoint": "train_edit_again",
         "answer of 64 tokens about a picture": "answer"}
-MEMORY = {"peak memory of a training step t2i": "train_t2i", "peak memory of a training step edit": "train_edit"}
+MEMORY = {f"peak memory, {name}": method for name, method in ROWS.items() if name.startswith("training") and "cached" not in name}
 
 
 def timed(f, device):
@@ -159,11 +181,18 @@ def timed(f, device):
     return time.perf_counter() - start, out
 
 
-def rates(device, dtype, n=2048):
-    """-> operations per second of a large matrix product, bytes per second of a large sum: medians of 9."""
-    x, y = torch.randn(n, n, device=device, dtype=dtype), torch.ones(1 << 27, dtype=torch.uint8, device=device).view(dtype)
-    best = lambda f: statistics.median(timed(f, device)[0] for _ in range(9))
-    return 2 * n ** 3 / best(lambda: x @ x), y.nbytes / best(lambda: y.sum())
+def rates(device, dtype):
+    """-> operations per second of a matrix product or 1x1 convolution, one that fits a cache and a large one, bytes per second of a large sum: the
+    best of 20."""
+    def best(f, *args):
+        return min(timed(lambda: f(*args), device)[0] for _ in range(20))
+
+    fastest, y = 0, torch.ones(1 << 30, dtype=torch.uint8, device=device).view(dtype)
+    for n, k, m in ((512, 448, 2240), (8192, 8192, 8192) if device == "cuda" else (2048, 2048, 2048)):
+        x, w = torch.randn(n, k, device=device, dtype=dtype), torch.randn(m, k, device=device, dtype=dtype)
+        quick = min(best(torch.mm, x, w.T), best(nn.functional.conv2d, x.T[None, ..., None], w[..., None, None]))
+        fastest = max(fastest, 2 * n * k * m / quick)
+    return fastest, y.nbytes / best(torch.sum, y)
 
 
 class Operations(TorchDispatchMode):
@@ -172,7 +201,10 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **kwargs or {})
-        if f.overloadpacket in flop_registry:
+        if f is torch.ops.aten.convolution_backward.default:                    # torch's own count is wrong for grouped ones
+            gradient, _, weight = args[:3]
+            self.n += 2 * gradient.numel() * weight[0].numel() * sum(args[-1][:2])
+        elif f.overloadpacket in flop_registry:
             self.n += flop_registry[f.overloadpacket](*args, **kwargs or {}, out_val=out)
         return out
 
@@ -210,23 +242,25 @@ def main():
     p.add_argument("--only", default="", help="rows whose name contains this"), p.add_argument("--out", type=pathlib.Path, help="results as JSON")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    work, results = Work(a.folder, a.device, getattr(torch, a.dtype)), {}
-    flops, bandwidth = rates(a.device, getattr(torch, a.dtype))
-    print(f"measured: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
-    print("| work | peer s | ours s | ratio | lowest - highest | results apart | floor s | ours / floor |\n|---|---|---|---|---|---|---|---|")
+    dtype = getattr(torch, a.dtype)
+    work, results, seen = Work(a.folder, a.device, dtype), {}, []
     for name, method in ROWS.items():
-        if a.only not in name:
-            continue
-        peer, ours = getattr(work, method)()
-        apart = relative(ours(), peer())                                        # the warm-up
-        pairs = [(timed(peer, a.device)[0], timed(ours, a.device)[0]) for _ in range(a.pairs)]
-        ratios = sorted(x / y for x, y in pairs)
-        x, y = (statistics.median(times) for times in zip(*pairs))
-        operations, read = cost(ours)
-        floor = max(operations / flops, read / bandwidth)
-        results[name] = dict(peer=x, ours=y, ratio=statistics.median(ratios), low=ratios[0], high=ratios[-1], apart=apart, floor=floor)
-        print(f"| {name} | {x:.3f} | {y:.3f} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} - {ratios[-1]:.2f} | {apart:.0e} "
-              f"| {floor:.3f} | {y / floor:.1f} |", flush=True)
+        if a.only in name:
+            peer, ours = getattr(work, method)()
+            apart = relative(ours(), peer())                                    # the warm-up
+            pairs = [(timed(peer, a.device)[0], timed(ours, a.device)[0]) for _ in range(a.pairs)]
+            ratios = sorted(x / y for x, y in pairs)
+            x, y = (statistics.median(times) for times in zip(*pairs))
+            results[name] = dict(peer=x, ours=y, ratio=statistics.median(ratios), low=ratios[0], high=ratios[-1], apart=apart, cost=cost(ours))
+            seen.append(rates(a.device, dtype))                                 # again and again: other users of the machine come and go
+            print(f"{name}: {statistics.median(ratios):.2f}", flush=True)
+    flops, bandwidth = map(max, zip(*seen)) if seen else (1, 1)
+    print(f"\nmeasured: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
+    print("| work | peer s | ours s | ratio | lowest - highest | results apart | floor s | ours / floor |\n|---|---|---|---|---|---|---|---|")
+    for name, row in results.items():
+        row["floor"] = max(row["cost"][0] / flops, row["cost"][1] / bandwidth)
+        print(f"| {name} | {row['peer']:.3f} | {row['ours']:.3f} | {row['ratio']:.2f} | {row['low']:.2f} - {row['high']:.2f} | {row['apart']:.0e} "
+              f"| {row['floor']:.3f} | {row['ours'] / row['floor']:.1f} |")
     for name, method in MEMORY.items():
         if a.only in name:
             peer, ours = getattr(work, method)()
