@@ -35,10 +35,14 @@ class Step:
     x0: torch.Tensor
 
 
+def shifted(t, s):
+    """A shift s > 1 moves times towards the noise, the odds t / (1 - t) by the factor s."""
+    return s * t / (1 + (s - 1) * t)
+
+
 def schedule(steps, shift=3.0):
-    """(steps + 1,) times from almost 1 (noise) to 0. A shift s > 1 spends more steps near the noise: t' = s t / (1 + (s - 1) t)."""
-    t = torch.linspace(0.999, 0, steps + 1, dtype=torch.float64)
-    return shift * t / (1 + (shift - 1) * t)
+    """(steps + 1,) times from almost 1 (noise) to 0. A shift above 1 spends more steps near the noise."""
+    return shifted(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift)
 
 
 def euler(x, x0, before, times, i):

@@ -96,6 +96,7 @@ def arguments():
     add("--clip", type=float, help="largest gradient norm")
     add("--ema", type=float, help="decay of the running mean of the weights, which is what is saved; 0: no mean")
     add("--drop", type=float, default=0.1, help="part of the examples without text; with pictures: without text, picture, both")
+    add("--shift", type=float, default=1.0, help="above 1: times nearer to the noise, as `sample.schedule` shifts them; the paper has 1")
     add("--guard", action=switch, default=True, help="take no step where loss or gradient have a spike")
     add("--size", type=int, help="side of a picture in pixels")
     add("--seed", type=int, default=0, help="of everything")
@@ -293,6 +294,7 @@ def ladder_loss(model, extra, rows, a):
     x0 = extra(model, examples)                                                 # (B, C, h, w)
     prompts, images = zip(*(dropped(example, rng, a.drop) for example, rng in rows))
     t, eps = data.noise(rngs, x0.shape[1:], a.device)                           # (B,), (B, C, h, w)
+    t = sample.shifted(t, a.shift)
     return model.flow_losses(x0, model.encode(list(prompts), list(images)), t, eps), t
 
 
