@@ -3,6 +3,7 @@
     python evaluate.py                                  # the shipped weights; under 5 minutes on two CPU cores
     python evaluate.py --quick                          # under one; rough
     python evaluate.py --model runs/edit --out runs/scores
+    python evaluate.py ablate wirings                   # the study of the ladder: bench/ablate.py
 
 draw   the six categories of GenEval (arXiv 2310.11513), several pictures per prompt
 edit   the actions of ImgEdit (arXiv 2505.20275) that this world has: was the order followed, and is everything else as it was?
@@ -16,6 +17,7 @@ import argparse
 import json
 import pathlib
 import random
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -366,4 +368,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["ablate"]:
+        from bench import ablate                                                # only now, since it imports this file
+        ablate.main(sys.argv[2:])
+    else:
+        main()

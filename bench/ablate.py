@@ -1,0 +1,316 @@
+"""The study that the paper does not have: does a DiT that hears many depths of the MLLM beat one that hears the last?
+
+    python evaluate.py ablate wirings            every wiring of ladder.py, three seeds each, and a frozen MLLM of random weights
+    python evaluate.py ablate queries            4, 8, 16, 32 queries, for top and last
+    python evaluate.py ablate shift              training with times shifted or not, sampling with them shifted or not
+    python evaluate.py ablate settings           guidance and steps against score, of the model as it is
+    python evaluate.py ablate rungs              one rung at a time replaced, of the model as it is
+    python evaluate.py ablate probes             what the queries' states tell, depth by depth
+
+Trained is stage t2i, from the same MLLM, DiT and autoencoder (--model, its ladder thrown away and its DiT replaced by --dit), with the same
+seeds and so the same data in the same order. Every run and every score is kept in --out: what was stopped goes on, what is there is not done again.
+Tables of all wirings are only as good as the number of seeds and steps says; both stand in the JSON file that is written, with commit and hardware.
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import platform
+import random
+import subprocess
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import evaluate
+import train
+from mllm import DRAW, MLLM
+from tbac import TBAC
+
+ROOT = pathlib.Path(__file__).parent.parent
+WIRINGS = ("top", "last", "penultimate", "uniform", "first", "reversed", "shuffled", "mean", "routed")
+QUERIES = (4, 8, 16, 32)
+
+
+# -------------------------------------------------------------------------------------------------------------- to train
+
+def parts(a, how="parts"):
+    """A folder with the parts that runs start from: MLLM and autoencoder of --model, the DiT of --dit; "blank": with an MLLM of random weights."""
+    folder = a.out / how
+    if not (folder / "config.json").is_file():
+        model = TBAC.load(a.model)
+        model.dit = TBAC.load(a.dit).dit
+        if how == "blank":
+            model.mllm = MLLM(model.config.mllm, model.mllm.tokenizer)
+            model.mllm.init_weights(torch.Generator().manual_seed(0))
+        model.save(folder)
+    return folder
+
+
+def plan(a):
+    """-> {name of a run: its options beside those that all share}"""
+    seeds = {f" seed {seed}": ["--seed", str(seed)] for seed in range(a.seeds)}
+    kinds = {"wirings": {w: ["--wiring", w] for w in WIRINGS} | {"top, random MLLM": ["--wiring", "top", "--model", str(parts(a, "blank"))]},
+             "queries": {f"{w}, {n} queries": ["--wiring", w, "--queries", str(n)] for w in ("top", "last") for n in QUERIES},
+             "shift": {"trained with shift 1": ["--wiring", "top"], "trained with shift 3": ["--wiring", "top", "--shift", "3"]}}[a.study]
+    chosen = {name: options for name, options in kinds.items() if not a.only or name in a.only}
+    return {name + seed: options + more for seed, more in seeds.items() for name, options in chosen.items()}
+
+
+def learn(a, name, options):
+    """One run, to its end, with scores at every --every steps (file scores-STEP.json). Options that say the same as another study's share its run."""
+    base = dict(zip(options[::2], options[1::2]))
+    base = {"--model": str(parts(a)), "--wiring": "top", "--queries": str(a.default_queries), "--shift": "1"} | base
+    folder = a.out / "_".join(pathlib.Path(v).name for v in base.values())
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // a.jobs))
+    fixed = ["--stage", "t2i", "--steps", str(a.steps), "--batch", str(a.batch), "--device", a.device, "--out", str(folder), "--sheet-every", "0",
+             "--warmup", "100", "--save-every", str(a.every), "--keep", "1", "--resume"]
+    if not (folder / f"scores-{a.steps:05d}.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        args = train.options([*fixed, *itertools.chain(*base.items())])
+        (folder / "options.json").write_text(json.dumps(vars(args), indent=1, default=str))
+        run = train.Run(args)
+        with open(folder / "log.jsonl", "a") as log:
+            for r in run.steps():
+                log.write(json.dumps(dict(step=r.step, loss=r.loss, norm=r.norm)) + "\n")
+                if r.step % a.every == 0 or r.step == a.steps:
+                    with train.mean_weights(run.learner, run.state):
+                        write(folder / f"scores-{r.step:05d}.json", drawn(a, run.model))
+                    run.save()
+    return name, str(folder)
+
+
+def write(file, content):
+    file.with_suffix(".new").write_text(json.dumps(content, indent=1, default=str))
+    os.replace(file.with_suffix(".new"), file)
+
+
+def drawn(a, model, **settings):
+    """-> {category, seen or never seen: [of each prompt how many pictures were right]}, by the category's own question."""
+    settings = dict(steps=a.draw_steps) | settings
+    scores, _ = evaluate.benchmark(model, ("draw",), a.n, a.pictures, seed=0, **settings)
+    return {f"{category}, {pairs}": values for (_, category, what, pairs), values in scores.items() if what == "category"}
+
+
+def run_all(a):
+    """Trains what is missing, --jobs runs at a time -> {kind: {step: [scores of each seed]}}"""
+    runs, found = plan(a), {}
+    with concurrent.futures.ProcessPoolExecutor(a.jobs) as pool:
+        waiting = [pool.submit(learn, a, name, options) for name, options in runs.items()]
+        folders = dict(f.result() for f in tqdm(concurrent.futures.as_completed(waiting), "runs", len(waiting)))
+    for name in runs:
+        for file in sorted(pathlib.Path(folders[name]).glob("scores-*.json")):
+            found.setdefault(name.split(" seed ")[0], {}).setdefault(int(file.stem[7:]), []).append(json.loads(file.read_text()))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- to compare
+
+def overall(scores):
+    """The mean over the six categories of pairs seen in training, per prompt: categories have equally many."""
+    return np.concatenate([values for name, values in scores.items() if name.endswith(", seen")])
+
+
+def resampled(rows, seed=0, n=2000):
+    """rows (seeds, prompts) -> mean and 95 % interval, seeds and prompts both drawn again."""
+    rng, rows = np.random.default_rng(seed), np.asarray(rows, float)
+    s, p = rows.shape
+    means = [rows[rng.integers(0, s, s)][:, rng.integers(0, p, p)].mean() for _ in range(n)]
+    return dict(mean=rows.mean().item(), interval=[float(x) for x in np.percentile(means, (2.5, 97.5))])
+
+
+def paired(ours, theirs, n=10_000):
+    """The same prompts and seeds with two wirings -> mean difference, its interval, and how often chance alone, turning the sign of each
+    prompt's difference at random, makes one as large."""
+    difference = np.array([overall(x) - overall(y) for x, y in zip(ours, theirs)])                  # (seeds, prompts)
+    each = difference.mean(0)
+    signs = np.random.default_rng(0).choice((-1, 1), (n, len(each)))
+    return resampled(difference) | dict(p=float((1 + (abs((signs * each).mean(1)) >= abs(each.mean()) - 1e-12).sum()) / (n + 1)))
+
+
+def table(found, against):
+    """-> {kind: {category: mean and interval, "mean of 6": ..., "minus <against>": paired test}} at the last step, printed as it goes."""
+    rows, last = {}, {kind: by_step[max(by_step)] for kind, by_step in found.items()}
+    for kind, scores in last.items():
+        row = {name: resampled([s[name] for s in scores]) for name in scores[0]}
+        row["mean of 6"] = resampled([overall(s) for s in scores])
+        if against in last and kind != against:
+            row[f"minus {against}"] = paired(scores, last[against])
+        rows[kind] = row | dict(seeds=len(scores))
+    names = [name for name in next(iter(rows.values())) if not name.startswith(("minus", "seeds"))]
+    print("\n| |", " | ".join(names), f"| minus {against} | p |\n" + "|---" * (len(names) + 3) + "|")
+    for kind, row in rows.items():
+        cells = ["{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (row[name]["mean"], *row[name]["interval"]))) for name in names]
+        test = row.get(f"minus {against}")
+        cells += ["{:+.0f} [{:+.0f}, {:+.0f}] | {:.3f}".format(*(100 * x for x in (test["mean"], *test["interval"])), test["p"])] if test else [" | "]
+        print(f"| {kind} |", " | ".join(cells), "|")
+    return rows
+
+
+def plot_curves(found, file):
+    """Mean of six categories over training steps, one line a kind, thin lines for its seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, ax = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    for i, (kind, by_step) in enumerate(found.items()):
+        steps = sorted(by_step)
+        values = [[100 * overall(s).mean() for s in by_step[step]] for step in steps]
+        ax.plot(steps, [np.mean(v) for v in values], "o-", color=f"C{i % 10}", ls="-" if i < 10 else "--", label=kind)
+        ax.plot(steps, values, ".", color=f"C{i % 10}", ms=3)
+    ax.set(xlabel="training steps", ylabel="right, mean of six categories, %", ylim=(0, 100)), ax.grid(alpha=0.3), ax.legend(fontsize=8, ncols=2)
+    figure.savefig(file, dpi=80), plt.close(figure)
+
+
+def study(a):
+    """wirings, queries, shift: train, compare, draw."""
+    if a.study == "shift":
+        found = {}
+        for kind, by_step in run_all(a).items():
+            folders = [dict([learn(a, name, options)])[name] for name, options in plan(a).items() if name.startswith(kind)]
+            for shift in (1.0, 3.0):
+                found[f"{kind}, sampled with {shift:.0f}"] = {max(by_step): [drawn(a, TBAC.load(f, a.device), shift=shift) for f in folders]}
+    else:
+        found = run_all(a)
+    against = {"wirings": "last", "queries": "last, 16 queries", "shift": "trained with shift 1, sampled with 3"}[a.study]
+    rows = table(found, against)
+    plot_curves(found, a.out / f"{a.study}.png")
+    curve = {kind: {step: [overall(s).mean() for s in scores] for step, scores in by_step.items()} for kind, by_step in found.items()}
+    return dict(table=rows, curve=curve)
+
+
+# ------------------------------------------------------------------------------------------------------------ to look inside
+
+def settings(a):
+    """Guidance and steps, of one trained model."""
+    model, rows = TBAC.load(a.model, a.device), {}
+    plans = {f"guidance {g}, 20 steps": dict(guidance=g, steps=20) for g in (1.0, 2.0, 4.5, 8.0)}
+    plans |= {f"guidance 4.5, {n} steps, {solver}": dict(steps=n, solver=solver) for n in (3, 5, 10) for solver in ("dpm++", "euler")}
+    for name, how in tqdm(plans.items(), "settings"):
+        scores = drawn(a, model, **how)
+        rows[name] = {c: resampled([v]) for c, v in scores.items()} | {"mean of 6": resampled([overall(scores)])}
+        tqdm.write(f"{name:32} {100 * rows[name]['mean of 6']['mean']:.0f}")
+    return dict(table=rows)
+
+
+@contextlib.contextmanager
+def replaced(model, j, how):
+    """The model with rung j of each prompt (not of the null prompts) replaced: by the null prompt's, by a distant rung, by the next prompt's."""
+    encode = model.encode
+
+    def changed(prompts, images=None):
+        rungs = encode(prompts, images).clone()                                 # (L, 2 B, Q, caption_dim): null prompts, prompts
+        null, own = rungs.chunk(2, 1)
+        own[j] = {"null prompt": null[j], "another rung": own[(j + len(rungs) // 2) % len(rungs)], "another prompt": own[j].roll(1, 0)}[how].clone()
+        return rungs
+    model.encode = changed
+    yield
+    del model.encode
+
+
+def rungs(a):
+    """Scores when one rung is replaced: a heat map of rung by category for each way."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    model, found = TBAC.load(a.model, a.device), {}
+    whole, L = drawn(a, model), model.config.dit.n_layer
+    ways = ("null prompt", "another rung", "another prompt")
+    for how, j in tqdm(list(itertools.product(ways, range(L))), "rungs"):
+        with replaced(model, j, how):
+            found.setdefault(how, []).append(drawn(a, model))
+    names = list(whole)
+    lost = {how: [[100 * (np.mean(s[n]) - np.mean(whole[n])) for n in names] for s in each] for how, each in found.items()}
+    figure, axes = plt.subplots(1, len(ways), figsize=(15, 4.5), constrained_layout=True, sharey=True)
+    for ax, how in zip(axes, ways):
+        shown = ax.imshow(lost[how], cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
+        for j, i in itertools.product(range(L), range(len(names))):
+            ax.text(i, j, f"{lost[how][j][i]:+.0f}", ha="center", va="center", fontsize=8)
+        ax.set(title=f"rung as that of {how}", xticks=range(len(names)), yticks=range(L), ylabel="rung = DiT block")
+        ax.set_xticklabels(names, rotation=60, ha="right", fontsize=8)
+    figure.colorbar(shown, ax=axes, label="points lost or won")
+    figure.savefig(a.out / "rungs.png", dpi=70), plt.close(figure)
+    return dict(whole={n: float(np.mean(v)) for n, v in whole.items()}, points={how: [dict(zip(names, row)) for row in lost[how]] for how in ways})
+
+
+def probe_facts(scene, text):
+    """What a prompt says: colour and shape of the thing it names first, where that is (if a side is told), how many things there are."""
+    thing = min(scene.things, key=lambda t: text.find(t.name))
+    place = data.relation(thing, next(t for t in scene.things if t != thing)) if data.sides(scene) else None
+    return dict(colour=thing.colour, shape=thing.shape, count=len(scene.things), position=place)
+
+
+def probes(a, train_n=1600, test_n=400):
+    """Linear (ridge) probes of the queries' states at every depth, fitted on some prompts and tested on others."""
+    model, rng, texts, facts = TBAC.load(a.model, a.device), random.Random(0), [], []
+    while len(texts) < train_n + test_n:
+        scene = data.sample_scene(rng)
+        text = data.caption(scene, rng)
+        if text not in texts:
+            texts.append(text), facts.append(probe_facts(scene, text))
+    model.ladder.taps = [model.config.mllm.n_layer]                             # so that every layer runs
+    read = model.mllm.rows(texts, None, DRAW, then="<|vision_start|>")
+    with torch.no_grad():
+        parts = [torch.stack(model.hear([read[i:i + 10]])).float().cpu() for i in tqdm(range(0, len(read), 10), "read")]
+    states = torch.cat(parts, 1).flatten(2)                                     # (depths, prompts, Q M)
+    rows = {}
+    for fact in ("colour", "shape", "count", "position"):
+        known = [i for i, f in enumerate(facts) if f[fact] is not None]
+        classes = sorted({facts[i][fact] for i in known}, key=str)
+        y = torch.tensor([classes.index(facts[i][fact]) for i in known])
+        cut = sum(i < train_n for i in known)
+        most = y[:cut].bincount().argmax()
+        rows[fact] = dict(chance=(y[cut:] == most).float().mean().item(), depths=[ridge(x[known], y, cut) for x in states])
+        print(f"{fact:10} chance {100 * rows[fact]['chance']:3.0f}, depth by depth", *(f"{100 * v:3.0f}" for v in rows[fact]["depths"]))
+    return dict(table=rows)
+
+
+def ridge(x, y, cut):
+    """Accuracy on the rows from `cut` on of a ridge regression to one-hot classes, fitted to those before."""
+    x = torch.nn.functional.pad((x - x[:cut].mean(0)) / (x[:cut].std(0) + 1e-6), (0, 1), value=1.0).double()
+    gram = x[:cut] @ x[:cut].T
+    penalty = 0.01 * gram.diagonal().mean() * torch.eye(cut, dtype=x.dtype)
+    weights = torch.linalg.solve(gram + penalty, torch.nn.functional.one_hot(y[:cut]).to(x.dtype))
+    return ((x[cut:] @ x[:cut].T @ weights).argmax(1) == y[cut:]).float().mean().item()
+
+
+STUDIES = dict(wirings=study, queries=study, shift=study, settings=settings, rungs=rungs, probes=probes)
+
+
+def options(argv=None):
+    p = argparse.ArgumentParser(prog="evaluate.py ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("study", choices=STUDIES)
+    p.add_argument("--model", default=str(ROOT / "assets" / "toy"),
+                   help="its MLLM and autoencoder are what training starts from; the last three studies look at all of it (default: the toy)")
+    p.add_argument("--dit", help="folder with the DiT before it met a ladder (stage dit), needed to train")
+    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablate"))
+    p.add_argument("--only", nargs="+", help="only these wirings (or other kinds)")
+    p.add_argument("--seeds", type=int, default=3), p.add_argument("--steps", type=int, default=1000)
+    p.add_argument("--batch", type=int, default=24), p.add_argument("--every", type=int, default=250, help="steps between scores")
+    p.add_argument("--n", type=int, default=24, help="prompts per category"), p.add_argument("--pictures", type=int, default=1, help="per prompt")
+    p.add_argument("--draw-steps", type=int, default=10)
+    p.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="runs at a time")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = p.parse_args(argv)
+    if STUDIES[a.study] is study and not a.dit:
+        p.error("--dit FOLDER: the DiT that the runs start from, made by `python train.py --stage dit --model runs/dcae --out runs/dit`")
+    return a
+
+
+def main(argv=None):
+    a = options(argv)
+    a.out.mkdir(parents=True, exist_ok=True)
+    try:
+        a.default_queries = TBAC.load(a.model).config.n_query
+        found = STUDIES[a.study](a)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"error: {e}") from None
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    hardware = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    write(a.out / f"{a.study}.json", dict(options=vars(a), commit=commit, hardware=hardware, torch=torch.__version__) | found)
+    print(f"wrote {a.out / a.study}.json")
