@@ -220,7 +220,8 @@ def read_json(file):
 
 
 def weight_files(folder):
-    if files := sorted(pathlib.Path(folder).glob("*.safetensors")):
+    """Without the hub's second copies in half precision, NAME.fp16.safetensors."""
+    if files := sorted(f for f in pathlib.Path(folder).glob("*.safetensors") if ".fp16" not in f.suffixes):
         return files
     raise ValueError(f"{folder} has no *.safetensors (pickled weights are not read)")
 

@@ -36,14 +36,17 @@ def test_exported_folder_converts_again_to_the_same_model(tiny_folder, tmp_path)
 
 
 def test_fresh_ladder_on_the_public_backbones(tiny_folder, tmp_path):
-    """The Qwen and SANA folders alone: backbones as they are, queries and connector new and the same for the same seed."""
-    shutil.copytree(TINY / "qwen", tmp_path / "qwen")
+    """The Qwen and SANA folders alone: backbones as they are, queries and connector new and the same for the same seed. The hub's second
+    copies in half precision lie beside SANA's weights."""
+    shutil.copytree(TINY / "qwen", tmp_path / "qwen"), shutil.copytree(TINY / "sana", tmp_path / "sana")
+    for file in (tmp_path / "sana").glob("*/*.safetensors"):
+        shutil.copyfile(file, file.with_suffix(".fp16.safetensors"))
     prefix = "model.mllm_backbone."
     qwen = {n.removeprefix(prefix): t for n, t in tensors(TINY / "tbac").items() if n.startswith(prefix)}
     qwen["model.embed_tokens.weight"] = qwen["model.embed_tokens.weight"][:512].clone()
     qwen["lm_head.weight"] = qwen["model.embed_tokens.weight"].clone()                             # tied: ignored with that reason
     save_file(qwen, tmp_path / "qwen" / "model.safetensors")
-    done = run("weights_convert.py", "--qwen", tmp_path / "qwen", "--sana", TINY / "sana", "--out", tmp_path / "a", "--dtype", "bf16")
+    done = run("weights_convert.py", "--qwen", tmp_path / "qwen", "--sana", tmp_path / "sana", "--out", tmp_path / "a", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     model, released = TBAC.load(tmp_path / "a"), TBAC.load(tiny_folder)
     assert model.dit.proj_out.weight.dtype == torch.bfloat16 and model.config.n_query == 64
