@@ -1,8 +1,15 @@
-"""What the README shows is what the files hold: the code, the line counts, the links."""
+"""What the README shows is what the files hold: the code, the line counts, the names, the links, the commands."""
+import ast
 import io
 import re
+import shlex
 import tokenize
 
+import pytest
+
+import evaluate
+import sample
+import train
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -15,11 +22,17 @@ def code_lines(file):
 
 
 def test_the_code_shown_stands_in_the_files():
-    files = {line.strip() for file in ROOT.glob("*.py") for line in file.read_text().splitlines()}
-    shown = [re.sub(r"\s+# .*", "", line.strip()) for block in re.findall(r"```python\n(.*?)```", README, re.S) for line in block.splitlines()]
-    lines = [line for line in shown if line and not line.startswith("#")]
-    bare = {re.sub(r"\s+# .*", "", line) for line in files}
-    assert len(lines) > 5 and all(line in bare for line in lines), [line for line in lines if line not in bare]
+    """Each line of it in the file that the comment above it names."""
+    bare = lambda line: re.sub(r"\s+# .*", "", line.strip())
+    held, file = {f.name: {bare(line) for line in f.read_text().splitlines()} for f in ROOT.glob("*.py")}, None
+    shown, lost = 0, []
+    for line in (line for block in re.findall(r"```python\n(.*?)```", README, re.S) for line in block.splitlines() if line):
+        if line.startswith("# "):
+            file = re.match(r"# (\w+\.py), ", line)[1]
+        else:
+            shown += 1
+            lost += [] if bare(line) in held[file] else [f"{file}: {line}"]
+    assert shown > 5 and not lost, lost
 
 
 def test_line_counts():
@@ -28,6 +41,52 @@ def test_line_counts():
     assert {f.name: code_lines(f) for f in ROOT.glob("*.py")} == {k: int(v) for k, v in counts.items()}
 
 
+def names(body, prefix=""):
+    """What is defined at the top of a file, and in its classes: {"TBAC", "TBAC.encode", "TBACConfig.size", "PRESETS", ...}"""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(prefix + node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= names(node.body, f"{prefix}{node.name}.")
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        found |= {prefix + n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return found
+
+
+def test_every_name_exists():
+    pointers = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
+    known = {file: names(ast.parse((ROOT / file).read_text()).body) for file in {file for file, _ in pointers}}
+    assert len(pointers) > 50 and not [p for p in pointers if p[1] not in known[p[0]]], [p for p in pointers if p[1] not in known[p[0]]]
+
+
 def test_links_and_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`((?:tests|assets)/[\w./]+)`", README):
-        assert (ROOT / target).exists(), target
+    links = [a or b for a, b in re.findall(r"\]\(([^)]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", README)]
+    links += re.findall(r"(?<![\w/.-])((?:tests|assets|bench|notebooks)/[\w/-]+(?:\.\w+)?)", README)
+    headings = {"#" + re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", README, re.M)}
+    inside = [link for link in links if not link.startswith("http")]
+    lost = [link for link in inside if link not in headings and not (ROOT / link.split("#")[0]).exists() or link == ""]
+    assert len(inside) > 5 and not lost, lost
+
+
+COMMANDS = re.findall(r"python (?!-)([\w/]+\.py)([^`\n]*)|torchrun --nproc-per-node \d+ (train\.py)([^`\n]*)", README.replace("\\\n", " "))
+COMMANDS = list(dict.fromkeys((a or c, (b or d).split("&&")[0].strip()) for a, b, c, d in COMMANDS))
+
+
+@pytest.mark.parametrize("script, said", COMMANDS)
+def test_every_command_is_understood(script, said):
+    """By the script's own parser, with its choices and kinds of numbers; where that stands inside of `main`, the options are there by name."""
+    argv = shlex.split(said, comments=True)
+    parser = {"train.py": train.options, "sample.py": sample.options, "evaluate.py": evaluate.options}.get(script)
+    if parser is None:
+        text = {node.value for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Constant)}
+        assert {word for word in argv if word.startswith("--")} <= text
+        return
+    try:
+        parser(argv)
+    except SystemExit as e:
+        assert not e.code, said                                                 # --help ends without one
+
+
+def test_there_are_commands_for_every_script():
+    assert {"train.py", "sample.py", "evaluate.py", "weights_convert.py"} <= {script for script, _ in COMMANDS} and len(COMMANDS) > 20
