@@ -4,7 +4,7 @@ Text and pictures -> token ids, patches, positions -> ViT -> decoder -> one hidd
 states; the language head answers questions. Frozen everywhere but in the toy world's own stage `mllm`.
 
 Dimension key: B batch, S sequence, M model width, H heads, K head dim, P patches of a picture, U merged units (P / 4).
-Left out: video, several prompts packed in one row, sliding windows in the text part (the public 3B weights do not use them).
+Left out: video, sliding windows in the text part (the public 3B weights do not use them).
 """
 import math
 import warnings
