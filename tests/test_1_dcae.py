@@ -31,6 +31,15 @@ def test_linear_attention_equals_its_quadratic_form(tiny):
     assert relative(seen["out"][0], out.flatten(1, 2).transpose(1, 2)) < 1e-5
 
 
+def test_pictures_are_encoded_a_few_at_a_time(tiny):
+    """At most 512 x 512 pixels at once, in any memory layout, with the same result."""
+    x, sizes = torch.rand(3, 3, 512, 256, generator=torch.Generator().manual_seed(0)), []
+    tiny.dcae.encoder.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
+    together = tiny.dcae.encode(x)
+    assert sizes == [2, 1]
+    assert relative(together, torch.cat([tiny.dcae.encoder(one[None]) for one in x]) * tiny.dcae.config.scaling_factor) < 1e-6
+
+
 def test_a_wrong_size_is_named(tiny):
     with pytest.raises(ValueError, match=r"multiples of 4, got \(32, 30\)"):
         tiny.dcae.encode(torch.zeros(1, 3, 32, 30))
