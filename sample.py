@@ -77,8 +77,9 @@ def guide(v, guidance, image_guidance):
 
 
 @torch.no_grad()
-def conditions(model, prompts, images, image_guidance, negative):
-    """Rungs (L, k B, Q, caption_dim) of the k rows that guidance compares: k = 3 if there is an image to be guided by, else 2."""
+def conditions(model, prompts, images=None, image_guidance=1.5, negative=""):
+    """-> rungs (L, k B, Q, caption_dim) of the k groups that guidance compares, the null prompts first, and k: 3 if there is an image to be guided
+    by, else 2."""
     images = [[] for _ in prompts] if images is None else [list(row) for row in images]
     null = [negative] * len(prompts)
     if not any(images) or image_guidance <= 1:                                   # both rows see the images
@@ -93,9 +94,9 @@ def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidan
     """Yields a Step after every step; the last x_t is the picture, in the DiT's latent space.
 
     prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images, used for editing; size: side in pixels or
-    (height, width); eps: (B, C, h, w) starting noise, else drawn; heard: what `conditions` gave for the same prompts, if there is more than
-    one picture to draw of them. A prompt without images is guided by its text alone, also beside others that have some: for it the first
-    two of the three velocities are the same.
+    (height, width); eps: (B, C, h, w) starting noise, else drawn; heard: what `conditions` gave, if more than one picture is to be drawn of the
+    same prompts, or if rungs were changed. A prompt without images is guided by its text alone, also beside others that have some: for it the
+    first two of the three velocities are the same.
     """
     c, B = model.config, len(prompts)
     if steps < 1 or solver not in SOLVERS:
