@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -100,7 +101,8 @@ def drawn(a, model, **settings):
 def run_all(a):
     """Trains what is missing, --jobs runs at a time -> {kind: {step: [scores of each seed]}}"""
     runs, found = plan(a), {}
-    with concurrent.futures.ProcessPoolExecutor(a.jobs) as pool:
+    fresh = multiprocessing.get_context("spawn")                                # a fork would inherit locks of threads that it does not have
+    with concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=fresh) as pool:
         waiting = [pool.submit(learn, a, name, options) for name, options in runs.items()]
         folders = dict(f.result() for f in tqdm(concurrent.futures.as_completed(waiting), "runs", len(waiting)))
     for name in runs:
