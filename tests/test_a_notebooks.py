@@ -9,17 +9,89 @@ import sys
 
 import matplotlib
 import pytest
+import torch
 
 from tests.conftest import ROOT
 
 NAMES = ["1_flow", "2_mllm", "3_dit", "4_ladder", "5_inspect", "6_weights"]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def places(before, h, w, after, further):
+    """2_mllm, exercise 1: the text goes on `further` behind where the picture begins; right is max(h, w)."""
+    rows, columns = torch.arange(h * w) // w, torch.arange(h * w) % w
+    parts = torch.arange(before).expand(3, -1), torch.stack([0 * rows, rows, columns]) + before, before + further + torch.arange(after).expand(3, -1)
+    return torch.cat(parts, 1)
+
+
+def climbed(a, b, rungs=slice, rows=1):
+    """5_inspect, exercise 2: picture n has the rungs in rungs(n) from b, in the last `rows` rows. As it stands, right."""
+    n = len(a) + 1
+    mixed = a.repeat_interleave(n, 1).unflatten(1, (-1, n)).clone()
+    for i in range(n):
+        mixed[rungs(i), -rows:, i] = b[rungs(i), -rows:]
+    return mixed.flatten(1, 2)
+
+
+def rms(difference):
+    return (difference ** 2).mean() ** 0.5
+
+
+def similar(q, k):
+    return q.relu() @ k.relu().transpose(2, 3)
+
+
+def attend(q, k, v, own=lambda a: 0, below=1):
+    """3_dit, exercise 1: linear attention, less own(what a place adds to its own sums), in the denominator `below` times."""
+    q, k = q.relu(), k.relu()
+    o = own((q * k).sum(3, keepdim=True))
+    return (q @ (k.transpose(2, 3) @ v) - o * v) / (q @ k.sum(2, keepdim=True).transpose(2, 3) - below * o)
+
+
 WRONG = {                                                           # per exercise, mistakes that its check must find
     "1_flow": [
         [lambda x_t, t, v: (x_t + t * v, x_t), lambda x_t, t, v: (x_t - t * v, x_t + t * v), lambda x_t, t, v: (x_t - (1 - t) * v, x_t + t * v)],
         [lambda velocity, x, t, s: x + (s - t) * velocity(x, t), lambda velocity, x, t, s: x - (s - t) * velocity(x, t),
          lambda velocity, x, t, s: x + (s - t) * (velocity(x, t) + velocity(x, s)) / 2],
         [lambda n: n, lambda n: 1.0, lambda n: n ** -0.5, lambda n: 3.0],
+    ],
+    "2_mllm": [
+        [lambda before, h, w, after: places(before, h, w, after, h * w), lambda before, h, w, after: places(before, h, w, after, max(h, w) + 1),
+         lambda before, h, w, after: places(before, h, w, after, max(h, w))[[0, 2, 1]],
+         lambda before, h, w, after: torch.arange(before + h * w + after).expand(3, -1)],
+        [lambda a, b, across, side: True, lambda a, b, across, side: a // side ** 2 == b // side ** 2,
+         lambda a, b, across, side: a % across // side == b % across // side, lambda a, b, across, side: a // across // side == b // across // side],
+        [lambda real: torch.ones(real.shape[1], real.shape[1]).tril().bool().expand(len(real), -1, -1),
+         lambda real: real[:, None].expand(-1, real.shape[1], -1),
+         lambda real: torch.ones(real.shape[1], real.shape[1]).tril().bool() & real[:, None]],
+    ],
+    "3_dit": [
+        [attend,
+         lambda q, k, v: attend(q, k, v, own=lambda a: a, below=0),
+         lambda q, k, v: attend(q.exp(), k.exp(), v, own=lambda a: a),
+         lambda q, k, v: (lambda w: w @ v / w.sum(3, keepdim=True))((lambda w: w - w.diagonal(dim1=2, dim2=3).diag_embed())(similar(q, k)))],
+        [lambda K: K, lambda K: K + 2, lambda K: K * K, lambda K: 33],
+        [lambda x0: 2.0, lambda x0: 1 + x0.var(), lambda x0: x0.pow(2).mean(), lambda x0: (1 + x0.std()) ** 2],
+    ],
+    "4_ladder": [
+        [lambda n, l: [*range(n - l, n)], lambda n, l: [*range(n - l + 1, n + 1)], lambda n, l: [*range(l)],
+         lambda n, l: [*range(n - 1, n - l - 1, -1)]],
+        [lambda taps, n: [*range(max(taps) + 1, n)], lambda taps, n: [i for i in range(n) if i not in taps], lambda taps, n: [n - 1]],
+        [lambda n, l: [[0.5 * (i - j in (n - l, n - l + 1)) for i in range(n + 1)] for j in range(l)],
+         lambda n, l: [[0.0 if i - j in (n - l - 1, n - l) else -1e4 for i in range(n + 1)] for j in range(l)],
+         lambda n, l: [[0.0 if i - j == n - l else -1e4 for i in range(n + 1)] for j in range(l)],
+         lambda n, l: [[0.0 if i - j in (n - l, n - l + 1) else -1e4 for i in range(n)] for j in range(l)]],
+    ],
+    "5_inspect": [
+        [lambda queries: lambda module, args, weights: weights.index_fill(-1, torch.tensor(queries), 0),
+         lambda queries: lambda module, args, weights: weights.index_fill(-2, torch.tensor(queries), 0),
+         lambda queries: lambda module, args, weights: weights.index_fill(-1, torch.tensor(queries), 0).softmax(-1),
+         lambda queries: lambda module, args, weights: None],
+        [lambda a, b: a.repeat(1, len(a) + 1, 1, 1), lambda a, b: climbed(a, b, rungs=lambda n: slice(n, n + 1)),
+         lambda a, b: climbed(a, b, rungs=lambda n: slice(n + 1)), lambda a, b: climbed(a, b, rows=2), lambda a, b: climbed(b, a)],
+        [lambda source, made, edited, keep: (rms((made - source)[keep]), rms((edited - source)[keep])),
+         lambda source, made, edited, keep: (rms((made - source)[keep]), rms((edited - source)[keep]) - rms((made - source)[keep])),
+         lambda source, made, edited, keep: (rms(made - source), rms(edited - made))],
     ],
     "6_weights": [
         [lambda name, n: True, lambda name, n: "visual" not in name and "encoder" not in name,
