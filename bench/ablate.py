@@ -42,7 +42,7 @@ QUERIES = (4, 8, 16, 32)
 
 def parts(a, how="parts"):
     """A folder with the parts that runs start from: MLLM and autoencoder of --model, the DiT of --dit; "blank": with an MLLM of random weights."""
-    folder = a.out / how
+    folder = a.out / "-".join((how, *(pathlib.Path(f).resolve().name for f in (a.model, a.dit))))
     if not (folder / "config.json").is_file():
         model = TBAC.load(a.model)
         model.dit = TBAC.load(a.dit).dit
@@ -56,9 +56,12 @@ def parts(a, how="parts"):
 def plan(a):
     """-> {name of a run: its options beside those that all share}"""
     seeds = {f" seed {seed}": ["--seed", str(seed)] for seed in range(a.seeds)}
-    kinds = {"wirings": {w: ["--wiring", w] for w in WIRINGS} | {"top, random MLLM": ["--wiring", "top", "--model", str(parts(a, "blank"))]},
-             "queries": {f"{w}, {n} queries": ["--wiring", w, "--queries", str(n)] for w in ("top", "last") for n in QUERIES},
-             "shift": {"trained with shift 1": ["--wiring", "top"], "trained with shift 3": ["--wiring", "top", "--shift", "3"]}}[a.study]
+    if a.study == "wirings":
+        kinds = {w: ["--wiring", w] for w in WIRINGS} | {"top, random MLLM": ["--model", str(parts(a, "blank"))]}
+    elif a.study == "queries":
+        kinds = {f"{w}, {n} queries": ["--wiring", w, "--queries", str(n)] for w in ("top", "last") for n in QUERIES}
+    else:
+        kinds = {f"trained with shift {shift}": ["--shift", shift] for shift in ("1", "3")}
     chosen = {name: options for name, options in kinds.items() if not a.only or name in a.only}
     return {name + seed: options + more for seed, more in seeds.items() for name, options in chosen.items()}
 
@@ -67,7 +70,7 @@ def learn(a, name, options):
     """One run, to its end, with scores at every --every steps (file scores-STEP.json). Options that say the same as another study's share its run."""
     base = dict(zip(options[::2], options[1::2]))
     base = {"--model": str(parts(a)), "--wiring": "top", "--queries": str(a.default_queries), "--shift": "1"} | base
-    folder = a.out / "_".join(pathlib.Path(v).name for v in base.values())
+    folder = a.out / "_".join([pathlib.Path(v).name for v in base.values()] + [f"{a.steps}x{a.batch}"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // a.jobs))
     fixed = ["--stage", "t2i", "--steps", str(a.steps), "--batch", str(a.batch), "--device", a.device, "--out", str(folder), "--sheet-every", "0",
              "--warmup", "100", "--save-every", str(a.every), "--keep", "1", "--resume"]
@@ -101,6 +104,7 @@ def drawn(a, model, **settings):
 def run_all(a):
     """Trains what is missing, --jobs runs at a time -> {kind: {step: [scores of each seed]}}"""
     runs, found = plan(a), {}
+    parts(a)                                                                    # here, or each process would make them
     fresh = multiprocessing.get_context("spawn")                                # a fork would inherit locks of threads that it does not have
     with concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=fresh) as pool:
         waiting = [pool.submit(learn, a, name, options) for name, options in runs.items()]
@@ -174,7 +178,7 @@ def study(a):
     if a.study == "shift":
         found = {}
         for kind, by_step in run_all(a).items():
-            folders = [dict([learn(a, name, options)])[name] for name, options in plan(a).items() if name.startswith(kind)]
+            folders = [learn(a, name, options)[1] for name, options in plan(a).items() if name.startswith(kind)]       # they are there already
             for shift in (1.0, 3.0):
                 found[f"{kind}, sampled with {shift:.0f}"] = {max(by_step): [drawn(a, TBAC.load(f, a.device), shift=shift) for f in folders]}
     else:
@@ -202,17 +206,21 @@ def settings(a):
 
 @contextlib.contextmanager
 def replaced(model, j, how):
-    """The model with rung j of each prompt (not of the null prompts) replaced: by the null prompt's, by a distant rung, by the next prompt's."""
+    """The model with rung j of each prompt (not of the null prompts) replaced: by the null prompt's, by a distant rung, by another prompt's:
+    that of half a batch further on, since pictures of one prompt stand side by side."""
     encode = model.encode
 
     def changed(prompts, images=None):
         rungs = encode(prompts, images).clone()                                 # (L, 2 B, Q, caption_dim): null prompts, prompts
         null, own = rungs.chunk(2, 1)
-        own[j] = {"null prompt": null[j], "another rung": own[(j + len(rungs) // 2) % len(rungs)], "another prompt": own[j].roll(1, 0)}[how].clone()
+        ways = {"null prompt": null[j], "another rung": own[(j + len(rungs) // 2) % len(rungs)], "another prompt": own[j].roll(own.shape[1] // 2, 0)}
+        own[j] = ways[how].clone()
         return rungs
     model.encode = changed
-    yield
-    del model.encode
+    try:
+        yield
+    finally:
+        del model.encode
 
 
 def rungs(a):
