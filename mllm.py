@@ -308,7 +308,8 @@ class Attention(nn.Module):
         heads = lambda t: t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))                   # (B, H, S, K), k and v with fewer heads
         q, k = apply_rope(q, angle), apply_rope(k, angle)
-        k, v = cache.extend(layer, k, v)                                                 # all positions read so far
+        if cache:
+            k, v = cache.extend(layer, k, v)                                             # all positions read so far
         x = attention(q, k, v, mask)                                                     # (B, H, S, K)
         return self.out(x.transpose(1, 2).flatten(2))                                    # (B, S, M)
 
@@ -464,9 +465,10 @@ class MLLM(nn.Module):
         state is the raw residual stream. With a cache, x continues what the cache has read. mask: who sees whom, if not
         each token all real ones up to itself.
         """
-        c, cache = self.config, KVCache() if cache is None else cache
-        cache.real = real if cache.real is None else torch.cat([cache.real, real], 1)
-        mask = causal_mask(cache.real, x.shape[1]) if mask is None else mask
+        c = self.config
+        if cache:
+            real = cache.real = real if cache.real is None else torch.cat([cache.real, real], 1)
+        mask = causal_mask(real, x.shape[1]) if mask is None else mask
         axis = torch.tensor([i for i, n in enumerate(c.rope_sections) for _ in range(n)], device=x.device)          # (K/2,)
         angle = positions[axis].permute(1, 2, 0) * frequencies(c.head_dim // 2, c.rope_theta, x.device)  # (B, S, K/2)
         states = [x]

@@ -223,7 +223,7 @@ def prepare(model, a, world):
         if n not in trained:
             p.data = p.data.to(dtype)
     if a.grad_checkpoint:
-        for block in (*model.dit.blocks, *model.mllm.layers):
+        for block in (*model.dit.blocks, *model.mllm.layers, *model.mllm.vision.blocks):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if a.fsdp:
         fully_shard(learner, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))

@@ -277,7 +277,7 @@ def losses(started):
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    for stage in ("t2i", "edit"):
+    for stage in ("t2i", "edit", "mllm"):
         assert losses(start(tmp_path / "a", "--grad-checkpoint", stage=stage)) == pytest.approx(losses(start(tmp_path / "b", stage=stage)), rel=1e-5)
 
 
