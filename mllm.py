@@ -395,7 +395,8 @@ class MLLM(nn.Module):
             raise ValueError(f"{len(texts)} prompts but {len(images)} lists of images")
         pad, merge, known, rows = self.tokenizer.special["image_pad"], self.config.vision.merge, {}, []
         for text, row in zip(texts, images):
-            keys = [(image.mode, image.size, image.tobytes()) for image in row]
+            row = [image.convert("RGB") for image in row]
+            keys = [(image.size, image.tobytes()) for image in row]
             known |= {key: patchify(image, self.config.vision) for key, image in zip(keys, row) if key not in known}
             pictures = [known[key] for key in keys]
             grids = [(h // merge, w // merge) for _, (h, w) in pictures]
