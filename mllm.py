@@ -6,6 +6,7 @@ states; the language head answers questions. Frozen everywhere but in the toy wo
 Dimension key: B batch, S sequence, M model width, H heads, K head dim, P patches of a picture, U merged units (P / 4).
 Left out: video, sliding windows in the text part (the public 3B weights do not use them).
 """
+import itertools
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -337,23 +338,25 @@ class Row:
 
 
 def shared(rows):
-    """How many tokens the rows begin with in common."""
-    return next((n for n, column in enumerate(zip(*(row.ids for row in rows))) if len(set(column)) > 1), min(len(row.ids) for row in rows))
+    """How many tokens the rows begin with in common: the length of their shared prefix."""
+    columns = zip(*(row.ids for row in rows))                               # ends with the shortest row
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def lines(rows, more, room):
-    """-> lists of indexes: rows that are read in one line of about `room` tokens, all with the same pictures. To each row belong `more` tokens that
+    """Rows -> lists of rows with the same pictures, each to be read in one line of about `room` tokens. To each row belong `more` tokens that
     come later."""
     groups, out = {}, []
-    for i, row in enumerate(rows):
-        groups.setdefault(row.key()[1], []).append(i)
-    for members in groups.values():
-        n, used = shared([rows[i] for i in members]), room
-        for i in members:
-            cost = len(rows[i].ids) - n + more
+    for row in rows:
+        groups.setdefault(row.key()[1], []).append(row)
+    for group in groups.values():
+        n, used = shared(group), room                                       # as if the line before were full
+        for row in group:
+            cost = len(row.ids) - n + more
             if used + cost > room:
-                out, used = [*out, []], n
-            out[-1].append(i)
+                out.append([])
+                used = n                                                    # what they begin with stands in a line once
+            out[-1].append(row)
             used += cost
     return out
 

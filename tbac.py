@@ -105,10 +105,9 @@ class TBAC(nn.Module):
         mllm = self.mllm
         prompts = [mllm.tokenizer.cut(p, self.config.max_prompt) for p in prompts]
         every = mllm.rows(prompts, images, DRAW, then="<|vision_start|>")
-        rows = list({row.key(): row for row in every}.values())
-        order = lines(rows, self.config.n_query, room)
-        states = self.hear([[rows[i] for i in line] for line in order])                             # of each depth (rows, Q, M)
-        where = {rows[i].key(): b for b, i in enumerate(sum(order, []))}
+        packed = lines({row.key(): row for row in every}.values(), self.config.n_query, room)
+        where = {row.key(): b for b, row in enumerate(sum(packed, []))}                             # of each different row its place in `packed`
+        states = self.hear(packed)                                                                  # of each depth (different rows, Q, M)
         return self.ladder(states)[:, [where[row.key()] for row in every]]                          # (L, B, Q, caption_dim)
 
     def hear(self, rows):
