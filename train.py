@@ -449,12 +449,14 @@ def mean_weights(learner, state):
             p.copy_(state.mean[n])
     if isinstance(learner, FSDPModule):
         learner.unshard()
-    yield
-    if isinstance(learner, FSDPModule):
-        learner.reshard()
-    with torch.no_grad():
-        for n, p in state.params.items():
-            p.copy_(kept[n])
+    try:
+        yield
+    finally:
+        if isinstance(learner, FSDPModule):
+            learner.reshard()
+        with torch.no_grad():
+            for n, p in state.params.items():
+                p.copy_(kept[n])
 
 
 def sheet(model, learner, state, examples, a):
