@@ -13,7 +13,6 @@ The route of a prompt: prompt -> ids, patches (mllm.prepare) -> hidden states (m
 
 Dimension key: B batch, L rungs, Q queries, C latent channels, h x w latent size, H x W picture size.
 """
-import functools
 import json
 import os
 import pathlib
@@ -32,18 +31,28 @@ from dit import DiT, DiTConfig
 from ladder import Ladder
 from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, lines
 
-
+# PyTorch asks MKL for matrix products where it has it. Without MKL they are oneDNN's already, or another library's.
 ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
-def linear(layer, x):
-    """What an nn.Linear does. On a CPU many rows in float32 go through a 1x1 convolution, the same sums in another order: there oneDNN does
-    them, on AMD's processors twice as fast as the matrix product of MKL (bench/README.md)."""
-    rows = x.numel() // x.shape[-1]
-    if not ONEDNN or rows < 64 or x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.linear(x, layer.weight, layer.bias)
-    y = F.conv2d(x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+class Linear(nn.Linear):
+    """nn.Linear. On a CPU many rows in float32 go through a 1x1 convolution, the same sums in another order: there oneDNN does them, on AMD's
+    processors twice as fast as the matrix product of MKL (bench/README.md)."""
+
+    def forward(self, x):
+        rows = x.numel() // x.shape[-1]
+        if not ONEDNN or rows < 64 or x.dtype != torch.float32 or x.device.type != "cpu":
+            return F.linear(x, self.weight, self.bias)
+        y = F.conv2d(x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def fast(module):
+    """The module, every nn.Linear in it now a Linear: the same weights under the same names. So the files of the parts need not know of this."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
+    return module
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class TBACConfig:
 
     def ladder(self):
         """A ladder of these sizes, its weights not yet set."""
-        return Ladder(self.n_query, self.mllm.dim, self.dit.caption_dim, self.mllm.n_layer, self.dit.n_layer, self.wiring)
+        return fast(Ladder(self.n_query, self.mllm.dim, self.dit.caption_dim, self.mllm.n_layer, self.dit.n_layer, self.wiring))
 
     @classmethod
     def from_dict(cls, d):
@@ -87,9 +96,7 @@ class TBAC(nn.Module):
         self.ladder = c.ladder()
         self.dit = DiT(c.dit)
         self.dcae = DCAE(c.dcae).requires_grad_(False)
-        for layer in self.modules():
-            if type(layer) is nn.Linear:
-                layer.forward = functools.partial(linear, layer)
+        fast(self)
 
     def trainable(self):
         return [*self.ladder.parameters(), *self.dit.parameters()]

@@ -1,4 +1,6 @@
 """A row does not depend on its neighbours: padding, batch size, mixed batches; the same seed gives the same picture."""
+import copy
+
 import pytest
 import torch
 from PIL import Image
@@ -63,14 +65,15 @@ def test_who_sees_whom_in_a_line(tiny):
 
 
 def test_a_linear_layer_is_the_same_as_a_convolution(tiny, monkeypatch):
-    layer, x = torch.nn.Linear(48, 80), torch.randn(3, 40, 48, requires_grad=True)
-    called = []
+    assert not any(type(m) is torch.nn.Linear for m in [*tiny.modules(), *tiny.config.ladder().modules()])
+    plain, x = torch.nn.Linear(48, 80), torch.randn(3, 40, 48, requires_grad=True)
+    layer, called = tbac.fast(copy.deepcopy(plain)), []
     monkeypatch.setattr(tbac.F, "conv2d", lambda *a, conv=tbac.F.conv2d: called.append(1) or conv(*a))
-    out = tbac.linear(layer, x)
-    assert relative(out.detach(), layer(x).detach()) < 1e-6 and len(called) == torch.backends.mkl.is_available()
-    grads = [torch.autograd.grad(y.square().sum(), (x, *layer.parameters())) for y in (out, layer(x))]
+    out = layer(x)
+    assert relative(out.detach(), plain(x).detach()) < 1e-6 and len(called) == torch.backends.mkl.is_available()
+    grads = [torch.autograd.grad(module(x).square().sum(), (x, *module.parameters())) for module in (layer, plain)]
     assert all(relative(a, b) < 1e-6 for a, b in zip(*grads))
-    assert tbac.linear(layer, x[:1, :5]).shape == (1, 5, 80) and tbac.linear(layer.double(), x.double()).dtype == torch.float64
+    assert layer(x[:1, :5]).shape == (1, 5, 80) and layer.double()(x.double()).dtype == torch.float64
 
 
 def test_no_images_and_empty_lists_are_the_same(tiny):
