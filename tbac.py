@@ -199,14 +199,8 @@ class TBAC(nn.Module):
         for file in weight_files(folder):
             found = {}
             for name, t in read_tensors(file, device):
-                if name not in missing:
-                    raise ValueError(f"{file}: tensor {name} is not part of this model, or stands there twice")
-                if t.shape != missing[name].shape:
-                    raise ValueError(f"{file}: tensor {name} has shape {tuple(t.shape)}, expected {tuple(missing[name].shape)}")
-                if not t.isfinite().all():
-                    raise ValueError(f"{file}: tensor {name} has values that are not finite")
+                expect(missing, name, t, file, name)
                 found[name] = t.to(kinds.get(name.split(".")[0], own), copy=t.device.type == "cpu")  # not a view of the file
-                del missing[name]
             model.load_state_dict(found, strict=False, assign=True)
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first ones {list(missing)[:3]}")
@@ -240,6 +234,17 @@ def read_tensors(file, device="cpu"):
         for name in names:                                      # a mapping of the file for each, which goes when the tensor has been converted
             with safe_open(file, "pt", device=str(device)) as f:
                 t = f.get_tensor(name)
+def expect(missing, name, t, file, public):
+    """Takes a tensor's name out of {name: tensor} that are still missing. ValueError, with the name in the file, if it does not belong there."""
+    if name not in missing:
+        raise ValueError(f"{file}: tensor {public} is not part of this model, or stands there twice")
+    if t.shape != missing[name].shape:
+        raise ValueError(f"{file}: tensor {public} has shape {tuple(t.shape)}, expected {tuple(missing[name].shape)}")
+    if not t.isfinite().all():
+        raise ValueError(f"{file}: tensor {public} has values that are not finite")
+    del missing[name]
+
+
             yield name, t
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file} cannot be read as safetensors, is it whole? {e}") from None

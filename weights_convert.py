@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dcae import DCAEConfig
 from dit import DiTConfig
 from mllm import MLLMConfig, Tokenizer, ViTConfig
-from tbac import TBAC, TBACConfig, read_json, read_tensors, replacing, weight_files, write_shards
+from tbac import TBAC, TBACConfig, expect, read_json, read_tensors, replacing, weight_files, write_shards
 
 # Our module (or parameter) -> the public one. A {} is an index, the same on both sides.
 QWEN = {
@@ -154,25 +154,17 @@ def convert(qwen, sana, tbac, out, dtype=None, seed=0):
         model = TBAC(config)
     left = model.state_dict()
 
-    def place(file, name, ours, t):
-        if ours not in left:
-            raise ValueError(f"{file}: tensor {name} is not part of this model, or stands there twice")
-        if t.shape != left[ours].shape:
-            raise ValueError(f"{file}: tensor {name} has shape {tuple(t.shape)}, expected {tuple(left[ours].shape)}")
-        if not t.isfinite().all():
-            raise ValueError(f"{file}: tensor {name} has values that are not finite")
-        del left[ours]
-        return ours, t.to(dtype)
-
     def tensors():
-        for file, name, t, ours in source_tensors(qwen, sana, tbac, model):
-            for n, piece in to_ours(ours, t, config):
-                yield place(file, name, n, piece)
+        for file, public, t, ours in source_tensors(qwen, sana, tbac, model):
+            for name, piece in to_ours(ours, t, config):
+                expect(left, name, piece, file, public)
+                yield name, piece.to(dtype)
         if not tbac:
             ladder = config.ladder()
             ladder.init_weights(torch.Generator().manual_seed(seed))
-            for n, t in ladder.state_dict().items():
-                yield place("fresh ladder", n, f"ladder.{n}", t)
+            for name, t in ladder.state_dict(prefix="ladder.").items():
+                del left[name]
+                yield name, t.to(dtype)
         if left:
             raise ValueError(f"{tbac or f'{qwen}, {sana}'}: {len(left)} tensors are missing, the first ones {list(left)[:3]}")
     if not (qwen / "tokenizer.json").is_file():
