@@ -139,9 +139,6 @@ class TBAC(nn.Module):
         """x_t (B, C, h, w), t (B,) in [0, 1], rungs from `encode` -> velocity (B, C, h, w), pointing from data to noise."""
         return self.dit(x_t.to(self.dit.proj_out.weight.dtype), 1000 * t, self.dit.condition(rungs))
 
-    def forward(self, *args, **kwargs):
-        return self.loss(*args, **kwargs)
-
     def loss(self, pixels, prompts, images=None, t=None, eps=None, generator=None):
         """Flow matching: the mean squared error of the velocity. pixels (B, 3, H, W) in [-1, 1]; t (B,) and eps (B, C, h, w)
         are drawn where not given. -> scalar, with a graph to queries, connector and DiT."""
