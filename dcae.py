@@ -8,7 +8,6 @@ shortcut without parameters that only rearranges pixels into channels or back: t
 Dimensions: B batch, D width of a stage, H heads, K head dim, h and w height and width, N = h w positions, C latent channels.
 Left out: tiling for very large pictures, and the training losses.
 """
-
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +25,6 @@ def average_channels(x, channels):
 def repeat_channels(x, channels):
     """(B, D, h, w) -> (B, channels, h, w): each channel channels / D times in a row."""
     return x.repeat_interleave(channels // x.shape[1], dim=1)
-
-
-def rows_of_channels(x):
-    """The same (B, D, h, w), with the D channels of a position next to each other in memory: convolutions are faster on it."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 class RMSNorm(nn.Module):
@@ -220,9 +214,10 @@ class DCAE(nn.Module):
         """pixels (B, 3, fh, fw) in [-1, 1] -> latents (B, C, h, w), scaled to about unit variance."""
         if any(side % self.config.factor for side in pixels.shape[-2:]):
             raise ValueError(f"height and width must be multiples of {self.config.factor}, got {tuple(pixels.shape[-2:])}")
-        few = max(1, 512 ** 2 // pixels[0, 0].numel())          # pictures at a time: outer stages are large, and small ones stay in the cache
-        return torch.cat([self.encoder(part) for part in rows_of_channels(pixels).split(few)]) * self.config.scaling_factor
+        pixels = pixels.contiguous(memory_format=torch.channels_last)           # a position's channels side by side: faster convolutions
+        few = max(1, 512 ** 2 // pixels.shape[-2:].numel())                     # pictures at a time: the first stages' results are large, and
+        return torch.cat([self.encoder(part) for part in pixels.split(few)]) * self.config.scaling_factor    # few of them fit a CPU's cache
 
     def decode(self, latents):
         """latents (B, C, h, w) as encode gives them -> pixels (B, 3, fh, fw), not clipped."""
-        return self.decoder(rows_of_channels(latents) / self.config.scaling_factor)
+        return self.decoder(latents.contiguous(memory_format=torch.channels_last) / self.config.scaling_factor)

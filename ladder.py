@@ -65,7 +65,7 @@ class Ladder(nn.Module):
 
     def forward(self, states):
         """states: list of (B, Q, M), the queries' hidden states at every depth -> rungs (L, B, Q, caption_dim)."""
-        tapped = torch.stack([states[i] for i in self.taps])                    # (L, B, Q, M)
-        if self.routes is not None:                                             # mean, routed: of all T states a mixture for each block
+        tapped = torch.stack([states[i] for i in self.taps])                    # (T, B, Q, M), where T = L unless they are mixed:
+        if self.routes is not None:                                             # mean, routed: each block has its own mixture of all T states
             tapped = torch.einsum("lt,tbqm->lbqm", self.routes.float().softmax(1), tapped.float())
         return self.connector(tapped.to(self.queries.dtype))                    # (L, B, Q, caption_dim)

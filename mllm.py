@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+# The released code's system prompts. To draw, too, the MLLM is asked to describe: what the DiT needs is what a description would say.
 DRAW = "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
 ASK = "You are a helpful assistant."
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -93,7 +94,7 @@ def smart_size(width, height, unit, area):
 def patchify(image, c):
     """PIL picture -> patches (P, 3 * 2 * patch * patch) and their grid (h, w).
 
-    Order: units of merge x merge neighbours, row by row, so that four rows in a line can later be merged into one token.
+    Order: units of merge x merge neighbours, unit by unit, so that merge^2 consecutive patches can later be merged into one token.
     """
     image = image.convert("RGB")
     size = smart_size(*image.size, c.patch * c.merge, c.area)
@@ -242,9 +243,9 @@ class ViT(nn.Module):
         c, B, dev = self.config, len(patches), patches.device
         order, real = window_order(grid, c)                                              # W windows of T units
         W, unit, where = len(order), c.merge ** 2, real.flatten().nonzero()[:, 0]
-        back = where[order.flatten()[where].argsort()].to(dev)                           # where each unit went
+        back = where[order.flatten()[where].argsort()].to(dev)                           # of each unit the slot in which it stands now
         order, real = order.to(dev), real.to(dev)
-        windowed = lambda x: x.unflatten(-2, (-1, unit))[..., order, :, :].flatten(-4, -2)
+        windowed = lambda x: x.unflatten(-2, (-1, unit))[..., order, :, :].flatten(-4, -2)         # (..., P, n) -> (..., W*T*4, n)
         x = windowed(self.patch_embed(patches))                                          # (B, W*T*4, D), edge windows filled up
         angle = windowed(self.angles(grid, dev)).expand(B, -1, -1)                       # (B, W*T*4, K/2)
         real_patch = real.flatten().repeat_interleave(unit).expand(B, -1)                # (B, W*T*4)
@@ -272,8 +273,8 @@ class MLLMConfig:
 
 
 class KVCache:
-    """Keys and values of the positions read so far, one pair per layer, and which of those positions are real (B, S). Once `full` is set it
-    takes in nothing more: what is read then is the end."""
+    """layers: {layer: keys, values (B, G, S, K)} of the positions read so far; real (B, S): which of those are not padding. Once `full` is set,
+    what is read sees all of it but is not added: nothing comes after it (and a layer may be run again for its gradient)."""
 
     def __init__(self):
         self.layers, self.real, self.full = {}, None, False
