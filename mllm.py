@@ -344,19 +344,19 @@ def shared(rows):
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def lines(rows, more, room):
-    """Rows -> lists of rows with the same pictures, each to be read in one line of about `room` tokens. To each row belong `more` tokens that
-    come later."""
+def pack(rows, more, room):
+    """Sequence packing: rows -> packs, lists of rows with the same pictures, each to be read as one sequence of about `room` tokens. To each
+    row belong `more` tokens that come later."""
     groups, out = {}, []
     for row in rows:
         groups.setdefault(row.key()[1], []).append(row)
     for group in groups.values():
-        n, used = shared(group), room                                       # as if the line before were full
+        n, used = shared(group), room                                       # as if the pack before were full
         for row in group:
             cost = len(row.ids) - n + more
             if used + cost > room:
                 out.append([])
-                used = n                                                    # what they begin with stands in a line once
+                used = n                                                    # what they begin with stands in a pack once
             out[-1].append(row)
             used += cost
     return out
@@ -391,9 +391,12 @@ class MLLM(nn.Module):
             else:
                 nn.init.constant_(p, 1.0 if "norm" in name else 0.0)
 
-    def rows(self, texts, images=None, system=ASK, then=""):
+    def rows(self, texts, images=None, system=ASK, then="", limit=None):
         """Prompts (list of str) and pictures (None, or per prompt a list of PIL images) -> a Row each. A picture that stands in several places
-        becomes patches once. `then` opens the assistant's turn. Raises ValueError for lists that do not fit."""
+        becomes patches once. `then` opens the assistant's turn; limit: tokens of a text that are read, if not all. ValueError for no prompt, or
+        for lists that do not fit."""
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"expected a list of prompts, got {texts!r}")
         images = [[] for _ in texts] if images is None else images
         if len(images) != len(texts):
             raise ValueError(f"{len(texts)} prompts but {len(images)} lists of images")
@@ -404,6 +407,7 @@ class MLLM(nn.Module):
             known |= {key: patchify(image, self.config.vision) for key, image in zip(keys, row) if key not in known}
             pictures = [known[key] for key in keys]
             grids = [(h // merge, w // merge) for _, (h, w) in pictures]
+            text = text if limit is None else self.tokenizer.cut(text, limit)
             ids = self.tokenizer.encode(chat(text, [h * w for h, w in grids], system) + then)
             if ids.count(pad) != sum(h * w for h, w in grids):
                 raise ValueError(f"the prompt must not contain image tokens itself: {text!r}")
@@ -424,15 +428,15 @@ class MLLM(nn.Module):
             ids[b, start:], real[b, start:], places[:, b, start:] = torch.tensor(row.ids), True, row.positions
         return Batch(ids.to(dev), real.to(dev), places.to(dev), [picture for row in rows for picture in row.pictures])
 
-    def lay(self, lines, more):
-        """Lines, each a list of Rows with the same pictures -> one Batch, a line in each of its rows, and the mask (lines, 1, S, S) of who sees whom.
+    def pad_packs(self, packs, more):
+        """Packs from `pack` -> one Batch, a pack in each of its rows, and the mask (packs, 1, S, S) of who sees whom.
 
-        What the rows of a line begin with (the system prompt, the pictures) stands there once: attention is causal, so it is the same for all of
+        What the rows of a pack begin with (the system prompt, the pictures) stands there once: attention is causal, so it is the same for all of
         them. Then comes what is left of each row, and in the end `more` tokens for each of them, whose ids nobody knows yet. A token sees what is
         before it in its own row and that beginning, and nothing of other rows.
         """
         laid, owners = [], []                                                  # owner of a token: 0 the beginning, k the k-th row
-        for rows in lines:
+        for rows in packs:
             n, each = shared(rows), list(enumerate(rows, 1))
             ids, places, owner = rows[0].ids[:n], [rows[0].positions[:, :n]], [0] * n
             for k, row in each:
@@ -443,7 +447,7 @@ class MLLM(nn.Module):
                 places.append(row.positions[:, -1:] + torch.arange(1, more + 1))                       # counted as text
             laid.append(Row(ids, torch.cat(places, 1), rows[0].pictures)), owners.append(torch.tensor(owner))
         batch = self.pad(laid)
-        owner = torch.stack([F.pad(o, (batch.ids.shape[1] - len(o), 0), value=-1) for o in owners])    # (lines, S), -1 padding
+        owner = torch.stack([F.pad(o, (batch.ids.shape[1] - len(o), 0), value=-1) for o in owners])    # (packs, S), -1 padding
         mask = ((owner[:, :, None] == owner[:, None]) | (owner[:, None] == 0)).tril()
         return batch, mask[:, None].to(batch.ids.device)
 

@@ -29,7 +29,7 @@ from torch import nn
 from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
 from ladder import Ladder
-from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, lines
+from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, pack
 
 # PyTorch asks MKL for matrix products where it has it. Without MKL they are oneDNN's already, or another library's.
 ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
@@ -106,33 +106,31 @@ class TBAC(nn.Module):
     def encode(self, prompts, images=None, room=512):
         """prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images -> rungs (L, B, Q, caption_dim).
 
-        Equal rows are one row. Rows with the same pictures are read behind each other, in lines of about `room` tokens, and layers above the last
-        tap do not run. Prompts beyond `max_prompt` tokens are cut with a warning.
+        Equal rows are one row. Rows with the same pictures are packed into sequences of about `room` tokens, and layers above the last tap do not
+        run. Prompts beyond `max_prompt` tokens are cut with a warning. ValueError for no prompt, or for lists that do not fit.
         """
-        mllm = self.mllm
-        prompts = [mllm.tokenizer.cut(p, self.config.max_prompt) for p in prompts]
-        every = mllm.rows(prompts, images, DRAW, then="<|vision_start|>")
-        packed = lines({row.key(): row for row in every}.values(), self.config.n_query, room)
-        where = {row.key(): b for b, row in enumerate(sum(packed, []))}                             # of each different row its place in `packed`
-        states = self.hear(packed)                                                                  # of each depth (different rows, Q, M)
+        every = self.mllm.rows(prompts, images, DRAW, then="<|vision_start|>", limit=self.config.max_prompt)
+        packs = pack({row.key(): row for row in every}.values(), self.config.n_query, room)
+        where = {row.key(): b for b, row in enumerate(sum(packs, []))}                              # of each different row its place in the packs
+        states = self.hear(packs)                                                                   # of each depth (different rows, Q, M)
         return self.ladder(states)[:, [where[row.key()] for row in every]]                          # (L, B, Q, caption_dim)
 
-    def hear(self, rows):
-        """The queries' hidden states at every depth after each row of each line, a list of (rows, Q, M). Attention is causal and the queries
+    def hear(self, packs):
+        """The queries' hidden states at every depth after each row of each pack, a list of (rows, Q, M). Attention is causal and the queries
         come last, so what is read before does not depend on them: where gradients are wanted it is read first, without a graph."""
         mllm, queries, cache = self.mllm, self.ladder.queries.to(self.mllm.embed.weight.dtype), KVCache()
-        batch, mask = mllm.lay(rows, more=len(queries))
-        ends = [len(queries) * len(line) for line in rows]
+        batch, mask = mllm.pad_packs(packs, more=len(queries))
+        ends = [len(queries) * len(rows) for rows in packs]                                         # so many tokens are queries
         x = torch.stack([torch.cat([line[:-n], queries.repeat(n // len(queries), 1)]) for line, n in zip(mllm.read(batch), ends)])
 
-        def read(part, seen):
+        def run(part, seen):
             return mllm(x[:, part], batch.positions[..., part], batch.real[:, part], cache, max(self.ladder.taps), mask[..., part, seen])
         before = x.shape[1] - max(ends) if torch.is_grad_enabled() else 0
         if before:
             with torch.no_grad():
-                read(slice(before), slice(before))
+                run(slice(before), slice(before))
         cache.full = True
-        states = read(slice(before, None), slice(None))                                             # of each depth (lines, S, M)
+        states = run(slice(before, None), slice(None))                                              # of each depth (packs, S, M)
         return [torch.cat([line[-n:].unflatten(0, (-1, len(queries))) for line, n in zip(state, ends)]) for state in states]
 
     def velocity(self, x_t, t, rungs):
@@ -231,6 +229,11 @@ def read_tensors(file, device="cpu"):
         for name in names:                                      # a mapping of the file for each, which goes when the tensor has been converted
             with safe_open(file, "pt", device=str(device)) as f:
                 t = f.get_tensor(name)
+            yield name, t
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file} cannot be read as safetensors, is it whole? {e}") from None
+
+
 def expect(missing, name, t, file, public):
     """Takes a tensor's name out of {name: tensor} that are still missing. ValueError, with the name in the file, if it does not belong there."""
     if name not in missing:
@@ -240,11 +243,6 @@ def expect(missing, name, t, file, public):
     if not t.isfinite().all():
         raise ValueError(f"{file}: tensor {public} has values that are not finite")
     del missing[name]
-
-
-            yield name, t
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file} cannot be read as safetensors, is it whole? {e}") from None
 
 
 def sync(folder):

@@ -266,7 +266,7 @@ def probes(a, train_n=1600, test_n=400):
     model.ladder.taps = [model.config.mllm.n_layer]                             # so that every layer runs
     read = model.mllm.rows(texts, None, DRAW, then="<|vision_start|>")
     with torch.no_grad():
-        parts = [torch.stack(model.hear([read[i:i + 10]])).float().cpu() for i in tqdm(range(0, len(read), 10), "read")]
+        parts = [torch.stack(model.hear([read[i:i + 10]])).float().cpu() for i in tqdm(range(0, len(read), 10), "read")]               # packs of ten
     states = torch.cat(parts, 1).flatten(2)                                     # (depths, prompts, Q M)
     rows = {}
     for fact in ("colour", "shape", "count", "position"):

@@ -40,8 +40,8 @@ def test_nothing_is_read_twice(tiny):
     assert read([""] * 2, [[RED, BLUE], [BLUE, RED]])[1] == 2
 
 
-def test_the_length_of_a_line_and_what_has_a_graph_change_nothing(tiny):
-    """One row per line, a few, all in one; with the prefix read beforehand, as in training, or with the queries."""
+def test_the_length_of_a_pack_and_what_has_a_graph_change_nothing(tiny):
+    """One row per pack, a few, all in one; with the prefix read beforehand, as in training, or with the queries."""
     prompts, images = [*PROMPTS, "a cat", "a dog on a hill"], [*IMAGES, [], []]
     with torch.no_grad():
         whole = tiny.encode(prompts, images, room=10_000)
@@ -51,11 +51,11 @@ def test_the_length_of_a_line_and_what_has_a_graph_change_nothing(tiny):
     assert graph.requires_grad and relative(graph.detach(), whole) < 1e-5
 
 
-def test_who_sees_whom_in_a_line(tiny):
-    """Two rows that begin alike in one line of a batch, a third in another: x marks what a token (down) sees."""
+def test_who_sees_whom_in_a_pack(tiny):
+    """Two rows that begin alike in one pack, a third in another: x marks what a token (down) sees."""
     P = torch.arange(9).expand(3, 9)
     one, two, three = (mllm.Row(ids, P[:, :len(ids)], []) for ids in ([1, 2, 3], [1, 2, 4, 5], [6]))
-    batch, mask = tiny.mllm.lay([[one, two], [three]], more=1)
+    batch, mask = tiny.mllm.pad_packs([[one, two], [three]], more=1)
     assert batch.ids[0, :5].tolist() == [1, 2, 3, 4, 5] and batch.ids[1, 5].item() == 6 and batch.real[1].tolist() == [False] * 5 + [True] * 2
     assert ["".join(".x"[seen] for seen in row) for row in mask[0, 0].tolist()] == [
         "x......", "xx.....", "xxx....", "xx.x...", "xx.xx..",                   # 1 2, 3 of the first row, 4 5 of the second

@@ -92,6 +92,11 @@ def test_a_long_prompt_is_cut_with_a_warning_and_an_empty_one_is_fine(tiny):
 def test_prompts_and_images_must_fit(tiny):
     with pytest.raises(ValueError, match="2 prompts but 1"):
         tiny.encode(["a", "b"], [[]])
+    for wrong in ("a dog", []):
+        with pytest.raises(ValueError, match="a list of prompts, got"):
+            tiny.encode(wrong)
+        with pytest.raises(ValueError, match="a list of prompts, got"):
+            tiny.ask_all(wrong)
     with pytest.raises(ValueError, match="image tokens itself"):
         tiny.encode(["draw <|image_pad|>"])
 
