@@ -454,7 +454,7 @@ def question(scene, rng, kind=None, seen=True):
     """-> (question, answer, kind). seen=False asks only what the plain caption answers. ValueError where there is no such question.
     Asked most is what takes longest to learn: which colour, shape and place belong together."""
     kinds = rng.sample(QUESTIONS, len(QUESTIONS))
-    for name in [kind] if kind else [*rng.choices(QUESTIONS, (2, 2, 1, 3, 1, 1)), *kinds]:
+    for name in [kind] if kind else [*rng.choices(QUESTIONS, (2, 2, 1, 3, 1, 1)), *kinds]:      # the one drawn, or if there is none, any other
         if asked := ASKERS[name](scene, rng, seen):
             return *rng.choice(asked), name
     raise ValueError(f"no {kind} question (seen={seen}) about: {describe(scene)}")
@@ -815,8 +815,9 @@ def deaf(worker):
 
 
 class Reader:
-    """Yields (number, example), good ones only. A broken record is counted and named in `bad`; more of them than chance explains where `max_bad`
-    are broken (three standard deviations, and two), or a thousand in a row, raise ValueError with the list. `reached` is the place to go on from."""
+    """Yields (number, example), good ones only. A broken record is counted and named in `bad`. ValueError with the list after a thousand in a row,
+    or more than would come by chance if the part `max_bad` of all records were broken: three standard deviations above the mean, and two to
+    begin with. `reached` is the place to go on from."""
 
     def __init__(self, share, workers=0, max_bad=0.01):
         self.share, self.workers, self.max_bad, self.bad, self.seen = share, workers, max_bad, [], 0

@@ -14,7 +14,8 @@ The toy world's parts are made like the real ones, each in a stage of its own, b
 learn, and from what, is in assets/toy/parts.py.
 
 Whatever is random about an example (its noise, its time, whether its text is dropped) is drawn from (seed, step, number of the example): any
-number of processes takes the same steps, and to resume a run no random state is needed but these numbers.
+number of processes takes the same steps, and to resume a run no random state is needed but these numbers. (But for vit, mllm and dcae: their
+losses hold means over the rows of one process.)
 """
 import argparse
 import contextlib
@@ -191,7 +192,8 @@ class Learner(nn.Module):
         super().__init__()
         for part in a.learn:
             self.add_module(part.replace(".", "/"), model.get_submodule(part))
-        self.extra = Latents(model, a) if a.stage in LADDER else parts.EXTRA.get(a.stage, lambda config: nn.Module())(model.config).to(a.device)
+        nothing = lambda config: nn.Module()
+        self.extra = Latents(model, a) if a.stage in LADDER else parts.EXTRA.get(a.stage, nothing)(model.config).to(a.device)
         self.rest, self.a = (model,), a                                         # in a tuple, so that what is frozen is not a part
 
     def forward(self, rows):

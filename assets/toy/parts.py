@@ -73,8 +73,11 @@ class Facts(nn.Module):
         """hidden (depths, N, M), told: N times {kind: class} -> the mean over kinds of the mean cross-entropy of what is known."""
         which = self.indices(told).to(hidden.device).expand(len(hidden), -1, -1)                      # (depths, N, kinds)
         logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float().split(list(map(len, self.KINDS.values())), -1)
-        losses = (F.cross_entropy(x.flatten(0, 1), which[..., i].flatten(), reduction="sum") for i, x in enumerate(logits))
-        return sum(loss / (which[..., i] >= 0).sum().clamp(min=1) for i, loss in enumerate(losses)) / len(logits)
+        losses = []
+        for x, k in zip(logits, which.unbind(-1)):                                                    # (depths, N, classes), (depths, N)
+            known = (k >= 0).sum().clamp(min=1)                                                       # of a kind that nobody knows the loss is 0
+            losses.append(F.cross_entropy(x.flatten(0, 1), k.flatten(), reduction="sum") / known)
+        return sum(losses) / len(losses)
 
 
 class Names(Facts):
@@ -84,9 +87,9 @@ class Names(Facts):
     def shown(self, scene, h, w):
         """Row by row, the nearest thing whose box reaches well into the unit, else the bare place. -> h * w times {kind: class}"""
         for y, x in (((row + 0.5) / h, (column + 0.5) / w) for row in range(h) for column in range(w)):
-            far = [(max(abs(t.x - x), abs(t.y - y)), t) for t in scene.things]
-            near = [(d, t) for d, t in far if d < t.radius + 0.35 / w]
-            yield self.of(min(near, key=lambda pair: pair[0])[1] if near else data.Thing("nothing", "nothing", "", x, y), scene, exact=True)
+            distance = {t: max(abs(t.x - x), abs(t.y - y)) for t in scene.things}                      # below a thing's radius: in its box
+            near = [t for t in scene.things if distance[t] < t.radius + 0.35 / w]
+            yield self.of(min(near, key=distance.get) if near else data.Thing("nothing", "nothing", "", x, y), scene, exact=True)
 
 
 def vit_loss(model, extra, rows, a):
@@ -121,18 +124,20 @@ class Blanks(Facts):
     """A large MLLM sums up what it has read in any token that follows; a small one learns it here. After a prompt to draw come tokens that mean
     nothing, random vectors: four for each thing in turn. Each tells its thing's facts (a guess where the text does not say), at every depth
     from DEPTH on: in a large MLLM the middle layers, too, know what they have read."""
-    DEPTH, n = 3, 16
+    DEPTH, n = 3, 16                                                            # entering layer 3 of 8; as many as the toy has queries
 
     def shown(self, scene, text):
-        """Yields for each blank {kind: class}. text: what says it, or None where a picture shows it."""
-        things = sorted(scene.things, key=lambda t: text.find(t.name) if text else (data.cell(t), t.x, t.y))      # as mentioned, or as described
+        """Yields for each blank {kind: class}, four for each thing, "nothing" for those left over. Things come as `text` names them, or, where a
+        picture shows them (text None), column by column."""
+        things = sorted(scene.things, key=lambda t: text.find(t.name) if text else (data.cell(t), t.x, t.y))
         for i in range(self.n):
-            if (k := 4 * i // self.n) >= len(things):
+            k = 4 * i // self.n
+            if k >= len(things):
                 yield dict(colour="nothing", shape="nothing", background=scene.background)
                 continue
             told = self.of(things[k], scene, exact=text is None)
             if len(things) < 3 and len({t.name for t in things}) == len(things):
-                told["side"] = len(things) == 2 and data.relation(things[k], things[1 - k]) or "none"
+                told["side"] = (data.relation(things[k], things[1 - k]) if len(things) == 2 else None) or "none"
             yield told
 
     def vectors(self, rng, rows, like):
