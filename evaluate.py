@@ -9,8 +9,8 @@ draw   the six categories of GenEval (arXiv 2310.11513), several pictures per pr
 edit   the actions of ImgEdit (arXiv 2505.20275) that this world has: was the order followed, and is everything else as it was?
 ask    every kind of question, about pictures and about scenes in words; only the exact answer counts
 
-"Never seen" are scenes in which a pair of colour and shape stands beside another thing that training drew alone only (data.HELD_OUT).
-Pictures are read by the grader in data.py, from pixels alone. What it makes of pictures that are right for certain is reported, too: as
+"Never seen" are scenes in which a pair of colour and shape stands beside another thing that training drew alone only (toy.HELD_OUT).
+Pictures are read by grader.py, from pixels alone. What it makes of pictures that are right for certain is reported, too: as
 rendered (its own error) and as the autoencoder gives them back (the ceiling for any model that paints with it).
 """
 import argparse
@@ -29,7 +29,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import grader
 import sample
+import toy
 from tbac import TBAC
 
 GENEVAL = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
@@ -46,10 +48,10 @@ class Case:
     pairs: str
     prompt: str
     target: object = field(compare=False)                                       # a scene that is right, or the right answer
-    source: data.Scene | None = None                                            # what is changed or asked about
+    source: toy.Scene | None = None                                            # what is changed or asked about
 
     def images(self, size):
-        return [data.render(self.source, size)] if self.source else []
+        return [toy.render(self.source, size)] if self.source else []
 
 
 # ---------------------------------------------------------------- fixed lists of prompts
@@ -57,9 +59,9 @@ class Case:
 def plain_scene(rng, n, held_out=False):
     """A scene that its plain text describes fully: medium sizes on white, two things in a clear relation."""
     while True:
-        s = data.sample_scene(rng, n, held_out)
-        s = data.Scene(tuple(replace(t, size="medium") for t in s.things))
-        if data.valid(s, held_out) and (n != 2 or data.sides(s)):
+        s = toy.sample_scene(rng, n, held_out)
+        s = toy.Scene(tuple(replace(t, size="medium") for t in s.things))
+        if toy.valid(s, held_out) and (n != 2 or toy.sides(s)):
             return s
 
 
@@ -82,16 +84,16 @@ def draw_case(category, held_out, rng):
     scene = scene_for(category, rng, held_out)
     varied = rng.random() < 0.5
     if category == "position":
-        prompt = data.varied(scene, rng) if varied else data.plain(scene)
+        prompt = toy.varied(scene, rng) if varied else toy.plain(scene)
     else:                                                                       # 'a red circle and a blue square': no sides
-        prompt = (rng.choice(OPENINGS) if varied else "") + data.listing(scene.things)
+        prompt = (rng.choice(OPENINGS) if varied else "") + toy.listing(scene.things)
     return Case(category, PAIRS[held_out], prompt, scene)
 
 
 def edit_case(action, held_out, rng):
     """ValueError where this action is impossible in the scene that came up, or where doing nothing would do."""
-    scene = data.sample_scene(rng, rng.choice((2, 2, 3) if held_out else (1, 1, 2, 2, 2, 3)), held_out)
-    order, target, _ = data.edit(scene, rng, action, held_out)
+    scene = toy.sample_scene(rng, rng.choice((2, 2, 3) if held_out else (1, 1, 2, 2, 2, 3)), held_out)
+    order, target, _ = toy.edit(scene, rng, action, held_out)
     case = Case(action, PAIRS[held_out], order, target, scene)
     if edited(scene, case)["followed"]:                                         # hardly left of it is left of it to the grader already
         raise ValueError(order)
@@ -100,9 +102,9 @@ def edit_case(action, held_out, rng):
 
 def ask_case(kind, held_out, rng, seen=True):
     """ValueError where there is no such question about the scene that came up."""
-    scene = data.sample_scene(rng, held_out=held_out)
-    question, answer, _ = data.question(scene, rng, kind, seen)
-    return Case(kind, PAIRS[held_out], question if seen else f"{data.caption(scene, rng)}. {question}", answer, scene if seen else None)
+    scene = toy.sample_scene(rng, held_out=held_out)
+    question, answer, _ = toy.question(scene, rng, kind, seen)
+    return Case(kind, PAIRS[held_out], question if seen else f"{toy.caption(scene, rng)}. {question}", answer, scene if seen else None)
 
 
 def first(n, make, category, held_out):
@@ -119,7 +121,7 @@ def first(n, make, category, held_out):
 @cache
 def cases(task, n):
     """-> the cases of a task, n for each category and for seen and never-seen pairs apart."""
-    make, categories = {"draw": (draw_case, GENEVAL), "edit": (edit_case, data.EDITS), "ask": (ask_case, data.QUESTIONS)}[task]
+    make, categories = {"draw": (draw_case, GENEVAL), "edit": (edit_case, toy.EDITS), "ask": (ask_case, toy.QUESTIONS)}[task]
     lists = [(make, c, held_out) for c in categories for held_out in PAIRS if not (held_out and c in ALONE)]
     if task == "ask":                                                           # a scene in words is its own description
         lists += [(partial(ask_case, seen=False), c, held_out) for _, c, held_out in lists if c != "describe"]
@@ -136,7 +138,7 @@ def drawn(found, case):
     sides = True
     if case.category == "position" and right["shape"]:
         one, other = ([f for f in found.things if f.shape == t.shape][0] for t in case.target.things)
-        sides = data.relation(one, other, ratio=1.2) == data.relation(*case.target.things)
+        sides = toy.relation(one, other, ratio=1.2) == toy.relation(*case.target.things)
     asked = right["name" if "colour" in case.category else "shape"]
     return {"category": asked and sides, "whole prompt": right["name"] and sides and found.background == case.target.background}
 
@@ -144,12 +146,12 @@ def drawn(found, case):
 def in_place(thing, wanted, found, case):
     """Does a thing stand where the order says: at a side of another thing, or at a spot? Where it says neither, any place will do."""
     order, source = case.prompt, case.source
-    for side in data.OPPOSITE:
-        if f" {data.side(side)} the " in order:
-            other = next(t for t in source.things if any(order.endswith(words) for words in data.references(t, source)))
-            return any(data.relation(thing, f, ratio=1.2) == side for f in found.things if f.name == other.name)
-    anywhere = case.category == "add" and not any(order.endswith(data.at(spot)) for spot in data.SPOTS)
-    return anywhere or data.near(thing, wanted)
+    for side in toy.OPPOSITE:
+        if f" {toy.side(side)} the " in order:
+            other = next(t for t in source.things if any(order.endswith(words) for words in toy.references(t, source)))
+            return any(toy.relation(thing, f, ratio=1.2) == side for f in found.things if f.name == other.name)
+    anywhere = case.category == "add" and not any(order.endswith(toy.at(spot)) for spot in toy.SPOTS)
+    return anywhere or grader.near(thing, wanted)
 
 
 def edited(found, case):
@@ -162,7 +164,7 @@ def edited(found, case):
     count = lambda scene, name: sum(t.name == name for t in scene.things)
     followed = all(count(found, t.name) == count(after, t.name) for t in gone | new) and all(
         any(in_place(f, t, found, case) for f in found.things if f.name == t.name) for t in new)
-    others = all(any(data.near(f, t) for f in found.things) for t in kept) and len(found.things) <= len(kept) + (len(gone | new) > 0)
+    others = all(any(grader.near(f, t) for f in found.things) for t in kept) and len(found.things) <= len(kept) + (len(gone | new) > 0)
     ground = found.background == after.background
     if case.category == "background":
         followed, ground = ground, True
@@ -174,7 +176,7 @@ def answered(said, case):
 
 
 def read(found, case):
-    return {"everything": data.matches(found, case.target, places=True)}
+    return {"everything": grader.matches(found, case.target, places=True)}
 
 
 JUDGES = {"draw": drawn, "edit": edited, "ask": answered, "read": read}
@@ -205,7 +207,7 @@ def score(task, every, k, respond):
     """every: cases, each answered k times by respond(rows), a generator of pictures or texts -> scores, failures [(case, response, label)]"""
     rows, hits, failures = [(case, i) for case in every for i in range(k)], {}, []
     for (case, _), response in tqdm(zip(rows, respond(rows)), task, len(rows), leave=False):
-        found = response if task == "ask" else data.grade(response)
+        found = response if task == "ask" else grader.grade(response)
         verdict = JUDGES[task](found, case)
         for what, right in verdict.items():
             hits.setdefault((task, case.category, what, case.pairs), {}).setdefault(case, []).append(right)
@@ -236,7 +238,7 @@ def ceilings(model, n=24, batch=32):
     size, device, dtype = model.config.size, model.ladder.queries.device, model.dit.proj_out.weight.dtype
 
     def rendered(rows):
-        return (data.render(case.target, size) for case, _ in rows)
+        return (toy.render(case.target, size) for case, _ in rows)
 
     def reconstructed(rows):
         for i in range(0, len(rows), batch):
@@ -244,7 +246,7 @@ def ceilings(model, n=24, batch=32):
             yield from sample.decode(model, model.dcae.encode(x))
 
     rng, sorts, scores = random.Random("every sort"), [], {}
-    for scene in [data.sample_scene(rng, held_out=held_out) for held_out in PAIRS for _ in range(5 * n)]:
+    for scene in [toy.sample_scene(rng, held_out=held_out) for held_out in PAIRS for _ in range(5 * n)]:
         sorts.append(Case("scene", "", "", scene, scene))
     for task, every in (("draw", cases("draw", n)), ("edit", cases("edit", n)), ("read", sorts)):
         for painter in (rendered, reconstructed):
@@ -369,7 +371,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["ablate"]:
-        from bench import ablate                                                # only now, since it imports this file
+        from bench import ablate  # only now, since it imports this file
         ablate.main(sys.argv[2:])
     else:
         main()

@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 import data
 import sample
+import toy
 from assets.toy import parts
 from tbac import TBAC, read_tensors, sync, weight_files, write_shards
 
@@ -588,7 +589,7 @@ def training_loop(learner, state, rows, a, stop=lambda: False):
 def unit_latents(folder, a):
     """Gives the autoencoder the scaling factor at which its latents have a standard deviation of 1, as SANA's have."""
     model, rng = TBAC.load(folder, a.device), random.Random(a.seed)
-    x = sample.to_pixels([data.render(data.sample_scene(rng), a.size) for _ in range(256)], a.device)
+    x = sample.to_pixels([toy.render(toy.sample_scene(rng), a.size) for _ in range(256)], a.device)
     with torch.no_grad():
         std = model.dcae.encode(x).std().item() / model.config.dcae.scaling_factor
     model.config = dataclasses.replace(model.config, dcae=dataclasses.replace(model.config.dcae, scaling_factor=1 / std))

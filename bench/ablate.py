@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import evaluate
+import toy
 import train
 from mllm import DRAW, MLLM
 from tbac import TBAC
@@ -251,7 +251,7 @@ def rungs(a):
 def probe_facts(scene, text):
     """What a prompt says: colour and shape of the thing it names first, where that is (if a side is told), how many things there are."""
     thing = min(scene.things, key=lambda t: text.find(t.name))
-    place = data.relation(thing, next(t for t in scene.things if t != thing)) if data.sides(scene) else None
+    place = toy.relation(thing, next(t for t in scene.things if t != thing)) if toy.sides(scene) else None
     return dict(colour=thing.colour, shape=thing.shape, count=len(scene.things), position=place)
 
 
@@ -259,8 +259,8 @@ def probes(a, train_n=1600, test_n=400):
     """Linear (ridge) probes of the queries' states at every depth, fitted on some prompts and tested on others."""
     model, rng, texts, facts = TBAC.load(a.model, a.device), random.Random(0), [], []
     while len(texts) < train_n + test_n:
-        scene = data.sample_scene(rng)
-        text = data.caption(scene, rng)
+        scene = toy.sample_scene(rng)
+        text = toy.caption(scene, rng)
         if text not in texts:
             texts.append(text), facts.append(probe_facts(scene, text))
     model.ladder.taps = [model.config.mllm.n_layer]                             # so that every layer runs

@@ -31,12 +31,12 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 import sample  # noqa: E402
+import toy  # noqa: E402
 import train  # noqa: E402
-from data import Scene, Thing  # noqa: E402
 from ladder import rungs  # noqa: E402
 from tbac import TBAC, TBACConfig  # noqa: E402
+from toy import Scene, Thing  # noqa: E402
 
 OUT = ROOT / "assets" / "figures"
 WIDTH = 800                                                                     # pixels
@@ -112,7 +112,7 @@ def shape(*sides):
 
 def toy_picture(p, x, y, side, colour):
     """A circle left of a blue square, in vectors."""
-    circle, square = (tuple(c / 255 for c in data.COLOURS[name]) for name in (colour, "blue"))
+    circle, square = (tuple(c / 255 for c in toy.COLOURS[name]) for name in (colour, "blue"))
     p.ax.add_patch(Rectangle((x - side / 2, y - side / 2), side, side, facecolor="white", edgecolor=p.theme["plain"][1], linewidth=1))
     p.ax.add_patch(Circle((x - side / 5, y), side / 7, facecolor=circle, linewidth=0))
     p.ax.add_patch(Rectangle((x + side / 14, y - side / 7), side / 3.5, side / 3.5, facecolor=square, linewidth=0))
@@ -287,10 +287,10 @@ def draw_edits(a):
     model, side, tall, strip = TBAC.load(a.model), 120, 140, 398
     p = Page(tall * math.ceil(len(EDITS) / 2) + 4)
     for i, (action, (scene, words)) in enumerate(EDITS.items()):
-        assert data.valid(scene), action
+        assert toy.valid(scene), action
         x, y = 16 + i % 2 * strip, tall * (math.ceil(len(EDITS) / 2) - i // 2 - 0.5) + 2
         source, result = x + side / 2, x + 370 - side / 2
-        picture = data.render(scene, model.config.size)
+        picture = toy.render(scene, model.config.size)
         p.picture(picture, source, y, side), p.picture(first_picture(model, words, [picture]), result, y, side)
         p.line((x + side + 8, y), (result - side / 2 - 8, y))
         p.text(x + 185, y + 8, action, size=12.5, weight="bold", va="bottom")

@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import sample
+import toy
 import train
 from assets.toy import parts
 from mllm import DRAW
@@ -188,7 +189,7 @@ def test_no_toy_where_the_paper_was_meant_and_no_cuda_where_there_is_none(tmp_pa
 def test_an_epoch_has_all_of_each_source_unless_weights_say_otherwise(tmp_path):
     for folder, n in (("a", 6), ("b", 2)):
         (tmp_path / folder).mkdir()
-        data.render(data.sample_scene(random.Random(0))).save(tmp_path / folder / "0.png")
+        toy.render(toy.sample_scene(random.Random(0))).save(tmp_path / folder / "0.png")
         (tmp_path / folder / "metadata.jsonl").write_text("\n".join([json.dumps(dict(file_name="0.png", text="x"))] * n))
     share = lambda *more: start(tmp_path / "out", "--epochs", 3, "--data", *more)
     plain, weighted = share(tmp_path / "a", tmp_path / "b"), share(f"{tmp_path / 'a'}=0.5", f"{tmp_path / 'b'}=0.5")
@@ -285,7 +286,7 @@ def test_cached_latents_change_nothing_and_go_with_size_and_weights(tmp_path):
     (tmp_path / "data").mkdir()
     lines = []
     for i in range(6):
-        data.render(data.sample_scene(random.Random(i))).save(tmp_path / "data" / f"{i}.png")
+        toy.render(toy.sample_scene(random.Random(i))).save(tmp_path / "data" / f"{i}.png")
         lines.append(json.dumps(dict(file_name=f"{i}.png", text=str(i))))
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
     how = ("--data", tmp_path / "data", "--steps", 6)
@@ -340,7 +341,7 @@ def test_a_trained_model_exported_and_read_again_gives_the_same_picture(tiny_fol
 
 def test_names_of_what_each_vision_token_shows():
     """The classes of stage `vit`: a small thing in one unit of 4 x 4, a large one in a block of units, the background elsewhere."""
-    scene = data.Scene((data.Thing("circle", "red", "small", 0.375, 0.125), data.Thing("cross", "blue", "large", 0.75, 0.75)), "grey")
+    scene = toy.Scene((toy.Thing("circle", "red", "small", 0.375, 0.125), toy.Thing("cross", "blue", "large", 0.75, 0.75)), "grey")
     names = parts.Names(parts.TOY)
     rows = list(names.shown(scene, 4, 4))
     assert [r["shape"] for r in rows] == ["nothing", "circle", "nothing", "nothing"] + ["nothing"] * 4 + ["nothing", "nothing", "cross", "cross"] * 2
@@ -351,7 +352,7 @@ def test_names_of_what_each_vision_token_shows():
 
 def test_blanks_tell_each_thing_in_the_order_of_the_words():
     """What the text says, and no exact place; with a picture, the order of places, and in eighths of the side."""
-    scene = data.Scene((data.Thing("circle", "red", "small", 0.2, 0.2), data.Thing("cross", "blue", "large", 0.75, 0.2)))
+    scene = toy.Scene((toy.Thing("circle", "red", "small", 0.2, 0.2), toy.Thing("cross", "blue", "large", 0.75, 0.2)))
     blanks = parts.Blanks(parts.TOY)
     said, seen = list(blanks.shown(scene, "a large blue cross to the right of a small red circle")), list(blanks.shown(scene, None))
     assert [t["colour"] for t in said] == ["blue"] * 4 + ["red"] * 4 + ["nothing"] * 8

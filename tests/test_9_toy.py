@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-import data
 import evaluate
+import grader
 import sample
+import toy
 from tbac import TBAC
 from train import TOY_FOLDER
 
@@ -15,7 +16,7 @@ ANSWERED, DRAWN = 0.9, 0.8
 
 
 @pytest.fixture(scope="module")
-def toy():
+def model():
     return TBAC.load(TOY_FOLDER)
 
 
@@ -25,31 +26,31 @@ def test_it_fits_in_16_megabytes_and_says_how_it_was_made():
     assert {"commands", "seed", "hardware", "scores"} <= record.keys()
 
 
-def test_the_autoencoder_keeps_colours(toy):
+def test_the_autoencoder_keeps_colours(model):
     """Mean error of a reconstruction well under that of a blank page."""
-    x = sample.to_pixels([data.render(data.sample_scene(random.Random(i))) for i in range(32)], "cpu")
+    x = sample.to_pixels([toy.render(toy.sample_scene(random.Random(i))) for i in range(32)], "cpu")
     with torch.no_grad():
-        back = toy.dcae.decode(toy.dcae.encode(x))
+        back = model.dcae.decode(model.dcae.encode(x))
     assert (back - x).pow(2).mean() < 0.1 * (x - x.median()).pow(2).mean()
 
 
-def test_it_understands(toy):
+def test_it_understands(model):
     """Exact answers about pictures and about scenes in words that training never saw."""
     rng, asked = random.Random("test"), []
     while len(asked) < 200:
-        scene, seen = data.sample_scene(rng), rng.random() < 0.6
-        question, answer, kind = data.question(scene, rng, seen=seen)
+        scene, seen = toy.sample_scene(rng), rng.random() < 0.6
+        question, answer, kind = toy.question(scene, rng, seen=seen)
         if kind != "describe":
-            asked.append((question, [data.render(scene)], answer) if seen else (f"{data.plain(scene)}. {question}", [], answer))
+            asked.append((question, [toy.render(scene)], answer) if seen else (f"{toy.plain(scene)}. {question}", [], answer))
     questions, images, answers = zip(*asked)
-    said = toy.ask_all(questions, images, max_new_tokens=12)
+    said = model.ask_all(questions, images, max_new_tokens=12)
     assert sum(map(str.__eq__, said, answers)) >= ANSWERED * len(asked)
 
 
-def test_it_draws_what_it_is_asked_for(toy):
+def test_it_draws_what_it_is_asked_for(model):
     """Two things, named and placed by a plain prompt that training never saw; a picture counts when everything in it is right."""
     rng = random.Random("test")
     scenes = [evaluate.plain_scene(rng, 2) for _ in range(40)]
-    pictures = sample.generate(toy, [data.plain(s) for s in scenes], steps=10, generator=torch.Generator().manual_seed(0))
-    right = sum(data.matches(data.grade(p), s) for p, s in zip(pictures, scenes))
+    pictures = sample.generate(model, [toy.plain(s) for s in scenes], steps=10, generator=torch.Generator().manual_seed(0))
+    right = sum(grader.matches(grader.grade(p), s) for p, s in zip(pictures, scenes))
     assert right >= DRAWN * len(scenes)

@@ -5,7 +5,7 @@
     dcae   the autoencoder learns to reconstruct
     dit    the DiT learns to draw from a list of things (a stand-in for the captions that SANA was pretrained on)
 
-Each has examples of its own from data.py, a loss, and perhaps a module that is thrown away afterwards. A loss takes the model, that module,
+Each has examples of its own from toy.py, a loss, and perhaps a module that is thrown away afterwards. A loss takes the model, that module,
 rows of (example, its own random.Random) and the options, and gives the losses (B,) and the times t (B,) of these rows, or None.
 """
 import math
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import toy
 from dcae import DCAEConfig
 from dit import DiTConfig
 from mllm import ASK, DRAW, MLLMConfig, Row, Tokenizer, ViTConfig, chat, mrope_positions, patchify
@@ -40,7 +41,7 @@ def toy_tokenizer(file):
     special = [f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")]
     trainer = trainers.BpeTrainer(vocab_size=TOY.mllm.vocab_size, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in data.corpus(10000, 0)], trainer)
+    t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in toy.corpus(10000, 0)], trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(f".{os.getpid()}")                                   # several processes may do this at once
     t.save(str(new))
@@ -51,8 +52,8 @@ def toy_tokenizer(file):
 class Facts(nn.Module):
     """Hidden states tell facts of a thing: which colour, which shape, how large, ... Each kind of fact has classes of its own, so that what is
     learned of colours holds for all shapes, also for a pair never seen beside another thing."""
-    KINDS = {"colour": [*data.COLOURS, "nothing"], "shape": [*data.SHAPES, "nothing"], "size": [*data.SIZES], "spot": [*data.SPOTS],
-             "column": [*range(8)], "row": [*range(8)], "side": [*data.OPPOSITE, "none"], "background": [*data.BACKGROUNDS]}
+    KINDS = {"colour": [*toy.COLOURS, "nothing"], "shape": [*toy.SHAPES, "nothing"], "size": [*toy.SIZES], "spot": [*toy.SPOTS],
+             "column": [*range(8)], "row": [*range(8)], "side": [*toy.OPPOSITE, "none"], "background": [*toy.BACKGROUNDS]}
 
     def __init__(self, config):
         super().__init__()
@@ -61,7 +62,7 @@ class Facts(nn.Module):
     @staticmethod
     def of(thing, scene, exact):
         """-> {kind: class} of what is known of a thing, or of a bare place (colour and shape "nothing"). exact: in eighths of the side, too."""
-        known = dict(colour=thing.colour, shape=thing.shape, spot=data.spot(thing), background=scene.background)
+        known = dict(colour=thing.colour, shape=thing.shape, spot=toy.spot(thing), background=scene.background)
         known |= dict(column=int(8 * thing.x), row=int(8 * thing.y)) if exact else {}
         return known | (dict(size=thing.size) if thing.size else {})
 
@@ -89,13 +90,13 @@ class Names(Facts):
         for y, x in (((row + 0.5) / h, (column + 0.5) / w) for row in range(h) for column in range(w)):
             distance = {t: max(abs(t.x - x), abs(t.y - y)) for t in scene.things}                      # below a thing's radius: in its box
             near = [t for t in scene.things if distance[t] < t.radius + 0.35 / w]
-            yield self.of(min(near, key=distance.get) if near else data.Thing("nothing", "nothing", "", x, y), scene, exact=True)
+            yield self.of(min(near, key=distance.get) if near else toy.Thing("nothing", "nothing", "", x, y), scene, exact=True)
 
 
 def vit_loss(model, extra, rows, a):
     """What each merged unit shows."""
     c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
-    pictures = [patchify(data.render(s, a.size), c) for s in scenes]
+    pictures = [patchify(toy.render(s, a.size), c) for s in scenes]
     h, w = (n // c.merge for n in pictures[0][1])
     told = [facts for s in scenes for facts in extra.shown(s, h, w)]                                   # B * U
     return extra(model.mllm.see(pictures)[None], told).expand(len(rows)), None
@@ -104,20 +105,20 @@ def vit_loss(model, extra, rows, a):
 def conversation(rng, i):
     """-> (system prompt, scene to show or None, [(question, answer), ...], what a drawing of it shows, or None). 32 with pictures, then 32
     without: rows of a batch are alike."""
-    scene, kind = data.sample_scene(rng), rng.random()
+    scene, kind = toy.sample_scene(rng), rng.random()
     if i // 32 % 2 and kind < 0.5:                                              # a caption, in any words -> what it says, in order
-        text, said = data.request(scene, rng)
+        text, said = toy.request(scene, rng)
         return DRAW, None, [(text, f"{said}, on a {scene.background} background")], (scene, text)
     if i // 32 % 2:                                                             # a scene in words, and questions about it
-        (question, answer), *turns = [data.question(scene, rng, seen=False)[:2] for _ in range(4)]
-        return ASK, None, [(f"{data.caption(scene, rng)}. {question}", answer), *turns], None
+        (question, answer), *turns = [toy.question(scene, rng, seen=False)[:2] for _ in range(4)]
+        return ASK, None, [(f"{toy.caption(scene, rng)}. {question}", answer), *turns], None
     if kind < 0.6:                                                              # a picture, and questions about it
-        return ASK, scene, [data.question(scene, rng)[:2] for _ in range(5)], None
+        return ASK, scene, [toy.question(scene, rng)[:2] for _ in range(5)], None
     if kind < 0.7:
-        return DRAW, scene, [("", data.describe(scene))], None
-    scene = data.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
-    order, target, _ = data.edit(scene, rng)
-    return DRAW, scene, [(order, data.describe(target))], (target, None)
+        return DRAW, scene, [("", toy.describe(scene))], None
+    scene = toy.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
+    order, target, _ = toy.edit(scene, rng)
+    return DRAW, scene, [(order, toy.describe(target))], (target, None)
 
 
 class Blanks(Facts):
@@ -129,7 +130,7 @@ class Blanks(Facts):
     def shown(self, scene, text):
         """Yields for each blank {kind: class}, four for each thing, "nothing" for those left over. Things come as `text` names them, or, where a
         picture shows them (text None), column by column."""
-        things = sorted(scene.things, key=lambda t: text.find(t.name) if text else (data.cell(t), t.x, t.y))
+        things = sorted(scene.things, key=lambda t: text.find(t.name) if text else (toy.cell(t), t.x, t.y))
         for i in range(self.n):
             k = 4 * i // self.n
             if k >= len(things):
@@ -137,7 +138,7 @@ class Blanks(Facts):
                 continue
             told = self.of(things[k], scene, exact=text is None)
             if len(things) < 3 and len({t.name for t in things}) == len(things):
-                told["side"] = (data.relation(things[k], things[1 - k]) if len(things) == 2 else None) or "none"
+                told["side"] = (toy.relation(things[k], things[1 - k]) if len(things) == 2 else None) or "none"
             yield told
 
     def vectors(self, rng, rows, like):
@@ -152,7 +153,7 @@ def mllm_loss(model, extra, rows, a):
     mllm, tok, c = model.mllm, model.mllm.tokenizer, model.config.mllm.vision
     batch, weights, blank, told = [], [], [], []
     for b, ((system, scene, turns, drawn), rng) in enumerate(rows):
-        patches = [patchify(data.render(scene, a.size), c)] if scene else []
+        patches = [patchify(toy.render(scene, a.size), c)] if scene else []
         grids, ids, weight = [(h // c.merge, w // c.merge) for _, (h, w) in patches], [], []
         units = [h * w for h, w in grids]
         if drawn and rng.random() < 2 / 3:
@@ -182,7 +183,7 @@ def mllm_loss(model, extra, rows, a):
 def dcae_loss(model, extra, rows, a):
     """L1 + L2 on pixels and L1 on their differences to the next pixel (edges); a little noise makes near latents mean near pictures."""
     scenes, rngs = zip(*rows)
-    x = to_pixels([data.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype))
+    x = to_pixels([toy.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype))
     z = model.dcae.encode(x)
     z = z + 0.1 * z.detach().std() * data.noise(rngs, z.shape[1:], a.device)[1].to(z.dtype)
     miss = (model.dcae.decode(z) - x).float()
@@ -198,7 +199,7 @@ class Things(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.dit.caption_dim
-        words = [*data.COLOURS, *data.SHAPES, *data.SIZES, *data.BACKGROUNDS, "nothing"]
+        words = [*toy.COLOURS, *toy.SHAPES, *toy.SIZES, *toy.BACKGROUNDS, "nothing"]
         self.index = {w: i for i, w in enumerate(words)}
         self.table, self.place = nn.Embedding(len(words), width), nn.Linear(16, width)
 
@@ -218,7 +219,7 @@ def dit_loss(model, extra, rows, a):
     """Flow matching on what the things say, the same for every block; a tenth hears nothing, which guidance needs."""
     scenes, rngs = zip(*rows)
     with torch.no_grad():
-        x0 = model.dcae.encode(to_pixels([data.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype)))
+        x0 = model.dcae.encode(to_pixels([toy.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype)))
     rungs = extra([None if r.random() < a.drop else s for s, r in rows]).expand(model.config.dit.n_layer, -1, -1, -1)
     t, eps = data.noise(rngs, x0.shape[1:], a.device)
     return model.flow_losses(x0, rungs, t, eps), t
@@ -226,4 +227,4 @@ def dit_loss(model, extra, rows, a):
 
 LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss}
 EXTRA = {"vit": Names, "mllm": Blanks, "dit": Things}                         # thrown away afterwards
-EXAMPLE = dict.fromkeys(LOSS, lambda rng, i: data.sample_scene(rng)) | {"mllm": conversation}
+EXAMPLE = dict.fromkeys(LOSS, lambda rng, i: toy.sample_scene(rng)) | {"mllm": conversation}

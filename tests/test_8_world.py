@@ -8,16 +8,18 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 import data
-from data import Scene, Thing
+import grader
+import toy
+from toy import Scene, Thing
 
 
 def scenes(n, seed=0, **how):
     rng = random.Random(seed)
-    return [data.sample_scene(rng, **how) for _ in range(n)]
+    return [toy.sample_scene(rng, **how) for _ in range(n)]
 
 
 def has_held_out(scene):
-    return any((t.colour, t.shape) in data.HELD_OUT for t in scene.things)
+    return any((t.colour, t.shape) in toy.HELD_OUT for t in scene.things)
 
 
 RED, BLUE = Thing("circle", "red", "medium", 0.25, 0.5), Thing("square", "blue", "medium", 0.75, 0.5)
@@ -26,8 +28,8 @@ PAIR = Scene((RED, BLUE))
 
 def test_same_seed_same_world():
     assert scenes(50, seed=1) == scenes(50, seed=1) != scenes(50, seed=2)
-    assert data.corpus(200, seed=1) == data.corpus(200, seed=1)
-    assert len(data.corpus(203, seed=0)) == 203
+    assert toy.corpus(200, seed=1) == toy.corpus(200, seed=1)
+    assert len(toy.corpus(203, seed=0)) == 203
 
 
 def test_scenes_are_apart_inside_and_of_every_sort():
@@ -37,54 +39,54 @@ def test_scenes_are_apart_inside_and_of_every_sort():
             assert t.radius < min(t.x, t.y) and max(t.x, t.y) < 1 - t.radius
             assert all(max(abs(t.x - o.x), abs(t.y - o.y)) > t.radius + o.radius for o in scene.things[:i])
     assert {len(s.things) for s in drawn} == {1, 2, 3, 4}
-    assert {s.background for s in drawn} == set(data.BACKGROUNDS)
-    assert {t.name for s in drawn for t in s.things} == {f"{c} {s}" for c in data.COLOURS for s in data.SHAPES}
+    assert {s.background for s in drawn} == set(toy.BACKGROUNDS)
+    assert {t.name for s in drawn for t in s.things} == {f"{c} {s}" for c in toy.COLOURS for s in toy.SHAPES}
     twos = [s.things for s in drawn if len(s.things) == 2]
     assert 0.1 < sum(a.name == b.name for a, b in twos) / len(twos) < 0.3          # two of a kind, to be counted
-    sides = Counter(data.relation(a, b) for a, b in twos)
-    assert sides[None] < 0.1 * len(twos) and min(sides[side] for side in data.OPPOSITE) > 0.15 * len(twos)
+    sides = Counter(toy.relation(a, b) for a, b in twos)
+    assert sides[None] < 0.1 * len(twos) and min(sides[side] for side in toy.OPPOSITE) > 0.15 * len(twos)
     assert {max(Counter(t.name for t in s.things).values()) for s in drawn} == {1, 2, 3, 4}  # something to count
     with pytest.raises(ValueError, match="5"):
-        data.sample_scene(random.Random(0), n=5)
+        toy.sample_scene(random.Random(0), n=5)
 
 
 def test_held_out_pairs_stay_out():
     rng = random.Random(0)
     assert not any(has_held_out(s) for s in scenes(2000) if len(s.things) > 1)
     for scene in scenes(2000):
-        target = data.edit(scene, rng)[1]
+        target = toy.edit(scene, rng)[1]
         assert len(target.things) < 2 or not has_held_out(target)
     tests = scenes(200, held_out=True)
     assert all(has_held_out(s) and len(s.things) > 1 for s in tests)
 
 
 def test_plain_form():
-    assert data.plain(PAIR) == "a red circle left of a blue square"
-    assert data.plain(Scene((BLUE, RED))) == "a blue square right of a red circle"
-    assert data.plain(Scene((Thing("cross", "orange", "large", 0.5, 0.5),))) == "a large orange cross"
-    assert data.plain(Scene((Thing("cross", "orange", "medium", 0.5, 0.5),))) == "an orange cross"
+    assert toy.plain(PAIR) == "a red circle left of a blue square"
+    assert toy.plain(Scene((BLUE, RED))) == "a blue square right of a red circle"
+    assert toy.plain(Scene((Thing("cross", "orange", "large", 0.5, 0.5),))) == "a large orange cross"
+    assert toy.plain(Scene((Thing("cross", "orange", "medium", 0.5, 0.5),))) == "an orange cross"
     crosses = tuple(Thing("cross", "red", "small", x, 0.5) for x in (0.2, 0.5, 0.8))
-    assert data.plain(Scene(crosses)) == "three small red crosses"
+    assert toy.plain(Scene(crosses)) == "three small red crosses"
     blue = Thing("square", "blue", "medium", 0.5, 0.2)
-    assert data.plain(Scene(crosses[:2] + (blue,))) == "two small red crosses and a blue square"
-    assert data.plain(Scene((RED, blue, crosses[2]))) == "a red circle, a blue square and a small red cross"
-    assert data.describe(Scene((BLUE, RED), "grey")) == "a red circle at the left and a blue square at the right, on a grey background"
+    assert toy.plain(Scene(crosses[:2] + (blue,))) == "two small red crosses and a blue square"
+    assert toy.plain(Scene((RED, blue, crosses[2]))) == "a red circle, a blue square and a small red cross"
+    assert toy.describe(Scene((BLUE, RED), "grey")) == "a red circle at the left and a blue square at the right, on a grey background"
 
 
 def test_captions_say_what_counts():
     rng = random.Random(0)
     plains = 0
     for scene in scenes(2000):
-        text = data.caption(scene, rng)
-        plains += text.startswith(data.plain(scene))
+        text = toy.caption(scene, rng)
+        plains += text.startswith(toy.plain(scene))
         for label, n in Counter(t.label for t in scene.things).items():
-            assert (data.a(label) if n == 1 else f"{data.NUMBERS[n]} {data.plural(label)}") in text
+            assert (toy.a(label) if n == 1 else f"{toy.NUMBERS[n]} {toy.plural(label)}") in text
         assert (f"on {scene.background}" in text or f"{scene.background} background" in text) or scene.background == "white"
         said = [side for side in ("left", "right", "above", "below") if side in text]
-        if data.sides(scene):
+        if toy.sides(scene):
             first, second = sorted(scene.things, key=lambda t: text.find(t.name))
             subject, other = (second, first) if " with " in text else (first, second)     # 'a blue square with a red circle to its left'
-            assert said == [data.relation(subject, other).split()[0]]
+            assert said == [toy.relation(subject, other).split()[0]]
     assert 0.5 < plains / 2000 < 0.75
 
 
@@ -92,46 +94,46 @@ def test_edits_change_only_what_they_say():
     rng = random.Random(0)
     seen = Counter()
     for scene in scenes(3000):
-        order, target, action = data.edit(scene, rng)
+        order, target, action = toy.edit(scene, rng)
         seen[action] += 1
         old, new = set(scene.things) - set(target.things), set(target.things) - set(scene.things)
-        assert data.valid(target) and target != scene
+        assert toy.valid(target) and target != scene
         assert (scene.background == target.background) == (action != "background")
         assert (len(old), len(new)) == {"remove": (1, 0), "add": (0, 1), "background": (0, 0)}.get(action, (1, 1))
         if action == "background":
             assert target.background in order
         for t in old:                                                           # pointed at by words that fit no other thing
-            assert any(words in order for words in data.references(t, scene))
+            assert any(words in order for words in toy.references(t, scene))
         for t in new:
             same = [getattr(t, field) == getattr(next(iter(old), t), field) for field in ("colour", "shape", "x", "y")]
             assert action != "recolour" or (same == [False, True, True, True] and t.colour in order)
             assert action != "replace" or (same[2:] == [True, True] and t.shape in order)
             assert action != "move" or (same[:2] == [True, True] and same[2:] != [True, True])
-            assert action != "add" or data.a(t.label) in order
-            for name in data.SPOTS:                                             # a whole spot, not 'to the left of the square'
-                if action == "add" and order.endswith(data.at(name)) or action == "move" and order.endswith(f"to the {name}"):
-                    assert all(word in data.spot(t).split() for word in name.split())
-    assert min(seen[action] for action in data.EDITS) > 200
+            assert action != "add" or toy.a(t.label) in order
+            for name in toy.SPOTS:                                             # a whole spot, not 'to the left of the square'
+                if action == "add" and order.endswith(toy.at(name)) or action == "move" and order.endswith(f"to the {name}"):
+                    assert all(word in toy.spot(t).split() for word in name.split())
+    assert min(seen[action] for action in toy.EDITS) > 200
 
 
 def test_impossible_requests_raise():
     rng = random.Random(0)
     alone = Scene((RED,))
     with pytest.raises(ValueError, match="remove"):
-        data.edit(alone, rng, "remove")
+        toy.edit(alone, rng, "remove")
     with pytest.raises(ValueError, match="where"):
-        data.question(alone, rng, "where", seen=False)
+        toy.question(alone, rng, "where", seen=False)
     three = Scene(tuple(Thing("cross", "red", "small", x, 0.5) for x in (0.2, 0.5, 0.8)))
     with pytest.raises(ValueError, match="recolour"):                           # no words for one of three red crosses
-        data.edit(three, rng, "recolour")
-    assert {data.edit(three, rng)[2] for _ in range(50)} == {"add", "background"}
+        toy.edit(three, rng, "recolour")
+    assert {toy.edit(three, rng)[2] for _ in range(50)} == {"add", "background"}
 
 
 def test_answers_are_true():
     rng = random.Random(0)
     yes = Counter()
     for scene in scenes(3000):
-        asked, answer, kind = data.question(scene, rng)
+        asked, answer, kind = toy.question(scene, rng)
         named = {t.name: t for t in scene.things}
         by = [t for t in scene.things if t.shape in asked or t.colour in asked]
         if kind == "colour" and "background" not in asked:
@@ -140,50 +142,50 @@ def test_answers_are_true():
             assert {t.shape for t in scene.things if t.colour in asked} == {answer}
         if kind == "count":
             what = asked.removeprefix("how many ").removesuffix("?").removesuffix(" are there")
-            hits = [t for t in scene.things if what in ("objects", data.plural(t.shape), f"{t.colour} objects", data.plural(t.name))]
-            assert answer == data.NUMBERS[len(hits)]
+            hits = [t for t in scene.things if what in ("objects", toy.plural(t.shape), f"{t.colour} objects", toy.plural(t.name))]
+            assert answer == toy.NUMBERS[len(hits)]
         if kind == "exists":
             assert (answer == "yes") == any(f"a {name}?" in asked.replace("an ", "a ") for name in named)
             yes[answer] += 1
         if kind == "where" and asked.startswith("where"):
-            assert answer in [data.at(data.spot(t)) for t in by] + [f"{data.relation(t, o)} the {o.name}" for t in by for o in scene.things]
+            assert answer in [toy.at(toy.spot(t)) for t in by] + [f"{toy.relation(t, o)} the {o.name}" for t in by for o in scene.things]
         if kind == "where" and asked.startswith("what"):
-            assert answer in [data.a(name) for name in named] and answer.split(" ", 1)[1] not in asked
+            assert answer in [toy.a(name) for name in named] and answer.split(" ", 1)[1] not in asked
         if kind == "describe":
-            assert answer == data.describe(scene)
+            assert answer == toy.describe(scene)
     assert 0.4 < yes["yes"] / sum(yes.values()) < 0.6
 
 
 def test_questions_about_a_text_need_no_picture():
     rng = random.Random(0)
-    asked = [data.question(scene, rng, seen=False) for scene in scenes(1000)]
-    assert {kind for *_, kind in asked} == set(data.QUESTIONS) - {"describe"}
+    asked = [toy.question(scene, rng, seen=False) for scene in scenes(1000)]
+    assert {kind for *_, kind in asked} == set(toy.QUESTIONS) - {"describe"}
     assert not any(answer.startswith(("at ", "in ")) or "background" in q for q, answer, _ in asked)
 
 
 def test_vocabulary_is_closed_and_small():
     def words(seed):
-        return set(" ".join(data.corpus(8000, seed)).replace(",", " ,").replace("?", " ?").split())
+        return set(" ".join(toy.corpus(8000, seed)).replace(",", " ,").replace("?", " ?").split())
     assert words(0) == words(1) and len(words(0)) < 100
 
 
 def test_render_is_antialiased_and_scales():
-    small, large = (np.asarray(data.render(PAIR, size), dtype=float) for size in (64, 128))
+    small, large = (np.asarray(toy.render(PAIR, size), dtype=float) for size in (64, 128))
     assert small.shape == (64, 64, 3) and large.shape == (128, 128, 3)
     halved = large.reshape(64, 2, 64, 2, 3).mean((1, 3))
     assert abs(small - halved).mean() < 0.5
-    assert tuple(small[32, 16]) == data.COLOURS["red"] and tuple(small[32, 48]) == data.COLOURS["blue"]
+    assert tuple(small[32, 16]) == toy.COLOURS["red"] and tuple(small[32, 48]) == toy.COLOURS["blue"]
     assert len(np.unique(small.reshape(-1, 3), axis=0)) > 8                     # red, blue, white, and mixtures along the circle
 
 
 def test_check_names_what_is_wrong():
     swapped = Scene((Thing("circle", "red", "large", 0.75, 0.5), Thing("square", "blue", "small", 0.25, 0.5)))
-    assert data.matches(Scene((BLUE, RED)), PAIR)                               # neither order, size nor exact place counts
-    assert [k for k, v in data.check(swapped, PAIR).items() if not v] == ["relation"]
-    assert [k for k, v in data.check(Scene(PAIR.things, "grey"), PAIR).items() if not v] == ["background"]
-    assert [k for k, v in data.check(Scene((RED,)), PAIR).items() if not v] == ["colours_shapes", "count", "relation"]
-    assert not data.matches(Scene((Thing("circle", "red", "medium", 0.5, 0.5),)), Scene((RED,)), places=True)
-    assert not data.matches(Scene(()), PAIR)
+    assert grader.matches(Scene((BLUE, RED)), PAIR)                               # neither order, size nor exact place counts
+    assert [k for k, v in grader.check(swapped, PAIR).items() if not v] == ["relation"]
+    assert [k for k, v in grader.check(Scene(PAIR.things, "grey"), PAIR).items() if not v] == ["background"]
+    assert [k for k, v in grader.check(Scene((RED,)), PAIR).items() if not v] == ["colours_shapes", "count", "relation"]
+    assert not grader.matches(Scene((Thing("circle", "red", "medium", 0.5, 0.5),)), Scene((RED,)), places=True)
+    assert not grader.matches(Scene(()), PAIR)
 
 
 def degrade(image, rng, blur=1.0, noise=8, quality=75):
@@ -201,10 +203,10 @@ def test_grader_reads_what_is_drawn(size, worse, n, least):
     rng = random.Random(size)
     right = 0
     for scene in scenes(n // 2) + scenes(n // 2, held_out=True):
-        image = data.render(scene, size)
-        found = data.grade(degrade(image, rng) if worse else image)
+        image = toy.render(scene, size)
+        found = grader.grade(degrade(image, rng) if worse else image)
         sizes = [sorted((t.name, t.size) for t in s.things) for s in (found, scene)]
-        right += data.matches(found, scene, places=True) and sizes[0] == sizes[1]
+        right += grader.matches(found, scene, places=True) and sizes[0] == sizes[1]
     assert right >= least * n
 
 
@@ -212,19 +214,19 @@ def test_grader_is_not_fooled():
     def read(draw_on):
         image = Image.new("RGB", (256, 256), "white")
         draw_on(ImageDraw.Draw(image))
-        return [t.name for t in data.grade(image.reduce(4)).things]
-    red, blue = data.COLOURS["red"], data.COLOURS["blue"]
+        return [t.name for t in grader.grade(image.reduce(4)).things]
+    red, blue = toy.COLOURS["red"], toy.COLOURS["blue"]
     assert read(lambda d: d.ellipse((60, 60, 160, 160), red)) == ["red circle"]
     assert read(lambda d: (d.ellipse((40, 60, 120, 140), red), d.ellipse((110, 60, 190, 140), red))) == ["red blob"]      # fused
     assert read(lambda d: d.polygon([(60, 60), (160, 60), (110, 160)], red)) == ["red blob"]                              # upside down
     assert read(lambda d: (d.rectangle((60, 60, 160, 110), red), d.rectangle((60, 110, 160, 160), blue)))[0].endswith("blob")
     assert read(lambda d: d.ellipse((60, 60, 68, 68), red)) == []                                                         # a speck
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert not data.matches(data.grade(Image.fromarray(noise)), PAIR)
+    assert not grader.matches(grader.grade(Image.fromarray(noise)), PAIR)
 
 
 def test_sheet_lays_out():
-    images = [data.render(PAIR, 32)] * 5
+    images = [toy.render(PAIR, 32)] * 5
     page = data.sheet(images, ["a red circle left of a blue square"] * 5, scale=2, columns=3)
     assert page.width == 3 * (64 + 8) + 8 and page.height > 2 * 64
     assert data.sheet(images).height < page.height
