@@ -1,4 +1,5 @@
-"""Training, top to bottom: options, model, examples and losses, optimizer, checkpoints, what a person sees, loop.
+"""Training, top to bottom: model, examples and losses, what a person sees, loop. (Its command line is options.py; optimizer and checkpoints
+are state.py.)
 
 The paper's three stages teach queries, connector and DiT; everything else is frozen:
 
@@ -17,7 +18,6 @@ Whatever is random about an example (its noise, its time, whether its text is dr
 number of processes takes the same steps, and to resume a run no random state is needed but these numbers. (But for vit, mllm and dcae: their
 losses hold means over the rows of one process.)
 """
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +28,6 @@ import math
 import os
 import pathlib
 import random
-import re
 import resource
 import shutil
 import signal
@@ -41,7 +40,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -50,101 +48,9 @@ import data
 import sample
 import toy
 from assets.toy import parts
-from tbac import TBAC, read_tensors, sync, weight_files, write_shards
-
-# -------------------------------------------------------------------------------------------------------------- options
-
-LADDER = ("t2i", "edit", "mix")                                                 # the paper's stages
-LEARNS = {"vit": ["mllm.vision"], "mllm": ["mllm"], "dcae": ["dcae"], "dit": ["dit"]} | dict.fromkeys(LADDER, ["ladder", "dit"])
-PRESETS = {
-    "toy": {stage: dict(steps=n, batch=b, lr=lr, warmup=200, weight_decay=0.01, clip=1.0, ema=0.999, size=64, save_every=250, sheet_every=500)
-            for stage, n, b, lr in (("vit", 3000, 32, 2e-3), ("mllm", 8000, 32, 2e-3), ("dcae", 2000, 32, 2e-3), ("dit", 3000, 48, 1e-3),
-                                    ("t2i", 5000, 48, 1e-3), ("edit", 6000, 48, 1e-3), ("mix", 6000, 48, 1e-3))},
-    "paper": {stage: dict(lr=1e-4, warmup=5000, weight_decay=0.05, clip=0.5, ema=0.0, size=512, save_every=1000, sheet_every=1000, workers=8,
-                          grad_checkpoint=True, **length)                       # the released YAML files; batch is per GPU
-              for stage, length in (("t2i", dict(steps=150_000, batch=16)), ("edit", dict(epochs=10, batch=4)), ("mix", dict(epochs=100, batch=4)))},
-}
-PRESETS["toy"]["mllm"] |= dict(betas=[0.9, 0.98], ema=0.998)                    # AdamW's longer memory is too slow for this one
-TOY_FOLDER = pathlib.Path(__file__).parent / "assets" / "toy"
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def arguments():
-    """The command line; what has no default here has one in the preset."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, add_help=False)
-    add, switch = p.add_argument, argparse.BooleanOptionalAction
-    add("--stage", choices=LEARNS, default="t2i", help="what learns")
-    add("--preset", choices=PRESETS, default="toy", help="defaults of this stage for what follows")
-    add("--model", help="folder to start from; none: a fresh toy")
-    add("--take", nargs="*", default=[], metavar="PART=FOLDER", help="take a part (mllm, dcae, dit, ladder) from another folder")
-    add("--learn", nargs="+", metavar="PART", help="of the parts that this stage teaches only these: 'ladder' fits it to a DiT that stands still")
-    add("--wiring", help="start with a fresh ladder, wired like this: ladder.rungs has the words")
-    add("--queries", type=int, help="start with a fresh ladder of so many queries")
-    add("--data", nargs="+", metavar="SOURCE[=WEIGHT]", help="toy, toy-edit, a folder with metadata.jsonl, a folder of tars, 'a-{000..123}.tar'")
-    add("--out", type=pathlib.Path, help="folder for model, checkpoints, log, sheets and curves")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the options of that run")
-    add("--steps", type=int, help="optimizer steps")
-    add("--epochs", type=float, help="instead of --steps: times through the data")
-    add("--batch", type=int, help="examples per process and pass")
-    add("--accumulate", type=int, default=1, help="passes per step")
-    add("--lr", type=float, help="highest learning rate")
-    add("--warmup", type=int, help="steps up to it; a cosine down follows")
-    add("--floor", type=float, default=0.1, help="where the cosine ends, as a part of --lr")
-    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
-    add("--weight-decay", type=float, help="of matrices")
-    add("--clip", type=float, help="largest gradient norm")
-    add("--ema", type=float, help="decay of the running mean of the weights, which is what is saved; 0: no mean")
-    add("--drop", type=float, default=0.1, help="part of the examples without text; with pictures: without text, picture, both")
-    add("--shift", type=float, default=1.0, help="above 1: times nearer to the noise, as `sample.schedule` shifts them; the paper has 1")
-    add("--guard", action=switch, default=True, help="take no step where loss or gradient have a spike")
-    add("--size", type=int, help="side of a picture in pixels")
-    add("--seed", type=int, default=0, help="of everything")
-    add("--workers", type=int, default=0, help="helper processes that read data")
-    add("--max-bad", type=float, default=0.01, help="stop when more than this part of the records is broken")
-    add("--cache-latents", action=switch, default=False, help="run the autoencoder once per picture, keep latents in --out")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="to compute in; what learns is kept in float32")
-    add("--fsdp", action=switch, default=False, help="with torchrun: shard what learns (FSDP2), instead of a copy in each process (DDP)")
-    add("--grad-checkpoint", action=switch, default=False, help="compute inner results again in the backward pass: less memory, more time")
-    add("--save-every", type=int, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="checkpoints that stay")
-    add("--sheet-every", type=int, help="steps between pictures of fixed prompts; 0: none")
-    add("--overfit", action=switch, default=False, help="the first batch again and again")
-    add("--dry-run", action="store_true", help="go once through everything, a step, a checkpoint, a sheet, and leave nothing")
-    add("--curves", action="store_true", help="only draw curves.png from the log in --out")
-    return p
-
-
-def options(argv=None):
-    """The preset's values, over them those of the run that --resume goes on with, over them what the command line says."""
-    p = arguments()
-    first, _ = p.parse_known_args(argv)
-    p.add_argument("-h", "--help", action="help", help="show this")             # only now, to show the preset's values
-    if first.stage not in PRESETS[first.preset]:
-        p.error(f"preset {first.preset} has no stage {first.stage}")
-    out = first.out or pathlib.Path("runs") / first.stage
-    p.set_defaults(**PRESETS[first.preset][first.stage], out=out)
-    if first.preset == "toy":
-        p.set_defaults(data=["toy=0.5", "toy-edit=0.5"] if first.stage in ("edit", "mix") else ["toy"],
-                       model=str(TOY_FOLDER) if first.stage in LADDER else None)
-    if first.resume and (out / "options.json").is_file():
-        p.set_defaults(**json.loads((out / "options.json").read_text()) | dict(out=out))
-    a = p.parse_args(argv)
-    a.learn = a.learn or LEARNS[a.stage]
-    if unknown := set(a.learn) - set(LEARNS[a.stage]):
-        p.error(f"--learn {' '.join(unknown)}: stage {a.stage} teaches {', '.join(LEARNS[a.stage])}")
-    if wrong := [take for take in a.take if not re.fullmatch("(mllm|dcae|dit|ladder)=.+", take)]:
-        p.error(f"--take {wrong[0]}: expected PART=FOLDER, where PART is mllm, dcae, dit or ladder")
-    if wrong := [name for name in ("batch", "accumulate", "save_every", "keep") if getattr(a, name) < 1]:
-        p.error(f"--{wrong[0].replace('_', '-')} must be 1 or more")
-    if first.steps:
-        a.epochs = first.epochs                                                 # not the preset's
-    if a.dry_run:
-        a.steps, a.epochs, a.warmup, a.save_every, a.sheet_every, a.resume = 1, None, 1, 1, 1, False
-    return a
+from options import LADDER, options
+from state import State, checkpoints, learning_rate, mean_weights, save, whole
+from tbac import TBAC
 
 
 def processes(a):
@@ -301,166 +207,7 @@ def ladder_loss(model, extra, rows, a):
     return model.flow_losses(x0, model.encode(list(prompts), list(images)), t, eps), t
 
 
-# ------------------------------------------------------------------------------------------------------------ optimizer
-
-def learning_rate(step, a):
-    """Linear warm-up, then a cosine down to `floor` of the peak."""
-    if step < a.warmup:
-        return a.lr * (step + 1) / a.warmup
-    progress = (step - a.warmup) / max(1, a.steps - a.warmup)
-    return a.lr * (a.floor + (1 - a.floor) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-class Guard:
-    """Decides *before* the optimizer step whether it is taken. The limits are the released code's, which compares after stepping, and with means
-    that hold the spike already; here skipped values do not enter the means."""
-
-    def __init__(self):
-        self.loss, self.norm, self.skipped, self.in_a_row = None, None, 0, 0    # running means (0.99), counts
-
-    def reason(self, loss, norm):
-        """Why not to take this step, or None."""
-        if not math.isfinite(loss) or not math.isfinite(norm) or norm > 1e6:
-            return f"loss {loss:g}, gradient norm {norm:g}"
-        if self.loss is not None and loss > 20 * self.loss:
-            return f"loss {loss:g} is above 20 times its mean {self.loss:g}"
-        if self.norm is not None and norm > max(1, 25 * self.norm):
-            return f"gradient norm {norm:g} is above 25 times its mean {self.norm:g}"
-        return None
-
-    def allows(self, loss, norm):
-        """Keeps the means and the counts. Raises ValueError at the tenth refusal in a row."""
-        if reason := self.reason(loss, norm):
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            if self.in_a_row == 10:
-                raise ValueError(f"ten steps in a row were skipped, the last one for: {reason}. Look at the data of these steps in log.jsonl, then "
-                                 "--resume with a smaller --lr, a longer --warmup or a smaller --clip; --no-guard takes every step")
-            return reason
-        mean = lambda old, new: new if old is None else 0.99 * old + 0.01 * new
-        self.loss, self.norm, self.in_a_row = mean(self.loss, loss), mean(self.norm, norm), 0
-        return None
-
-
-class State:
-    """What changes while training, and what a checkpoint holds: weights, their running mean, AdamW's moments, the guard, counts."""
-
-    def __init__(self, trained, a):
-        self.params, self.step, self.updates, self.guard, self.past = trained, 0, 0, Guard(), []
-        self.saved = None                                                       # the step of the last checkpoint
-        self.mean = {n: p.detach().clone() for n, p in trained.items()} if a.ema else trained
-        matrices, others = ([p for p in trained.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
-        groups = [dict(params=matrices, weight_decay=a.weight_decay), dict(params=others, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=a.lr, betas=tuple(a.betas), fused=True)
-
-    @torch.no_grad()
-    def update(self, a):
-        """One optimizer step, and the mean follows."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, a)
-        self.optimizer.step()
-        self.updates += 1
-        if a.ema:
-            torch._foreach_lerp_(list(self.mean.values()), list(self.params.values()), 1 - min(a.ema, self.updates / (self.updates + 10)))
-
-    def tensors(self):
-        """Yields (name, whole tensor), on every process at once where they are sharded."""
-        for n, p in self.params.items():
-            mean = dict(mean=self.mean[n]) if self.mean is not self.params else {}
-            for kind, t in (dict(param=p) | mean | self.optimizer.state.get(p, {})).items():      # AdamW has none where there was no gradient yet
-                yield f"{kind}.{n}", whole(t)
-
-    @torch.no_grad()
-    def load(self, folder):
-        facts = json.loads((folder / "state.json").read_text())
-        self.step, self.updates, self.past = facts["step"], facts["updates"], [(world, reached) for world, reached in facts["past"]]
-        self.guard.__dict__ |= facts["guard"]
-        self.saved, stored = self.step, set()
-        for file in weight_files(folder):
-            for name, t in read_tensors(file):
-                kind, n = name.split(".", 1)
-                stored.add(name)
-                p = self.params.get(n)
-                if p is None or kind != "step" and t.shape != p.shape:
-                    raise ValueError(f"{folder} holds {name} {tuple(t.shape)}, which does not learn here: of another --stage, --learn or --model?")
-                if kind not in ("param", "mean"):
-                    moments = self.optimizer.state[p]
-                    moments.setdefault("step", torch.tensor(float(self.updates), device=p.device))      # an older checkpoint has none
-                    moments[kind] = fill(torch.empty_like(moments["step"] if kind == "step" else p), t)
-                elif kind == "param" or self.mean is not self.params:           # with --ema 0 a stored mean is left out
-                    fill({"param": p, "mean": self.mean[n]}[kind], t)
-        for n, p in self.params.items():
-            if f"param.{n}" not in stored:
-                raise ValueError(f"{folder} lacks {n}, which learns here: of another --stage, --learn or --model?")
-            if f"mean.{n}" not in stored:                                       # a run with --ema 0 so far
-                self.mean[n].copy_(p)
-
-
-def whole(t):
-    t = t.detach()
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def fill(into, t):
-    return into.copy_(distribute_tensor(t.to(into.device), into.device_mesh, into.placements) if isinstance(into, DTensor) else t)
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-def checkpoints(out):
-    """The whole ones, oldest first. One that was being written when the machine stopped has another name."""
-    return sorted((out / "checkpoints").glob("step-*"))
-
-
-def save(model, state, frozen, a, rank):
-    """A checkpoint, and the model with the mean weights. On every process (shards are put together), written by the first."""
-    new_step = state.step != state.saved                                        # else a resumed run had nothing left to do
-    tensors = state.tensors() if new_step else ()
-    weights = ((n, whole(state.mean[n]) if n in state.mean else frozen[n]) for n in [*frozen, *(n for n in state.mean if not n.startswith("extra."))])
-    if rank > 0:
-        for _ in itertools.chain(tensors, weights):
-            pass
-        return
-    folder = a.out / "checkpoints"
-    new = folder / ".new"
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        if new_step:
-            new.mkdir(parents=True)
-            write_shards(new, tensors)
-            (new / "state.json").write_text(json.dumps(dict(step=state.step, updates=state.updates, past=state.past, guard=vars(state.guard))))
-            sync(new)
-            os.rename(new, folder / f"step-{state.step:08d}")
-            sync(folder)
-            for old in checkpoints(a.out)[:-a.keep]:
-                shutil.rmtree(old)
-        model.save(a.out, tensors=weights)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(new, ignore_errors=True)
-        last = checkpoints(a.out)
-        whole_one = f"{last[-1]} is whole, --resume goes on from it" if last else ""
-        raise ValueError(f"step {state.step} could not be saved: {e}. {whole_one}") from None
-
-
 # --------------------------------------------------------------------------------------------------- what a person sees
-
-@contextlib.contextmanager
-def mean_weights(learner, state):
-    """The model with its mean weights, whole on every process."""
-    kept = {n: p.detach().clone() for n, p in state.params.items()}
-    with torch.no_grad():
-        for n, p in state.params.items():
-            p.copy_(state.mean[n])
-    if isinstance(learner, FSDPModule):
-        learner.unshard()
-    try:
-        yield
-    finally:
-        if isinstance(learner, FSDPModule):
-            learner.reshard()
-        with torch.no_grad():
-            for n, p in state.params.items():
-                p.copy_(kept[n])
-
 
 def sheet(model, learner, state, examples, a):
     """Pictures for fixed prompts from fixed noise: for each example what it starts from, what it should become, and what is drawn."""
@@ -706,7 +453,7 @@ def train(run):
 
 def main():
     try:
-        a = options()
+        a = options(about=__doc__)
         if a.curves:
             return curves(a.out)
         with tempfile.TemporaryDirectory() as scratch:

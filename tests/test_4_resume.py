@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import tbac
 import train
+from state import State, checkpoints
 from tests.conftest import ROOT, run
 
 TOY = ("--stage", "mix", "--batch", 2, "--warmup", 2, "--sheet-every", 0, "--dtype", "float32")
@@ -29,7 +30,7 @@ def losses(out):
 
 
 def state_of(out):
-    last = train.checkpoints(out)[-1]
+    last = checkpoints(out)[-1]
     return load_file(last / "model.safetensors"), json.loads((last / "state.json").read_text())
 
 
@@ -54,7 +55,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, more):
 def test_the_last_ones_stay_and_a_half_written_one_is_never_picked_up(tmp_path):
     done = run("train.py", *TOY, "--steps", 4, "--save-every", 1, "--keep", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [f.name for f in train.checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert [f.name for f in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
     (tmp_path / "checkpoints" / ".new").mkdir()
     (tmp_path / "checkpoints" / ".new" / "model.safetensors").write_bytes(b"half")
     done = run("train.py", "--resume", "--steps", 5, "--out", tmp_path)
@@ -147,7 +148,7 @@ def test_a_resume_with_nothing_left_to_do_writes_the_model(tmp_path, monkeypatch
 
 def state(ema=0.9, names=("a", "b")):
     a = argparse.Namespace(ema=ema, weight_decay=0.1, lr=0.1, betas=[0.9, 0.999], warmup=0, steps=10, floor=0.1)
-    return train.State({n: torch.nn.Parameter(torch.ones(2)) for n in names}, a), a
+    return State({n: torch.nn.Parameter(torch.ones(2)) for n in names}, a), a
 
 
 def stored(s, folder):
@@ -225,6 +226,6 @@ def test_kill_at_fifty_random_moments(tmp_path):
         kills += 1
         seen = losses(out) if (out / "log.jsonl").is_file() else {}
         assert all(undisturbed[step] == loss for step, loss in seen.items())
-        if (last := train.checkpoints(out)) and seen:
+        if (last := checkpoints(out)) and seen:
             assert max(seen) - int(last[-1].name[5:]) <= 2
     assert max(seen) > 20

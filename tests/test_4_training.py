@@ -17,6 +17,8 @@ import toy
 import train
 from assets.toy import parts
 from mllm import DRAW
+from options import LADDER, LEARNS, TOY_FOLDER
+from state import Guard, learning_rate
 from tbac import TBAC
 from tests.conftest import TINY, relative, run
 
@@ -93,28 +95,28 @@ def test_one_batch_can_be_learnt_by_heart(tiny):
 
 def start(tmp_path, *args, stage="t2i", batch=2):
     """A run on the toy, in float32 unless told otherwise, not yet stepped."""
-    common = ("--stage", stage, "--out", tmp_path, "--model", train.TOY_FOLDER, "--batch", batch, "--warmup", 1, "--steps", 3, "--dtype", "float32")
+    common = ("--stage", stage, "--out", tmp_path, "--model", TOY_FOLDER, "--batch", batch, "--warmup", 1, "--steps", 3, "--dtype", "float32")
     return train.Run(train.options([str(x) for x in (*common, *args)]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", train.LEARNS)
+@pytest.mark.parametrize("stage", LEARNS)
 def test_every_stage_runs_and_saves_a_model(stage, tmp_path):
-    done = run("train.py", "--stage", stage, "--model", train.TOY_FOLDER, "--steps", 3, "--batch", 2, "--warmup", 2, "--out", tmp_path)
+    done = run("train.py", "--stage", stage, "--model", TOY_FOLDER, "--steps", 3, "--batch", 2, "--warmup", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 and (tmp_path / "curves.png").stat().st_size > 10_000
-    assert (tmp_path / "sheet-00000003.png").is_file() == (stage in train.LADDER)
-    model, old = TBAC.load(tmp_path), TBAC.load(train.TOY_FOLDER).state_dict()
+    assert (tmp_path / "sheet-00000003.png").is_file() == (stage in LADDER)
+    model, old = TBAC.load(tmp_path), TBAC.load(TOY_FOLDER).state_dict()
     moved = [n for n, t in model.state_dict().items() if not torch.equal(t, old[n])]
-    for part in train.LEARNS[stage]:
+    for part in LEARNS[stage]:
         assert any(n.startswith(f"{part}.") for n in moved)
-    assert all(n.startswith(tuple(f"{part}." for part in train.LEARNS[stage])) for n in moved)
+    assert all(n.startswith(tuple(f"{part}." for part in LEARNS[stage])) for n in moved)
 
 
 def test_a_ladder_is_fitted_to_a_dit_that_stands_still(tmp_path):
     run = start(tmp_path, "--learn", "ladder")
     next(run.steps()), run.save()
-    model, old = TBAC.load(tmp_path).state_dict(), TBAC.load(train.TOY_FOLDER).state_dict()
+    model, old = TBAC.load(tmp_path).state_dict(), TBAC.load(TOY_FOLDER).state_dict()
     assert {n.split(".")[0] for n, t in model.items() if not torch.equal(t, old[n])} == {"ladder"}
     with pytest.raises(SystemExit):
         train.options(["--learn", "mllm"])
@@ -149,7 +151,7 @@ def test_presets_are_the_papers_and_the_command_line_wins():
     assert (a.lr, a.warmup, a.floor * 1e-4, a.betas, a.weight_decay, a.clip, a.batch, a.epochs, a.drop) == \
         (3e-4, 5000, pytest.approx(1e-5), [0.9, 0.999], 0.05, 0.5, 4, 10, 0.1)
     assert train.options(["--preset", "paper", "--stage", "t2i"]).batch == 16 and train.options(["--preset", "paper"]).steps == 150_000
-    assert train.options([]).model == str(train.TOY_FOLDER) and train.options([]).data == ["toy"]
+    assert train.options([]).model == str(TOY_FOLDER) and train.options([]).data == ["toy"]
     with pytest.raises(SystemExit):
         train.options(["--preset", "paper", "--stage", "vit"])
 
@@ -198,7 +200,7 @@ def test_an_epoch_has_all_of_each_source_unless_weights_say_otherwise(tmp_path):
 
 def test_learning_rate():
     a = train.options(["--lr", "1", "--warmup", "10", "--steps", "110"])
-    rates = [train.learning_rate(i, a) for i in range(111)]
+    rates = [learning_rate(i, a) for i in range(111)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and rates[10] == 1
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1) and sorted(rates[10:], reverse=True) == rates[10:]
 
@@ -265,7 +267,7 @@ def test_a_skipped_step_is_logged_with_its_examples_and_without_nan(tmp_path):
 
 
 def test_guard_limits():
-    guard = train.Guard()
+    guard = Guard()
     assert guard.allows(1.0, 0.1) is None and guard.allows(19.9, 0.9) is None                        # below 1 a norm is never a spike
     assert guard.loss == pytest.approx(0.99 + 0.199) and guard.norm == pytest.approx(0.099 + 0.009)
     assert "20 times" in guard.allows(24, 0.1) and "25 times" in guard.allows(1, 3) and guard.allows(1, 2e6) and guard.allows(math.inf, 1)

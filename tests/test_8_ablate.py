@@ -7,8 +7,8 @@ import torch
 
 import evaluate
 from bench import ablate
+from options import TOY_FOLDER
 from tests.conftest import relative, run
-from train import TOY_FOLDER
 
 
 def scores(value, n=24):

@@ -10,8 +10,8 @@ import evaluate
 import grader
 import toy
 from evaluate import Case
+from options import TOY_FOLDER
 from toy import Scene, Thing
-from train import TOY_FOLDER
 
 RED, BLUE = Thing("circle", "red", "medium", 0.25, 0.5), Thing("square", "blue", "medium", 0.75, 0.5)
 GREEN = Thing("cross", "green", "medium", 0.5, 0.2)

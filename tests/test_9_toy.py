@@ -9,8 +9,8 @@ import evaluate
 import grader
 import sample
 import toy
+from options import TOY_FOLDER
 from tbac import TBAC
-from train import TOY_FOLDER
 
 ANSWERED, DRAWN = 0.9, 0.8
 
