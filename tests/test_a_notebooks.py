@@ -195,7 +195,7 @@ def test_exercises_and_links(file, solutions):
     assert len(solutions[file.stem]) == 3 and len(WRONG[file.stem]) == 3 and all(WRONG[file.stem])
     assert f"]({NAMES[(NAMES.index(file.stem) + 1) % len(NAMES)]}.ipynb)" in text                    # the last one leads back to the first
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    assert all((file.parent / link).exists() for link in links if link.removesuffix(".ipynb") not in NAMES)
+    assert all((file.parent / link).exists() for link in links) and [f.stem for f in FILES] == NAMES
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
