@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -159,18 +160,25 @@ def table(found, against):
 
 
 def plot_curves(found, file):
-    """Mean of six categories over training steps, one line a kind, thin lines for its seeds."""
+    """Mean of six categories over training steps, one line a kind, a point for each of its seeds, names at the ends of the lines."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    ends = []
     for i, (kind, by_step) in enumerate(found.items()):
         steps = sorted(by_step)
         values = [[100 * overall(s).mean() for s in by_step[step]] for step in steps]
-        ax.plot(steps, [np.mean(v) for v in values], "o-", color=f"C{i % 10}", ls="-" if i < 10 else "--", label=kind)
+        ax.plot(steps, [np.mean(v) for v in values], color=f"C{i % 10}", marker="o", ls="-" if i < 10 else "--")
         ax.plot(steps, values, ".", color=f"C{i % 10}", ms=3)
-    ax.set(xlabel="training steps", ylabel="right, mean of six categories, %", ylim=(0, 100)), ax.grid(alpha=0.3), ax.legend(fontsize=8, ncols=2)
-    figure.savefig(file, dpi=80), plt.close(figure)
+        ends.append((float(np.mean(values[-1])), steps[-1], kind, f"C{i % 10}"))
+    at = -math.inf
+    for y, step, kind, colour in sorted(ends):                                  # from below, names at least a line apart
+        at = max(at + 3.5, y)
+        ax.annotate(f"{kind}  {y:.0f}", (step, y), xytext=(step * 1.02, at), textcoords="data", color=colour, va="center", fontsize=10)
+    ax.set(xlabel="training steps", ylabel="right, mean of six categories, %", ylim=(0, 100)), ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=100), plt.close(figure)
 
 
 def study(a):
