@@ -21,16 +21,15 @@ PRESETS = {
 }
 PRESETS["toy"]["mllm"] |= dict(betas=[0.9, 0.98], ema=0.998)                    # AdamW's longer memory is too slow for this one
 TOY_FOLDER = pathlib.Path(__file__).parent / "assets" / "toy"
+SWITCH = argparse.BooleanOptionalAction                                         # --this, --no-this
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
 
-def arguments(about):
-    """The command line; what has no default here has one in the preset."""
-    p = argparse.ArgumentParser(description=about, formatter_class=Help, add_help=False)
-    add, switch = p.add_argument, argparse.BooleanOptionalAction
+def what_learns(add):
+    """What learns, and from what"""
     add("--stage", choices=LEARNS, default="t2i", help="what learns")
     add("--preset", choices=PRESETS, default="toy", help="defaults of this stage for what follows")
     add("--model", help="folder to start from; none: a fresh toy")
@@ -39,8 +38,15 @@ def arguments(about):
     add("--wiring", help="start with a fresh ladder, wired like this: ladder.rungs has the words")
     add("--queries", type=int, help="start with a fresh ladder of so many queries")
     add("--data", nargs="+", metavar="SOURCE[=WEIGHT]", help="toy, toy-edit, a folder with metadata.jsonl, a folder of tars, 'a-{000..123}.tar'")
-    add("--out", type=pathlib.Path, help="folder for model, checkpoints, log, sheets and curves")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the options of that run")
+    add("--size", type=int, help="side of a picture in pixels")
+    add("--drop", type=float, default=0.1, help="part of the examples without text; with pictures: without text, picture, both")
+    add("--shift", type=float, default=1.0, help="above 1: times nearer to the noise, as `sample.schedule` shifts them; the paper has 1")
+    add("--max-bad", type=float, default=0.01, help="stop when more than this part of the records is broken")
+    add("--overfit", action=SWITCH, default=False, help="the first batch again and again")
+
+
+def how_it_learns(add):
+    """Steps and the optimizer"""
     add("--steps", type=int, help="optimizer steps")
     add("--epochs", type=float, help="instead of --steps: times through the data")
     add("--batch", type=int, help="examples per process and pass")
@@ -52,24 +58,32 @@ def arguments(about):
     add("--weight-decay", type=float, help="of matrices")
     add("--clip", type=float, help="largest gradient norm")
     add("--ema", type=float, help="decay of the running mean of the weights, which is what is saved; 0: no mean")
-    add("--drop", type=float, default=0.1, help="part of the examples without text; with pictures: without text, picture, both")
-    add("--shift", type=float, default=1.0, help="above 1: times nearer to the noise, as `sample.schedule` shifts them; the paper has 1")
-    add("--guard", action=switch, default=True, help="take no step where loss or gradient have a spike")
-    add("--size", type=int, help="side of a picture in pixels")
+    add("--guard", action=SWITCH, default=True, help="take no step where loss or gradient have a spike")
     add("--seed", type=int, default=0, help="of everything")
+
+
+def where_it_runs(add):
+    """Machine, memory, files"""
+    add("--out", type=pathlib.Path, help="folder for model, checkpoints, log, sheets and curves")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the options of that run")
     add("--workers", type=int, default=0, help="helper processes that read data")
-    add("--max-bad", type=float, default=0.01, help="stop when more than this part of the records is broken")
-    add("--cache-latents", action=switch, default=False, help="run the autoencoder once per picture, keep latents in --out")
+    add("--cache-latents", action=SWITCH, default=False, help="run the autoencoder once per picture, keep latents in --out")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="to compute in; what learns is kept in float32")
-    add("--fsdp", action=switch, default=False, help="with torchrun: shard what learns (FSDP2), instead of a copy in each process (DDP)")
-    add("--grad-checkpoint", action=switch, default=False, help="compute inner results again in the backward pass: less memory, more time")
+    add("--fsdp", action=SWITCH, default=False, help="with torchrun: shard what learns (FSDP2), instead of a copy in each process (DDP)")
+    add("--grad-checkpoint", action=SWITCH, default=False, help="compute inner results again in the backward pass: less memory, more time")
     add("--save-every", type=int, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="checkpoints that stay")
     add("--sheet-every", type=int, help="steps between pictures of fixed prompts; 0: none")
-    add("--overfit", action=switch, default=False, help="the first batch again and again")
     add("--dry-run", action="store_true", help="go once through everything, a step, a checkpoint, a sheet, and leave nothing")
     add("--curves", action="store_true", help="only draw curves.png from the log in --out")
+
+
+def arguments(about):
+    """The command line; what has no default here has one in the preset."""
+    p = argparse.ArgumentParser(description=about, formatter_class=Help, add_help=False)
+    for group in (what_learns, how_it_learns, where_it_runs):
+        group(p.add_argument_group(group.__doc__).add_argument)
     return p
 
 

@@ -41,6 +41,13 @@ def test_line_counts():
     assert {f.name: code_lines(f) for f in ROOT.glob("*.py")} == {k: int(v) for k, v in counts.items()}
 
 
+def test_no_function_is_longer_than_40_lines():
+    files = [*ROOT.glob("*.py"), *(ROOT / "assets").rglob("*.py"), *(ROOT / "bench").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+    functions = [(f.name, n.name, n.end_lineno - n.lineno + 1) for f in files for n in ast.walk(ast.parse(f.read_text()))
+                 if isinstance(n, ast.FunctionDef)]
+    assert len(functions) > 300 and not [x for x in functions if x[2] > 40]
+
+
 def names(body, prefix=""):
     """What is defined at the top of a file, and in its classes: {"TBAC", "TBAC.encode", "TBACConfig.size", "PRESETS", ...}"""
     found = set()
