@@ -34,7 +34,6 @@ def what_learns(add):
     add("--preset", choices=PRESETS, default="toy", help="defaults of this stage for what follows")
     add("--model", help="folder to start from; none: a fresh toy")
     add("--take", nargs="*", default=[], metavar="PART=FOLDER", help="take a part (mllm, dcae, dit, ladder) from another folder")
-    add("--learn", nargs="+", metavar="PART", help="of the parts that this stage teaches only these: 'ladder' fits it to a DiT that stands still")
     add("--wiring", help="start with a fresh ladder, wired like this: ladder.rungs has the words")
     add("--queries", type=int, help="start with a fresh ladder of so many queries")
     add("--data", nargs="+", metavar="SOURCE[=WEIGHT]", help="toy, toy-edit, a folder with metadata.jsonl, a folder of tars, 'a-{000..123}.tar'")
@@ -102,9 +101,6 @@ def options(argv=None, about=""):
     if first.resume and (out / "options.json").is_file():
         p.set_defaults(**json.loads((out / "options.json").read_text()) | dict(out=out))
     a = p.parse_args(argv)
-    a.learn = a.learn or LEARNS[a.stage]
-    if unknown := set(a.learn) - set(LEARNS[a.stage]):
-        p.error(f"--learn {' '.join(unknown)}: stage {a.stage} teaches {', '.join(LEARNS[a.stage])}")
     if wrong := [take for take in a.take if not re.fullmatch("(mllm|dcae|dit|ladder)=.+", take)]:
         p.error(f"--take {wrong[0]}: expected PART=FOLDER, where PART is mllm, dcae, dit or ladder")
     if wrong := [name for name in ("batch", "accumulate", "save_every", "keep") if getattr(a, name) < 1]:

@@ -95,7 +95,7 @@ class State:
                 stored.add(name)
                 p = self.params.get(n)
                 if p is None or kind != "step" and t.shape != p.shape:
-                    raise ValueError(f"{folder} holds {name} {tuple(t.shape)}, which does not learn here: of another --stage, --learn or --model?")
+                    raise ValueError(f"{folder} holds {name} {tuple(t.shape)}, which does not learn here: of another --stage or --model?")
                 if kind not in ("param", "mean"):
                     moments = self.optimizer.state[p]
                     moments.setdefault("step", torch.tensor(float(self.updates), device=p.device))      # an older checkpoint has none
@@ -104,7 +104,7 @@ class State:
                     fill({"param": p, "mean": self.mean[n]}[kind], t)
         for n, p in self.params.items():
             if f"param.{n}" not in stored:
-                raise ValueError(f"{folder} lacks {n}, which learns here: of another --stage, --learn or --model?")
+                raise ValueError(f"{folder} lacks {n}, which learns here: of another --stage or --model?")
             if f"mean.{n}" not in stored:                                       # a run with --ema 0 so far
                 self.mean[n].copy_(p)
 

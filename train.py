@@ -48,7 +48,7 @@ import data
 import sample
 import toy
 from assets.toy import parts
-from options import LADDER, options
+from options import LADDER, LEARNS, options
 from state import State, checkpoints, learning_rate, mean_weights, save, whole
 from tbac import TBAC
 
@@ -72,7 +72,7 @@ def processes(a):
 
 def build(a):
     """-> the model as stored, but for the parts that learn: those in float32."""
-    dtype = {part.split(".")[0]: torch.float32 for part in a.learn}
+    dtype = {part.split(".")[0]: torch.float32 for part in LEARNS[a.stage]}
     if a.model:
         model = TBAC.load(a.model, a.device, dtype)
     else:
@@ -97,7 +97,7 @@ class Learner(nn.Module):
 
     def __init__(self, model, a):
         super().__init__()
-        for part in a.learn:
+        for part in LEARNS[a.stage]:
             self.add_module(part.replace(".", "/"), model.get_submodule(part))
         nothing = lambda config: nn.Module()
         self.extra = Latents(model, a) if a.stage in LADDER else parts.EXTRA.get(a.stage, nothing)(model.config).to(a.device)

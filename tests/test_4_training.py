@@ -113,15 +113,6 @@ def test_every_stage_runs_and_saves_a_model(stage, tmp_path):
     assert all(n.startswith(tuple(f"{part}." for part in LEARNS[stage])) for n in moved)
 
 
-def test_a_ladder_is_fitted_to_a_dit_that_stands_still(tmp_path):
-    run = start(tmp_path, "--learn", "ladder")
-    next(run.steps()), run.save()
-    model, old = TBAC.load(tmp_path).state_dict(), TBAC.load(TOY_FOLDER).state_dict()
-    assert {n.split(".")[0] for n, t in model.items() if not torch.equal(t, old[n])} == {"ladder"}
-    with pytest.raises(SystemExit):
-        train.options(["--learn", "mllm"])
-
-
 @pytest.mark.parametrize("args, wiring, queries", [(("--wiring", "routed"), "routed", 16), (("--wiring", "last", "--queries", 4), "last", 4)])
 def test_another_ladder_is_trained_saved_and_gone_on_with(tmp_path, args, wiring, queries):
     run = start(tmp_path, *args, "--save-every", 1)
