@@ -24,16 +24,20 @@ import platform
 import random
 import subprocess
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 import evaluate
+import ladder
 import toy
 import train
 from mllm import DRAW, MLLM
 from tbac import TBAC
 
+matplotlib.use("Agg")
 ROOT = pathlib.Path(__file__).parent.parent
 WIRINGS = ("top", "last", "penultimate", "uniform", "first", "reversed", "shuffled", "mean", "routed")
 QUERIES = (4, 8, 16, 32)
@@ -161,9 +165,6 @@ def table(found, against):
 
 def plot_curves(found, file):
     """Mean of six categories over training steps, one line a kind, a point for each of its seeds, names at the ends of the lines."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(9, 5), constrained_layout=True)
     ends = []
     for i, (kind, by_step) in enumerate(found.items()):
@@ -233,9 +234,6 @@ def replaced(model, j, how):
 
 def rungs(a):
     """Scores when one rung is replaced: a heat map of rung by category for each way."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     model, found = TBAC.load(a.model, a.device), {}
     whole, L = drawn(a, model), model.config.dit.n_layer
     ways = ("null prompt", "another rung", "another prompt")
@@ -257,10 +255,13 @@ def rungs(a):
 
 
 def probe_facts(scene, text):
-    """What a prompt says: colour and shape of the thing it names first, where that is (if a side is told), how many things there are."""
-    thing = min(scene.things, key=lambda t: text.find(t.name))
-    place = toy.relation(thing, next(t for t in scene.things if t != thing)) if toy.sides(scene) else None
-    return dict(colour=thing.colour, shape=thing.shape, count=len(scene.things), position=place)
+    """What a prompt says: colour and shape of the thing that it names first and of another one, how many things there are, and, if it tells, at
+    which side of the other the first one is. None where it does not say."""
+    first, *others = sorted(scene.things, key=lambda t: text.find(t.name))
+    other = next((t for t in others if t.name != first.name), None)
+    side = toy.relation(first, other) if toy.sides(scene) else None
+    return {"first colour": first.colour, "first shape": first.shape, "second colour": other and other.colour, "second shape": other and other.shape,
+            "count": len(scene.things), "side": side}
 
 
 def probes(a, train_n=1600, test_n=400):
@@ -277,15 +278,29 @@ def probes(a, train_n=1600, test_n=400):
         parts = [torch.stack(model.hear([read[i:i + 10]])).float().cpu() for i in tqdm(range(0, len(read), 10), "read")]               # packs of ten
     states = torch.cat(parts, 1).flatten(2)                                     # (depths, prompts, Q M)
     rows = {}
-    for fact in ("colour", "shape", "count", "position"):
+    for fact in facts[0]:
         known = [i for i, f in enumerate(facts) if f[fact] is not None]
         classes = sorted({facts[i][fact] for i in known}, key=str)
         y = torch.tensor([classes.index(facts[i][fact]) for i in known])
         cut = sum(i < train_n for i in known)
         most = y[:cut].bincount().argmax()
         rows[fact] = dict(chance=(y[cut:] == most).float().mean().item(), depths=[ridge(x[known], y, cut) for x in states])
-        print(f"{fact:10} chance {100 * rows[fact]['chance']:3.0f}, depth by depth", *(f"{100 * v:3.0f}" for v in rows[fact]["depths"]))
+        print(f"{fact:13} chance {100 * rows[fact]['chance']:3.0f}, depth by depth", *(f"{100 * v:3.0f}" for v in rows[fact]["depths"]))
+    plot_probes(rows, model, a.out / "probes.png")
     return dict(table=rows)
+
+
+def plot_probes(rows, model, file):
+    """Right answers depth by depth, chance dotted; the depths that the ladder taps are shaded."""
+    c = model.config
+    taps = ladder.rungs(c.mllm.n_layer, c.dit.n_layer, c.wiring)
+    figure, ax = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
+    ax.axvspan(min(taps) - 0.3, max(taps) + 0.3, color="0.92", label=f"tapped by {c.wiring}")
+    for i, (fact, row) in enumerate(rows.items()):
+        ax.plot([100 * v for v in row["depths"]], "o-", color=f"C{i}", label=fact)
+        ax.axhline(100 * row["chance"], color=f"C{i}", ls=":", lw=1)
+    ax.set(xlabel="MLLM state (0 enters the first layer)", ylabel="right, %", ylim=(0, 102)), ax.grid(alpha=0.3), ax.legend(loc="lower right")
+    figure.savefig(file, dpi=100), plt.close(figure)
 
 
 def ridge(x, y, cut):

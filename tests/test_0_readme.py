@@ -10,6 +10,7 @@ import pytest
 import evaluate
 import sample
 import train
+from bench import ablate
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -84,7 +85,9 @@ COMMANDS = list(dict.fromkeys((a or c, (b or d).split("&&")[0].strip()) for a, b
 def test_every_command_is_understood(script, said):
     """By the script's own parser, with its choices and kinds of numbers; where that stands inside of `main`, the options are there by name."""
     argv = shlex.split(said, comments=True)
-    parser = {"train.py": train.options, "sample.py": sample.options, "evaluate.py": evaluate.options}.get(script)
+    if script == "evaluate.py" and argv[:1] == ["ablate"]:
+        script, argv = "bench/ablate.py", argv[1:]
+    parser = {"bench/ablate.py": ablate.options, "train.py": train.options, "sample.py": sample.options, "evaluate.py": evaluate.options}.get(script)
     if parser is None:
         text = {node.value for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Constant)}
         assert {word for word in argv if word.startswith("--")} <= text
