@@ -297,7 +297,7 @@ def noise(rngs, shape, device):
 def sheet(images, labels=None, scale=1, columns=None):
     """Pictures of one size in a grid, a small text under each; scale enlarges them without smoothing."""
     width, height = (scale * s for s in images[0].size)
-    columns = columns or min(len(images), max(1, 1024 // (width + 8)))
+    columns = columns or min(len(images), max(1, 1080 // (width + 8)))
     font = ImageFont.load_default(10)
     letters = max(1, int(width / font.getlength("n")))
     texts = [textwrap.wrap(str(label), letters, max_lines=6, placeholder="...") for label in labels or [""] * len(images)]
