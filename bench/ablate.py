@@ -16,7 +16,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import pathlib
@@ -173,10 +172,13 @@ def plot_curves(found, file):
         ax.plot(steps, [np.mean(v) for v in values], color=f"C{i % 10}", marker="o", ls="-" if i < 10 else "--")
         ax.plot(steps, values, ".", color=f"C{i % 10}", ms=3)
         ends.append((float(np.mean(values[-1])), steps[-1], kind, f"C{i % 10}"))
-    at = -math.inf
-    for y, step, kind, colour in sorted(ends):                                  # from below, names at least a line apart
-        at = max(at + 3.5, y)
-        ax.annotate(f"{kind}  {y:.0f}", (step, y), xytext=(step * 1.02, at), textcoords="data", color=colour, va="center", fontsize=10)
+    ends.sort()
+    at = [y for y, *_ in ends]                                                  # names stand where lines end, but at least 3.5 points apart
+    for i, j in itertools.chain(*([(i, i + 1) for i in range(len(at) - 1)] for _ in range(200))):
+        push = max(0, 3.5 - (at[j] - at[i])) / 2
+        at[i], at[j] = at[i] - push, at[j] + push
+    for where, (y, step, kind, colour) in zip(at, ends):
+        ax.annotate(f"{kind}  {y:.0f}", (step, y), xytext=(step * 1.02, where), textcoords="data", color=colour, va="center", fontsize=10)
     ax.set(xlabel="training steps", ylabel="right, mean of six categories, %", ylim=(0, 100)), ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=100), plt.close(figure)
@@ -345,5 +347,6 @@ def main(argv=None):
         raise SystemExit(f"error: {e}") from None
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     hardware = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    write(a.out / f"{a.study}.json", dict(options=vars(a), commit=commit, hardware=hardware, torch=torch.__version__) | found)
+    said = vars(a) | {folder: pathlib.Path(getattr(a, folder) or "").name for folder in ("model", "dit", "out")}     # without the way to it
+    write(a.out / f"{a.study}.json", dict(options=said, commit=commit, hardware=hardware, torch=torch.__version__) | found)
     print(f"wrote {a.out / a.study}.json")
