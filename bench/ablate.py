@@ -143,20 +143,19 @@ def paired(ours, theirs, n=10_000):
     return resampled(difference) | dict(p=float((1 + (abs((signs * each).mean(1)) >= abs(each.mean()) - 1e-12).sum()) / (n + 1)))
 
 
-def table(found, against):
+def table(found, *against):
     """-> {kind: {category: mean and interval, "mean of 6": ..., "minus <against>": paired test}} at the last step, printed as it goes."""
     rows, last = {}, {kind: by_step[max(by_step)] for kind, by_step in found.items()}
     for kind, scores in last.items():
         row = {name: resampled([s[name] for s in scores]) for name in scores[0]}
         row["mean of 6"] = resampled([overall(s) for s in scores])
-        if against in last and kind != against:
-            row[f"minus {against}"] = paired(scores, last[against])
+        row |= {f"minus {other}": paired(scores, last[other]) for other in against if other in last and kind != other}
         rows[kind] = row | dict(seeds=len(scores))
     names = [name for name in next(iter(rows.values())) if not name.startswith(("minus", "seeds"))]
-    print("\n| |", " | ".join(names), f"| minus {against} | p |\n" + "|---" * (len(names) + 3) + "|")
+    print("\n| |", " | ".join(names), f"| minus {against[0]} | p |\n" + "|---" * (len(names) + 3) + "|")
     for kind, row in rows.items():
         cells = ["{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (row[name]["mean"], *row[name]["interval"]))) for name in names]
-        test = row.get(f"minus {against}")
+        test = row.get(f"minus {against[0]}")
         cells += ["{:+.0f} [{:+.0f}, {:+.0f}] | {:.3f}".format(*(100 * x for x in (test["mean"], *test["interval"])), test["p"])] if test else [" | "]
         print(f"| {kind} |", " | ".join(cells), "|")
     return rows
@@ -194,8 +193,8 @@ def study(a):
                 found[f"{kind}, sampled with {shift:.0f}"] = {max(by_step): [drawn(a, TBAC.load(f, a.device), shift=shift) for f in folders]}
     else:
         found = run_all(a)
-    against = {"wirings": "last", "queries": "last, 16 queries", "shift": "trained with shift 1, sampled with 3"}[a.study]
-    rows = table(found, against)
+    against = {"wirings": ("last", "top"), "queries": ["last, 16 queries"], "shift": ["trained with shift 1, sampled with 3"]}[a.study]
+    rows = table(found, *against)
     plot_curves(found, a.out / f"{a.study}.png")
     curve = {kind: {step: [overall(s).mean() for s in scores] for step, scores in by_step.items()} for kind, by_step in found.items()}
     return dict(table=rows, curve=curve)

@@ -1,6 +1,7 @@
 """What the README shows is what the files hold: the code, the line counts, the names, the links, the commands."""
 import ast
 import io
+import json
 import re
 import shlex
 import tokenize
@@ -40,6 +41,19 @@ def test_line_counts():
     counts = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
     assert {f.name for f in ROOT.glob("*.py")} == counts.keys()
     assert {f.name: code_lines(f) for f in ROOT.glob("*.py")} == {k: int(v) for k, v in counts.items()}
+
+
+def test_the_study_is_the_one_that_was_run():
+    """The README's table of wirings, cell by cell, from the file that `evaluate.py ablate wirings` wrote."""
+    cell = lambda x: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in (x["mean"], *x["interval"])))
+    table = json.loads((ROOT / "assets" / "study" / "wirings.json").read_text())["table"]
+    for kind, row in table.items():
+        line = f"| {kind} | " + " | ".join(cell(row[c]) for c in ("mean of 6", "counting, seen", "position, seen", "colour attribution, seen"))
+        assert line in README, line
+        if test := row.get("minus last"):
+            change = "{:+.0f} [{:+.0f}, {:+.0f}] | {:.3f} |".format(*(100 * v for v in (test["mean"], *test["interval"])), test["p"])
+            assert f"{line} | {change}" in README, change
+    assert len(table) == 10 and all(row["seeds"] == 3 for row in table.values())
 
 
 def test_no_function_is_longer_than_40_lines():
