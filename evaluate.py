@@ -371,7 +371,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["ablate"]:
-        from bench import ablate  # only now, since it imports this file
+        from bench import ablate                                                # only now, since it imports this file
         ablate.main(sys.argv[2:])
     else:
         main()

@@ -70,11 +70,16 @@ def plan(a):
     return {name + seed: options + more for seed, more in seeds.items() for name, options in chosen.items()}
 
 
-def learn(a, name, options):
-    """One run, to its end, with scores at every --every steps (file scores-STEP.json). Options that say the same as another study's share its run."""
-    base = dict(zip(options[::2], options[1::2]))
-    base = {"--model": str(parts(a)), "--wiring": "top", "--queries": str(a.default_queries), "--shift": "1"} | base
-    folder = a.out / "_".join([pathlib.Path(v).name for v in base.values()] + [f"{a.steps}x{a.batch}"])
+def place(a, options):
+    """-> all options of a run, {word: value}, and its folder. Options that say the same as another study's share its run."""
+    base = {"--model": str(parts(a)), "--wiring": "top", "--queries": str(a.default_queries), "--shift": "1"}
+    base |= dict(zip(options[::2], options[1::2]))
+    return base, a.out / "_".join([pathlib.Path(v).name for v in base.values()] + [f"{a.steps}x{a.batch}"])
+
+
+def learn(a, options):
+    """One run, to its end, with scores at every --every steps (file scores-STEP.json), in a process of its own."""
+    base, folder = place(a, options)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // a.jobs))
     fixed = ["--stage", "t2i", "--steps", str(a.steps), "--batch", str(a.batch), "--device", a.device, "--out", str(folder), "--sheet-every", "0",
              "--warmup", "100", "--save-every", str(a.every), "--keep", "1", "--resume"]
@@ -90,7 +95,6 @@ def learn(a, name, options):
                     with train.mean_weights(run.learner, run.state):
                         write(folder / f"scores-{r.step:05d}.json", drawn(a, run.model))
                     run.save()
-    return name, str(folder)
 
 
 def write(file, content):
@@ -111,10 +115,11 @@ def run_all(a):
     parts(a)                                                                    # here, or each process would make them
     fresh = multiprocessing.get_context("spawn")                                # a fork would inherit locks of threads that it does not have
     with concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=fresh) as pool:
-        waiting = [pool.submit(learn, a, name, options) for name, options in runs.items()]
-        folders = dict(f.result() for f in tqdm(concurrent.futures.as_completed(waiting), "runs", len(waiting)))
-    for name in runs:
-        for file in sorted(pathlib.Path(folders[name]).glob("scores-*.json")):
+        waiting = [pool.submit(learn, a, options) for options in runs.values()]
+        for done in tqdm(concurrent.futures.as_completed(waiting), "runs", len(waiting)):
+            done.result()                                                       # raises what went wrong there
+    for name, options in runs.items():
+        for file in sorted(place(a, options)[1].glob("scores-*.json")):
             found.setdefault(name.split(" seed ")[0], {}).setdefault(int(file.stem[7:]), []).append(json.loads(file.read_text()))
     return found
 
@@ -188,9 +193,9 @@ def study(a):
     if a.study == "shift":
         found = {}
         for kind, by_step in run_all(a).items():
-            folders = [learn(a, name, options)[1] for name, options in plan(a).items() if name.startswith(kind)]       # they are there already
+            models = [TBAC.load(place(a, options)[1], a.device) for name, options in plan(a).items() if name.startswith(kind)]
             for shift in (1.0, 3.0):
-                found[f"{kind}, sampled with {shift:.0f}"] = {max(by_step): [drawn(a, TBAC.load(f, a.device), shift=shift) for f in folders]}
+                found[f"{kind}, sampled with {shift:.0f}"] = {max(by_step): [drawn(a, model, shift=shift) for model in models]}
     else:
         found = run_all(a)
     against = {"wirings": ("last", "top"), "queries": ["last, 16 queries"], "shift": ["trained with shift 1, sampled with 3"]}[a.study]
