@@ -112,9 +112,9 @@ def conversation(rng, i):
     if i // 32 % 2:                                                             # a scene in words, and questions about it
         (question, answer), *turns = [toy.question(scene, rng, seen=False)[:2] for _ in range(4)]
         return ASK, None, [(f"{toy.caption(scene, rng)}. {question}", answer), *turns], None
-    if kind < 0.6:                                                              # a picture, and questions about it
+    if kind < 0.5:                                                              # a picture, and questions about it
         return ASK, scene, [toy.question(scene, rng)[:2] for _ in range(5)], None
-    if kind < 0.7:
+    if kind < 0.55:
         return DRAW, scene, [("", toy.describe(scene))], None
     scene = toy.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
     order, target, _ = toy.edit(scene, rng)
