@@ -362,6 +362,11 @@ def pack(rows, more, room):
     return out
 
 
+def to_read(packs, more):
+    """Tokens of all packs, padding to the longest one included."""
+    return len(packs) * max(sum(len(row.ids) + more for row in rows) - (len(rows) - 1) * shared(rows) for rows in packs)
+
+
 @dataclass
 class Batch:
     """Prompts ready to read: ids (B, S) left-padded, real (B, S), positions (3, B, S), pictures as [(patches, grid)]."""

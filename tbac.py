@@ -29,7 +29,7 @@ from torch import nn
 from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
 from ladder import Ladder
-from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, pack
+from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, pack, to_read
 
 # PyTorch asks MKL for matrix products where it has it. Without MKL they are oneDNN's already, or another library's.
 ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
@@ -106,11 +106,13 @@ class TBAC(nn.Module):
     def encode(self, prompts, images=None, room=512):
         """prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images -> rungs (L, B, Q, caption_dim).
 
-        Equal rows are one row. Rows with the same pictures are packed into sequences of about `room` tokens, and layers above the last tap do not
-        run. Prompts beyond `max_prompt` tokens are cut with a warning. ValueError for no prompt, or for lists that do not fit.
+        Equal rows are one row. Rows with the same pictures are packed into sequences of about `room` tokens, or of a part of it where less has
+        to be read then (a long pack of texts pads short ones with pictures), and layers above the last tap do not run. Prompts beyond
+        `max_prompt` tokens are cut with a warning. ValueError for no prompt, or for lists that do not fit.
         """
         every = self.mllm.rows(prompts, images, DRAW, then="<|vision_start|>", limit=self.config.max_prompt)
-        packs = pack({row.key(): row for row in every}.values(), self.config.n_query, room)
+        distinct, n = {row.key(): row for row in every}.values(), self.config.n_query
+        packs = min((pack(distinct, n, room // part) for part in (1, 2, 4, 8)), key=lambda packs: to_read(packs, n))
         where = {row.key(): b for b, row in enumerate(sum(packs, []))}                              # of each different row its place in the packs
         states = self.hear(packs)                                                                   # of each depth (different rows, Q, M)
         return self.ladder(states)[:, [where[row.key()] for row in every]]                          # (L, B, Q, caption_dim)

@@ -38,6 +38,9 @@ def test_nothing_is_read_twice(tiny):
     both, seen = read(["a dog", "a cat, perhaps"], [[RED], [RED.copy()]])
     assert seen == 1 and both < 1.2 * alone
     assert read([""] * 2, [[RED, BLUE], [BLUE, RED]])[1] == 2
+    texts, shown = [f"a dog and {i} cats" for i in range(24)], [[Image.new("RGB", (64, 64), (i, 0, 0))] for i in range(24)]
+    apart = read(texts)[0] + read(texts, shown)[0]
+    assert read(2 * texts, [[]] * 24 + shown)[0] < 1.2 * apart                # no long pack of texts pads those with pictures
 
 
 def test_the_length_of_a_pack_and_what_has_a_graph_change_nothing(tiny):
@@ -90,7 +93,7 @@ def test_the_order_of_several_images_matters(tiny):
 
 
 @pytest.mark.parametrize("image_guidance", [1.0, 1.5])
-def test_sampling_a_mixed_batch_gives_the_same_pictures_as_one_at_a_time(tiny, image_guidance):
+def test_sampling_a_mixed_batch_gives_the_same_shownas_one_at_a_time(tiny, image_guidance):
     eps = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     *_, together = sample.denoise(tiny, PROMPTS, IMAGES, steps=3, eps=eps, image_guidance=image_guidance)
     for b in range(4):
