@@ -1,4 +1,4 @@
-"""What changes while training, and how it is kept: learning rate, guard, optimizer, running mean of the weights, checkpoints.
+"""What changes while training, and how it is kept: learning rate, guard, optimizer, running mean of the weights, checkpoints, the log.
 
 Under FSDP every tensor here is sharded; on the disk it is whole, so that a run goes on with another number of processes.
 """
@@ -172,3 +172,46 @@ def mean_weights(learner, state):
         with torch.no_grad():
             for n, p in state.params.items():
                 p.copy_(kept[n])
+
+
+# -------------------------------------------------------------------------------------------------------------- the log
+
+def logged(out):
+    """The steps in log.jsonl, in order. A run that was killed and resumed wrote some twice: the later row counts; a crash cut one in half."""
+    rows = {}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows |= {row["step"]: row} if "loss" in row else {}
+    return [rows[step] for step in sorted(rows)]
+
+
+def curves(out):
+    """curves.png from log.jsonl: loss, loss by t, gradient norm with the skipped steps, learning rate."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = logged(out)
+    steps, n = [row["step"] for row in rows], max(1, len(rows) // 100)
+
+    def smooth(values):
+        """Means over the last n values that are there."""
+        parts = ([v for v in values[max(0, i - n + 1):i + 1] if v is not None and math.isfinite(v)] for i in range(len(values)))
+        return [sum(part) / len(part) if part else math.nan for part in parts]
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
+    loss, by_t, norm, rate = axes.flat
+    loss.plot(steps, [row["loss"] for row in rows], color="0.8", lw=0.5), loss.plot(steps, smooth([row["loss"] for row in rows]), color="C0")
+    loss.set(title=f"loss, and its mean over {n} steps", yscale="log")
+    if rows and rows[0].get("by_t"):
+        for i in range(10):
+            by_t.plot(steps, smooth([row["by_t"][i] for row in rows]), color=plt.cm.viridis(i / 9), label=f"{i / 10:.1f}-{(i + 1) / 10:.1f}")
+        by_t.legend(fontsize=7, ncols=2, title="t (1 is noise)")
+    by_t.set(title="loss by time", yscale="log")
+    norm.plot(steps, [row["norm"] for row in rows], color="0.8", lw=0.5), norm.plot(steps, smooth([row["norm"] for row in rows]), color="C1")
+    skipped = [row for row in rows if row["skipped"]]
+    norm.plot([row["step"] for row in skipped], [row["norm"] for row in skipped], "rx", label=f"{len(skipped)} skipped"), norm.legend()
+    norm.set(title="gradient norm", yscale="log")
+    rate.plot(steps, [row["lr"] for row in rows], color="C2"), rate.set(title="learning rate")
+    for axis in axes.flat:
+        axis.set(xlabel="step"), axis.grid(alpha=0.3)
+    figure.savefig(out / "curves.png", dpi=80), plt.close(figure)

@@ -29,7 +29,8 @@ from torch import nn
 from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
 from ladder import Ladder
-from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, ViTConfig, pack, to_read
+from mllm import ASK, DRAW, MLLM, KVCache, MLLMConfig, Tokenizer, pack, to_read
+from vit import ViTConfig
 
 # PyTorch asks MKL for matrix products where it has it. Without MKL they are oneDNN's already, or another library's.
 ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from dcae import DCAEConfig
 from dit import DiTConfig
-from mllm import MLLMConfig, Tokenizer, ViTConfig
+from mllm import MLLMConfig, Tokenizer
 from tbac import TBAC, TBACConfig, expect, read_json, read_tensors, replacing, weight_files, write_shards
+from vit import ViTConfig
 
 # Our module (or parameter) -> the public one. A {} is an index, the same on both sides.
 QWEN = {

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mllm import ASK, apply_rope
+from mllm import ASK
 from sample import decode
+from vit import apply_rope
 
 
 class Mean:

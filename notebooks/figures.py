@@ -32,8 +32,8 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
+import state  # noqa: E402
 import toy  # noqa: E402
-import train  # noqa: E402
 from ladder import rungs  # noqa: E402
 from tbac import TBAC, TBACConfig  # noqa: E402
 from toy import Scene, Thing  # noqa: E402
@@ -313,7 +313,7 @@ def read_runs(folder):
     """A folder of runs -> {name: rows of its log.jsonl}, in the order of training. ValueError where there is none."""
     runs = {}
     for log in sorted(folder.glob("*/log.jsonl"), key=stage_of):
-        if rows := train.logged(log.parent):
+        if rows := state.logged(log.parent):
             runs[log.parent.name] = rows
     if not runs:
         raise ValueError(f"no runs to draw curves of: there is no {folder}/*/log.jsonl. train.py writes one into its --out (README.md, \"The toy, "

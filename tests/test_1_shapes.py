@@ -6,8 +6,9 @@ import torch
 
 from dit import DiT, DiTConfig, linear_attention, timestep_embedding
 from ladder import Ladder, rungs
-from mllm import VisionAttention, ViT, ViTConfig, apply_rope, attention, frequencies, mrope_positions, smart_size, window_order
+from mllm import mrope_positions
 from tests.conftest import relative
+from vit import VisionAttention, ViT, ViTConfig, apply_rope, attention, frequencies, smart_size, window_order
 
 
 def test_the_ladder_taps_the_inputs_of_the_last_layers():

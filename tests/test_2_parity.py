@@ -8,9 +8,10 @@ import torch
 import sample
 from dcae import DCAEConfig
 from dit import DiTConfig
-from mllm import DRAW, MLLMConfig, ViTConfig
+from mllm import DRAW, MLLMConfig
 from tbac import TBAC, TBACConfig
 from tests.conftest import CASES, ROOT, relative
+from vit import ViTConfig
 from weights_convert import public_names
 
 Q = 8                                                               # the tiny checkpoint's queries

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import tbac
 import train
-from state import State, checkpoints
+from state import State, checkpoints, logged
 from tests.conftest import ROOT, run
 
 TOY = ("--stage", "mix", "--batch", 2, "--warmup", 2, "--sheet-every", 0, "--dtype", "float32")
@@ -124,7 +124,7 @@ def test_a_half_line_at_the_end_of_the_log_spoils_nothing(tmp_path, monkeypatch)
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 2, "lo')
     main(monkeypatch, tmp_path, "--steps", 2, "--resume")
-    assert [row["step"] for row in train.logged(tmp_path)] == [1, 2] and len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    assert [row["step"] for row in logged(tmp_path)] == [1, 2] and len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_folder_that_holds_a_run_is_not_begun_anew(tmp_path):

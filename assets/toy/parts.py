@@ -19,9 +19,10 @@ import data
 import toy
 from dcae import DCAEConfig
 from dit import DiTConfig
-from mllm import ASK, DRAW, MLLMConfig, Row, Tokenizer, ViTConfig, chat, mrope_positions, patchify
+from mllm import ASK, DRAW, MLLMConfig, Row, Tokenizer, chat, mrope_positions
 from sample import to_pixels
 from tbac import TBACConfig
+from vit import ViTConfig, patchify
 
 TOY = TBACConfig(
     mllm=MLLMConfig(vocab_size=640, n_layer=8, dim=128, n_head=4, n_kv_head=2, head_dim=32, mlp_dim=384, rope_theta=100.0, rope_sections=(2, 5, 9),
