@@ -307,18 +307,18 @@ def peak_memory(device):
     return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9
 
 
-def sources(a, latents):
+def sources(a, latents, own):
     """--data -> sources, weights"""
     draw, edit = (lambda rng, i: data.draw_example(rng, a.size)), (lambda rng, i: data.edit_example(rng, a.size))
-    toys = {"toy": parts.EXAMPLE.get(a.stage, draw), "toy-edit": edit}
+    toys = {"toy": parts.EXAMPLE.get(a.stage, draw), "toy-edit": edit} | own
     specs = [(spec, 1.0) if not sep or not w.replace(".", "", 1).isdigit() else (name, float(w))
              for spec in a.data for name, sep, w in [spec.rpartition("=")]]
     return [data.source(spec, toys, a.seed, a.size, latents) for spec, _ in specs], [w for _, w in specs]
 
 
-def reader_of(a, state, rank, world, latents):
+def reader_of(a, state, rank, world, latents, own):
     """The examples of this process, from where the run has come to; --epochs becomes --steps."""
-    where, weights = sources(a, latents)
+    where, weights = sources(a, latents, own)
     if a.overfit:
         state.past = []                                                         # always the first batch
     if not (state.past and state.past[-1][0] == world):                         # from here on with so many processes
@@ -334,9 +334,10 @@ def reader_of(a, state, rank, world, latents):
 
 
 class Run:
-    """All of a run: `steps()` trains and yields a Report after every step, for a notebook to watch or to stop; `train` below is its use."""
+    """All of a run: `steps()` trains and yields a Report after every step, for a notebook to watch or to stop; `train` below is its use.
+    own: examples of your own, {word for --data: make(random.Random, number) -> data.Example}."""
 
-    def __init__(self, a):
+    def __init__(self, a, own=None):
         self.a, (self.rank, self.world), self.asked, last = a, processes(a), None, checkpoints(a.out)
         if last and not a.resume:
             raise ValueError(f"{a.out} holds a run already: --resume, or another --out")
@@ -351,7 +352,7 @@ class Run:
         if a.resume and self.rank == 0:
             print(f"goes on from {last[-1]}" if last else f"no checkpoint in {a.out}: starts anew")
         inner = self.learner.module if hasattr(self.learner, "module") else self.learner
-        self.reader = reader_of(a, self.state, self.rank, self.world, inner.extra.known if a.stage in LADDER else None)
+        self.reader = reader_of(a, self.state, self.rank, self.world, inner.extra.known if a.stage in LADDER else None, own or {})
         first = data.Share(self.reader.share.sources, self.reader.share.weights, a.seed, 0, [(1, [0])])
         self.shown = [e for _, e in itertools.islice(data.Reader(first, max_bad=a.max_bad), 8)] if a.stage in LADDER else []
 

@@ -227,6 +227,16 @@ def test_a_spike_leaves_weights_optimizer_and_mean_as_they_were(tmp_path, spike)
     assert next(steps).skipped is None and not all(torch.equal(a, b) for a, b in zip(before, bits(started.state)))
 
 
+def test_examples_of_ones_own(tmp_path):
+    asked = []
+
+    def night(rng, i):
+        asked.append(i)
+        return data.Example("a black night", (), Image.new("RGB", (64, 64)))
+    run = train.Run(train.options(["--batch", "2", "--steps", "2", "--data", "night", "--out", str(tmp_path)]), dict(night=night))
+    assert [r.skipped for r in run.steps()] == [None, None] and {e.prompt for e in run.shown} == {"a black night"} and {0, 1, 2, 3} <= set(asked)
+
+
 def test_the_guard_can_be_switched_off_and_stops_after_ten_in_a_row(tmp_path):
     def always_nan(switch):
         started = start(tmp_path, "--steps", 20, switch)
