@@ -353,13 +353,22 @@ def test_names_of_what_each_vision_token_shows():
     assert rows[10]["spot"] == "bottom right" and rows[10]["size"] == "large"
 
 
-def test_blanks_tell_each_thing_in_the_order_of_the_words():
-    """What the text says, and no exact place; with a picture, the order of places, and in eighths of the side."""
+def test_blanks_tell_each_thing_in_turn():
+    """What the text says, and no exact place; with a picture, column by column, and in eighths of the side."""
     scene = toy.Scene((toy.Thing("circle", "red", "small", 0.2, 0.2), toy.Thing("cross", "blue", "large", 0.75, 0.2)))
     blanks = parts.Blanks(parts.TOY)
-    said, seen = list(blanks.shown(scene, "a large blue cross to the right of a small red circle")), list(blanks.shown(scene, None))
+    said, seen = list(blanks.shown(scene.things[::-1], scene, exact=False)), list(blanks.shown(parts.became(scene, scene), scene, exact=True))
     assert [t["colour"] for t in said] == ["blue"] * 4 + ["red"] * 4 + ["nothing"] * 8
     assert said[0] == dict(colour="blue", shape="cross", size="large", spot="top right", side="right of", background="white")
     assert [t["colour"] for t in seen] == ["red"] * 4 + ["blue"] * 4 + ["nothing"] * 8 and (seen[4]["column"], seen[4]["row"]) == (6, 1)
     which = blanks.indices(said)
     assert which.shape == (16, 8) and which[0].tolist() == [2, 3, 2, 2, -100, -100, 1, 0] and which[15].tolist()[2:7] == [-100] * 5
+
+
+def test_each_thing_keeps_its_place_in_the_list_through_an_edit():
+    right, left = toy.Thing("circle", "red", "small", 0.8, 0.2), toy.Thing("cross", "blue", "large", 0.2, 0.2)
+    scene, green, new = toy.Scene((right, left)), toy.Thing("circle", "green", "small", 0.8, 0.2), toy.Thing("square", "red", "small", 0.5, 0.8)
+    targets = (scene.things, (green, left), (right,), (right, left, new))
+    assert [parts.became(scene, toy.Scene(things)) for things in targets] == [[left, right], [left, green], [None, right], [left, right, new]]
+    told = list(parts.Blanks(parts.TOY).shown([None, right], toy.Scene((right,)), exact=True))
+    assert told[0]["colour"] == "nothing" and (told[4]["colour"], told[4]["side"]) == ("red", "none")

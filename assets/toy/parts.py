@@ -103,23 +103,33 @@ def vit_loss(model, extra, rows, a):
     return extra(model.mllm.see(pictures)[None], told).expand(len(rows)), None
 
 
+def became(scene, target):
+    """What each thing of a scene is after an edit, column by column: itself, changed, or None; then what is new. So each keeps its place in the
+    list, and who tells the facts of the third need not count how many before it have gone."""
+    kept = {t: t for t in target.things if t in scene.things}
+    after = kept if len(scene.things) != len(target.things) else dict(zip(scene.things, target.things))
+    things = sorted(scene.things, key=lambda t: (toy.cell(t), t.x, t.y))
+    return [after.get(t) for t in things] + [t for t in target.things if t not in after.values()]
+
+
 def conversation(rng, i):
-    """-> (system prompt, scene to show or None, [(question, answer), ...], what a drawing of it shows, or None). 32 with pictures, then 32
-    without: rows of a batch are alike."""
+    """-> (system prompt, scene to show or None, [(question, answer), ...], what a drawing of it shows, or None: (its things, their scene)). 96 with
+    pictures, then 32 without: rows of a batch are alike."""
     scene, kind = toy.sample_scene(rng), rng.random()
-    if i // 32 % 2 and kind < 0.5:                                              # a caption, in any words -> what it says, in order
+    if i // 32 % 4 == 3 and kind < 0.5:                                         # a caption, in any words -> what it says, in order
         text, said = toy.request(scene, rng)
-        return DRAW, None, [(text, f"{said}, on a {scene.background} background")], (scene, text)
-    if i // 32 % 2:                                                             # a scene in words, and questions about it
+        things = sorted(scene.things, key=lambda t: text.find(t.name))          # as the text names them
+        return DRAW, None, [(text, f"{said}, on a {scene.background} background")], (things, scene)
+    if i // 32 % 4 == 3:                                                        # a scene in words, and questions about it
         (question, answer), *turns = [toy.question(scene, rng, seen=False)[:2] for _ in range(4)]
         return ASK, None, [(f"{toy.caption(scene, rng)}. {question}", answer), *turns], None
-    if kind < 0.5:                                                              # a picture, and questions about it
+    if kind < 0.35:                                                             # a picture, and questions about it
         return ASK, scene, [toy.question(scene, rng)[:2] for _ in range(5)], None
-    if kind < 0.55:
-        return DRAW, scene, [("", toy.describe(scene))], None
+    if kind < 0.4:
+        return DRAW, scene, [("", toy.describe(scene))], (became(scene, scene), scene)
     scene = toy.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
     order, target, _ = toy.edit(scene, rng)
-    return DRAW, scene, [(order, toy.describe(target))], (target, None)
+    return DRAW, scene, [(order, toy.describe(target))], (became(scene, target), target)
 
 
 class Blanks(Facts):
@@ -128,18 +138,16 @@ class Blanks(Facts):
     from DEPTH on: in a large MLLM the middle layers, too, know what they have read."""
     DEPTH, n = 3, 16                                                            # entering layer 3 of 8; as many as the toy has queries
 
-    def shown(self, scene, text):
-        """Yields for each blank {kind: class}, four for each thing, "nothing" for those left over. Things come as `text` names them, or, where a
-        picture shows them (text None), column by column."""
-        things = sorted(scene.things, key=lambda t: text.find(t.name) if text else (toy.cell(t), t.x, t.y))
+    def shown(self, things, scene, exact):
+        """Yields for each blank {kind: class}, four for each of these things of a scene, "nothing" for those left over."""
         for i in range(self.n):
             k = 4 * i // self.n
-            if k >= len(things):
+            if k >= len(things) or not things[k]:
                 yield dict(colour="nothing", shape="nothing", background=scene.background)
                 continue
-            told = self.of(things[k], scene, exact=text is None)
-            if len(things) < 3 and len({t.name for t in things}) == len(things):
-                told["side"] = (toy.relation(things[k], things[1 - k]) if len(things) == 2 else None) or "none"
+            told, others = self.of(things[k], scene, exact), [t for t in scene.things if t != things[k]]
+            if len(others) < 2 and things[k].name not in (t.name for t in others):
+                told["side"] = (toy.relation(things[k], others[0]) if others else None) or "none"
             yield told
 
     def vectors(self, rng, rows, like):
@@ -159,7 +167,7 @@ def mllm_loss(model, extra, rows, a):
         units = [h * w for h, w in grids]
         if drawn and rng.random() < 2 / 3:
             ids = tok.encode(chat(turns[0][0], units, system) + "<|vision_start|>") + [tok.special["endoftext"]] * extra.n
-            blank.append(b), told.extend(extra.shown(*drawn))
+            blank.append(b), told.extend(extra.shown(*drawn, exact=bool(scene)))
             turns, weight = [], [0] * len(ids)
         for i, (question, answer) in enumerate(turns):
             ask = chat(question, units, system) if i == 0 else f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
