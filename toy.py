@@ -5,6 +5,7 @@ is left unsaid is a medium size and a white background.
 Coordinates are fractions of the picture's side, x to the right and y down. Left out: rotation, overlap, textures, free language.
 """
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -281,6 +282,12 @@ def references(thing, scene):
     if sum(t.colour == thing.colour for t in scene.things) == 1:
         ways.append(f"the {thing.colour} object")
     return ways
+
+
+def mentions(text, scene):
+    """-> [(where the words end, thing)] for all words of a text that point at one thing of the scene."""
+    found = ((re.search(rf"{words}\b", text), t) for t in scene.things for words in references(t, scene))
+    return [(match.end(), t) for match, t in found if match]
 
 
 def pick(scene, rng, but=None):

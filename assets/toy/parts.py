@@ -150,43 +150,50 @@ class Blanks(Facts):
                 told["side"] = (toy.relation(things[k], others[0]) if others else None) or "none"
             yield told
 
-    def vectors(self, rng, rows, like):
-        """(rows, n, M), as small as queries are at their start."""
-        return 0.02 * torch.randn(rows, self.n, like.shape[-1], generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(like)
+    def vectors(self, rng, n, like):
+        """(n, M), as small as queries are at their start."""
+        return 0.02 * torch.randn(n, like.shape[-1], generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(like)
 
 
 def mllm_loss(model, extra, rows, a):
     """Cross-entropy of the answers, several questions per picture. Every answer counts the same, however long: the loss of "red" must not
     drown in that of descriptions, since it alone asks which colour belongs to which shape. Of the prompts to draw two thirds are followed by
-    blanks instead of an answer."""
+    blanks instead of an answer, which tell facts; and so do words that point at a thing in the picture (grounding, as Qwen2.5-VL learns it from
+    boxes and points): "make the circle red" needs to know which of the things that is before any blank can ask whether it is its own."""
     mllm, tok, c = model.mllm, model.mllm.tokenizer, model.config.mllm.vision
-    batch, weights, blank, told = [], [], [], []
+    batch, weights, blank, pointing = [], [], [], []
     for b, ((system, scene, turns, drawn), rng) in enumerate(rows):
         patches = [patchify(toy.render(scene, a.size), c)] if scene else []
         grids, ids, weight = [(h // c.merge, w // c.merge) for _, (h, w) in patches], [], []
-        units = [h * w for h, w in grids]
-        if drawn and rng.random() < 2 / 3:
-            ids = tok.encode(chat(turns[0][0], units, system) + "<|vision_start|>") + [tok.special["endoftext"]] * extra.n
-            blank.append(b), told.extend(extra.shown(*drawn, exact=bool(scene)))
-            turns, weight = [], [0] * len(ids)
+        units, blanks = [h * w for h, w in grids], bool(drawn) and rng.random() < 2 / 3
         for i, (question, answer) in enumerate(turns):
             ask = chat(question, units, system) if i == 0 else f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-            for text, counts in ((ask, 0), (answer + "<|im_end|>", 1)):
+            for end, thing in toy.mentions(question, scene) if scene else ():
+                before = len(tok.encode(ask[:ask.rindex(question) + end]))
+                pointing.append((b, len(ids) + before - 1, extra.of(thing, scene, exact=True)))
+            for text, counts in ((ask, 0), ("<|vision_start|>" if blanks else answer + "<|im_end|>", 0 if blanks else 1)):
                 piece = tok.encode(text)
                 ids, weight = ids + piece, weight + [counts / len(piece)] * len(piece)
+        if blanks:
+            told = extra.shown(*drawn, exact=bool(scene))
+            blank += [(b, len(ids) + i, facts) for i, facts in enumerate(told)]
+            ids, weight = ids + [tok.special["endoftext"]] * extra.n, weight + [0] * extra.n
         batch.append(Row(ids, mrope_positions(ids, tok.special["image_pad"], grids), patches)), weights.append(weight)
-    batch = mllm.pad(batch)
+    lengths, batch = [len(row.ids) for row in batch], mllm.pad(batch)
     S = batch.ids.shape[1]
+    place = lambda marks: ([b for b, _, _ in marks], [S - lengths[b] + at for b, at, _ in marks])      # padding is on the left
     x = mllm.read(batch).clone()                                                                      # (B, S, M)
     if blank:
-        x[blank, -extra.n:] = extra.vectors(rows[0][1], len(blank), x)
+        x[place(blank)] = extra.vectors(rows[0][1], len(blank), x)
     states = mllm(x, batch.positions, batch.real)                                                     # of each depth (B, S, M)
     weight = torch.tensor([[0] * (S - len(w)) + w for w in weights], device=a.device)[:, 1:]          # (B, S - 1) of the tokens to predict
     logits = mllm.logits(states[-1][:, :-1][weight > 0]).float()                                      # (answer tokens, vocab)
     losses = F.cross_entropy(logits, batch.ids[:, 1:][weight > 0], reduction="none") * weight[weight > 0]
-    after = torch.stack([state[blank, -extra.n:].flatten(0, 1) for state in states[extra.DEPTH:]])    # of each depth (blank rows * n, M)
-    filled = extra(after, told) if blank else 0.0
-    return (losses.sum() / weight.sum().clamp(min=1) + filled).expand(len(rows)), None                # all rows may end in blanks
+    loss = losses.sum() / weight.sum().clamp(min=1)                                                   # all rows may end in blanks
+    for marks in (blank, pointing):
+        if marks:
+            loss = loss + extra(torch.stack([state[place(marks)] for state in states[extra.DEPTH:]]), [facts for *_, facts in marks])
+    return loss.expand(len(rows)), None
 
 
 def dcae_loss(model, extra, rows, a):
