@@ -365,6 +365,26 @@ def test_blanks_tell_each_thing_in_turn():
     assert which.shape == (16, 8) and which[0].tolist() == [2, 3, 2, 2, -100, -100, 1, 0] and which[15].tolist()[2:7] == [-100] * 5
 
 
+def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, monkeypatch):
+    """The facts of stage mllm, and the states that they are asked of: those of the token in which the words end, in rows of any length."""
+    scene = toy.Scene((toy.Thing("circle", "red", "small", 0.2, 0.2), toy.Thing("cross", "blue", "large", 0.75, 0.2)))
+    assert toy.mentions("is the circle left of the blue cross?", scene) == [(13, scene.things[0]), (36, scene.things[1])]
+    assert toy.mentions("how many circles, and a red circle?", scene) == []
+    started, asked = start(tmp_path, stage="mllm"), []
+    mllm, extra = started.model.mllm, started.learner.extra
+    monkeypatch.setattr(extra, "forward", lambda states, told: asked.append((states, told)) or states.sum() * 0)
+    long = (parts.ASK, scene, [("what is below the cross?", "nothing"), ("where is the red circle?", "left of the blue cross")], None)
+    short = (parts.ASK, scene, [("what shape is the red object?", "circle")], None)
+    parts.mllm_loss(started.model, extra, [(row, random.Random(0)) for row in (short, long)], started.a)
+    (states, told), = asked
+    assert [t["shape"] for t in told] == ["circle", "cross", "circle"] and states.shape[:2] == (9 - extra.DEPTH, 3)
+    batch = mllm.prepare([short[2][0][0]], [[toy.render(scene)]])
+    words = mllm.tokenizer.encode(" object")
+    assert batch.ids[0].tolist().count(words[-1]) == 1
+    place = batch.ids[0].tolist().index(words[-1])
+    assert relative(mllm(mllm.read(batch), batch.positions, batch.real)[-1][0, place], states[-1, 0]) < 1e-5
+
+
 def test_each_thing_keeps_its_place_in_the_list_through_an_edit():
     right, left = toy.Thing("circle", "red", "small", 0.8, 0.2), toy.Thing("cross", "blue", "large", 0.2, 0.2)
     scene, green, new = toy.Scene((right, left)), toy.Thing("circle", "green", "small", 0.8, 0.2), toy.Thing("square", "red", "small", 0.5, 0.8)
