@@ -357,12 +357,13 @@ def test_blanks_tell_each_thing_in_turn():
     """What the text says, and no exact place; with a picture, column by column, and in eighths of the side."""
     scene = toy.Scene((toy.Thing("circle", "red", "small", 0.2, 0.2), toy.Thing("cross", "blue", "large", 0.75, 0.2)))
     blanks = parts.Blanks(parts.TOY)
-    said, seen = list(blanks.shown(scene.things[::-1], scene, exact=False)), list(blanks.shown(parts.became(scene, scene), scene, exact=True))
+    said = list(blanks.shown([(t, False) for t in scene.things[::-1]], scene, exact=False))
+    seen = list(blanks.shown(parts.became(scene, scene), scene, exact=True))
     assert [t["colour"] for t in said] == ["blue"] * 4 + ["red"] * 4 + ["nothing"] * 8
-    assert said[0] == dict(colour="blue", shape="cross", size="large", spot="top right", side="right of", background="white")
+    assert said[0] == dict(colour="blue", shape="cross", size="large", spot="top right", side="right of", background="white", changed=False)
     assert [t["colour"] for t in seen] == ["red"] * 4 + ["blue"] * 4 + ["nothing"] * 8 and (seen[4]["column"], seen[4]["row"]) == (6, 1)
     which = blanks.indices(said)
-    assert which.shape == (16, 8) and which[0].tolist() == [2, 3, 2, 2, -100, -100, 1, 0] and which[15].tolist()[2:7] == [-100] * 5
+    assert which.shape == (16, 9) and which[0].tolist() == [2, 3, 2, 2, -100, -100, 1, 0, 0] and which[15].tolist()[2:7] == [-100] * 5
 
 
 def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, monkeypatch):
@@ -389,6 +390,7 @@ def test_each_thing_keeps_its_place_in_the_list_through_an_edit():
     right, left = toy.Thing("circle", "red", "small", 0.8, 0.2), toy.Thing("cross", "blue", "large", 0.2, 0.2)
     scene, green, new = toy.Scene((right, left)), toy.Thing("circle", "green", "small", 0.8, 0.2), toy.Thing("square", "red", "small", 0.5, 0.8)
     targets = (scene.things, (green, left), (right,), (right, left, new))
-    assert [parts.became(scene, toy.Scene(things)) for things in targets] == [[left, right], [left, green], [None, right], [left, right, new]]
-    told = list(parts.Blanks(parts.TOY).shown([None, right], toy.Scene((right,)), exact=True))
-    assert told[0]["colour"] == "nothing" and (told[4]["colour"], told[4]["side"]) == ("red", "none")
+    same, gone = [(left, False), (right, False)], [(None, True), (right, False)]
+    assert [parts.became(scene, toy.Scene(things)) for things in targets] == [same, [same[0], (green, True)], gone, [*same, (new, True)]]
+    told = list(parts.Blanks(parts.TOY).shown(gone, toy.Scene((right,)), exact=True))
+    assert (told[0]["colour"], told[0]["changed"]) == ("nothing", True) and (told[4]["colour"], told[4]["side"]) == ("red", "none")

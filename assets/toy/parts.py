@@ -54,7 +54,7 @@ class Facts(nn.Module):
     """Hidden states tell facts of a thing: which colour, which shape, how large, ... Each kind of fact has classes of its own, so that what is
     learned of colours holds for all shapes, also for a pair never seen beside another thing."""
     KINDS = {"colour": [*toy.COLOURS, "nothing"], "shape": [*toy.SHAPES, "nothing"], "size": [*toy.SIZES], "spot": [*toy.SPOTS],
-             "column": [*range(8)], "row": [*range(8)], "side": [*toy.OPPOSITE, "none"], "background": [*toy.BACKGROUNDS]}
+             "column": [*range(8)], "row": [*range(8)], "side": [*toy.OPPOSITE, "none"], "background": [*toy.BACKGROUNDS], "changed": [False, True]}
 
     def __init__(self, config):
         super().__init__()
@@ -104,21 +104,21 @@ def vit_loss(model, extra, rows, a):
 
 
 def became(scene, target):
-    """What each thing of a scene is after an edit, column by column: itself, changed, or None; then what is new. So each keeps its place in the
-    list, and who tells the facts of the third need not count how many before it have gone."""
+    """What each thing of a scene is after an edit, column by column: itself, changed, or None; then what is new. Each with whether it is another
+    than before. So each keeps its place in the list, and who tells the facts of the third need not count how many before it have gone."""
     kept = {t: t for t in target.things if t in scene.things}
     after = kept if len(scene.things) != len(target.things) else dict(zip(scene.things, target.things))
     things = sorted(scene.things, key=lambda t: (toy.cell(t), t.x, t.y))
-    return [after.get(t) for t in things] + [t for t in target.things if t not in after.values()]
+    return [(after.get(t), after.get(t) != t) for t in things] + [(t, True) for t in target.things if t not in after.values()]
 
 
 def conversation(rng, i):
-    """-> (system prompt, scene to show or None, [(question, answer), ...], what a drawing of it shows, or None: (its things, their scene)). 96 with
-    pictures, then 32 without: rows of a batch are alike."""
+    """-> (system prompt, scene to show or None, [(question, answer), ...], what a drawing of it shows, or None: its things, each with whether an
+    edit has changed it, and their scene). 96 with pictures, then 32 without: rows of a batch are alike."""
     scene, kind = toy.sample_scene(rng), rng.random()
     if i // 32 % 4 == 3 and kind < 0.5:                                         # a caption, in any words -> what it says, in order
         text, said = toy.request(scene, rng)
-        things = sorted(scene.things, key=lambda t: text.find(t.name))          # as the text names them
+        things = [(t, False) for t in sorted(scene.things, key=lambda t: text.find(t.name))]          # as the text names them
         return DRAW, None, [(text, f"{said}, on a {scene.background} background")], (things, scene)
     if i // 32 % 4 == 3:                                                        # a scene in words, and questions about it
         (question, answer), *turns = [toy.question(scene, rng, seen=False)[:2] for _ in range(4)]
@@ -139,15 +139,17 @@ class Blanks(Facts):
     DEPTH, n = 3, 16                                                            # entering layer 3 of 8; as many as the toy has queries
 
     def shown(self, things, scene, exact):
-        """Yields for each blank {kind: class}, four for each of these things of a scene, "nothing" for those left over."""
+        """things: [(thing or None, changed)] of a scene. Yields for each blank {kind: class}, four for each thing, "nothing" for None and the
+        blanks left over."""
         for i in range(self.n):
             k = 4 * i // self.n
-            if k >= len(things) or not things[k]:
-                yield dict(colour="nothing", shape="nothing", background=scene.background)
+            thing, changed = things[k] if k < len(things) else (None, False)
+            if not thing:
+                yield dict(colour="nothing", shape="nothing", background=scene.background, changed=changed)
                 continue
-            told, others = self.of(things[k], scene, exact), [t for t in scene.things if t != things[k]]
-            if len(others) < 2 and things[k].name not in (t.name for t in others):
-                told["side"] = (toy.relation(things[k], others[0]) if others else None) or "none"
+            told, others = self.of(thing, scene, exact) | dict(changed=changed), [t for t in scene.things if t != thing]
+            if len(others) < 2 and thing.name not in (t.name for t in others):
+                told["side"] = (toy.relation(thing, others[0]) if others else None) or "none"
             yield told
 
     def vectors(self, rng, n, like):
