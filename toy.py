@@ -79,6 +79,11 @@ def cell(thing):
     return min(2, int(3 * thing.x)), min(2, int(3 * thing.y))
 
 
+def columns(scene):
+    """The things column by column, from left to right."""
+    return tuple(sorted(scene.things, key=lambda t: (cell(t), t.x, t.y)))
+
+
 def spot(thing):
     return next(name for name, where in SPOTS.items() if where == cell(thing))
 
@@ -255,8 +260,9 @@ def caption(scene, rng):
 
 def request(scene, rng):
     """-> a text to draw from, and the plain form of what it says. A caption; or each thing with its place, as longer captions of real pictures
-    have it; or only what there is, sides left open."""
-    sort = rng.choices(("caption", "places", "list"), (0.5, 0.35, 0.15))[0]
+    have it; or only what there is, sides left open. Who does not say on which side things are names them from left to right, as people do."""
+    sort, listed = rng.choices(("caption", "places", "list"), (0.4, 0.25, 0.35))[0], replace(scene, things=columns(scene))
+    scene = scene if sort == "caption" and sides(scene) else listed
     if sort == "caption":
         return caption(scene, rng), plain(ordered(scene))
     names = [t.label for t in scene.things]
@@ -268,8 +274,7 @@ def request(scene, rng):
 
 def describe(scene):
     """The one full description of a scene: things column by column, from left to right, each with its place."""
-    things = sorted(scene.things, key=lambda t: (cell(t), t.x, t.y))
-    return join([f"{a(t.label)} {at(spot(t))}" for t in things]) + f", on a {scene.background} background"
+    return join([f"{a(t.label)} {at(spot(t))}" for t in columns(scene)]) + f", on a {scene.background} background"
 
 
 # ---------------------------------------------------------------- edits

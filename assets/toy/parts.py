@@ -108,8 +108,7 @@ def became(scene, target):
     than before. So each keeps its place in the list, and who tells the facts of the third need not count how many before it have gone."""
     kept = {t: t for t in target.things if t in scene.things}
     after = kept if len(scene.things) != len(target.things) else dict(zip(scene.things, target.things))
-    things = sorted(scene.things, key=lambda t: (toy.cell(t), t.x, t.y))
-    return [(after.get(t), after.get(t) != t) for t in things] + [(t, True) for t in target.things if t not in after.values()]
+    return [(after.get(t), after.get(t) != t) for t in toy.columns(scene)] + [(t, True) for t in target.things if t not in after.values()]
 
 
 def conversation(rng, i):
