@@ -157,18 +157,21 @@ def in_place(thing, wanted, found, case):
 def edited(found, case):
     """Two answers that do not depend on each other: the thing (or background) in question is as ordered; all other things stand where they
     stood, with at most one thing beside them, on the same background. The second is easy for a model that does nothing, and the first, where
-    something must go, for one that ignores the picture: so both together count, too."""
+    something must go, for one that ignores the picture: so both together count, too. And thing by thing: the part of the other things, where
+    there are any, that stand where they stood."""
     before, after = case.source, case.target
     gone, new = set(before.things) - set(after.things), set(after.things) - set(before.things)
     kept = set(before.things) & set(after.things)
     count = lambda scene, name: sum(t.name == name for t in scene.things)
     followed = all(count(found, t.name) == count(after, t.name) for t in gone | new) and all(
         any(in_place(f, t, found, case) for f in found.things if f.name == t.name) for t in new)
-    others = all(any(grader.near(f, t) for f in found.things) for t in kept) and len(found.things) <= len(kept) + (len(gone | new) > 0)
+    stayed = [any(grader.near(f, t) for f in found.things) for t in kept]
+    others = all(stayed) and len(found.things) <= len(kept) + (len(gone | new) > 0)
     ground = found.background == after.background
     if case.category == "background":
         followed, ground = ground, True
-    return {"followed": followed, "unchanged": others and ground, "both": followed and others and ground}
+    verdict = {"followed": followed, "unchanged": others and ground, "both": followed and others and ground}
+    return verdict | ({"things kept": sum(stayed) / len(kept)} if kept else {})
 
 
 def answered(said, case):
@@ -211,7 +214,7 @@ def score(task, every, k, respond):
         verdict = JUDGES[task](found, case)
         for what, right in verdict.items():
             hits.setdefault((task, case.category, what, case.pairs), {}).setdefault(case, []).append(right)
-        if not all(verdict.values()):
+        if min(verdict.values()) < 1:
             seen = found if task == "ask" else ", ".join(t.name for t in found.things) or "nothing"
             failures.append((case, response, f"{case.category}: {case.prompt} -> {seen}"))
     return {key: [float(np.mean(right)) for right in each.values()] for key, each in hits.items()}, failures
@@ -269,6 +272,10 @@ def measure(*groups):
     return dict(mean=float(np.mean([np.mean(values) for values in groups])), interval=interval(*groups), prompts=sum(map(len, groups)))
 
 
+def percent(measured):
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (measured["mean"], *measured["interval"])))
+
+
 def layout(scores, task):
     """-> the categories of a task, and its columns (what, pairs): what was judged side by side for seen and never-seen pairs."""
     categories, whats, pairs = (list(dict.fromkeys(key[i] for key in scores if key[0] == task)) for i in (1, 2, 3))
@@ -302,8 +309,7 @@ def show(rows, task):
         print(f"{label:{wide}}" + "".join(f"{text:16}" for text in line).rstrip())
     for name in categories:
         cells = [rows.get((task, name) + c) for c in columns]
-        texts = ["{:3.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (c["mean"], *c["interval"]))) if c else "" for c in cells]
-        print(f"{name:{wide}}" + "".join(f"{text:16}" for text in texts).rstrip())
+        print(f"{name:{wide}}" + "".join(f"{percent(c) if c else '':16}" for c in cells).rstrip())
 
 
 def failures_sheet(failures, size, each=4):

@@ -159,7 +159,7 @@ def table(found, *against):
     names = [name for name in next(iter(rows.values())) if not name.startswith(("minus", "seeds"))]
     print("\n| |", " | ".join(names), f"| minus {against[0]} | p |\n" + "|---" * (len(names) + 3) + "|")
     for kind, row in rows.items():
-        cells = ["{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (row[name]["mean"], *row[name]["interval"]))) for name in names]
+        cells = [evaluate.percent(row[name]) for name in names]
         test = row.get(f"minus {against[0]}")
         cells += ["{:+.0f} [{:+.0f}, {:+.0f}] | {:.3f}".format(*(100 * x for x in (test["mean"], *test["interval"])), test["p"])] if test else [" | "]
         print(f"| {kind} |", " | ".join(cells), "|")

@@ -45,10 +45,10 @@ def test_line_counts():
 
 def test_the_study_is_the_one_that_was_run():
     """The README's table of wirings, cell by cell, from the file that `evaluate.py ablate wirings` wrote."""
-    cell = lambda x: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in (x["mean"], *x["interval"])))
     table = json.loads((ROOT / "assets" / "study" / "wirings.json").read_text())["table"]
     for kind, row in table.items():
-        line = f"| {kind} | " + " | ".join(cell(row[c]) for c in ("mean of 6", "counting, seen", "position, seen", "colour attribution, seen"))
+        shown = ("mean of 6", "counting, seen", "position, seen", "colour attribution, seen")
+        line = f"| {kind} | " + " | ".join(evaluate.percent(row[c]) for c in shown)
         assert line in README, line
         if test := row.get("minus last"):
             change = "{:+.0f} [{:+.0f}, {:+.0f}] | {:.3f} |".format(*(100 * v for v in (test["mean"], *test["interval"])), test["p"])

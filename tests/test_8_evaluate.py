@@ -124,7 +124,7 @@ def test_wrong_shape_and_wrong_background():
 
 def test_a_model_that_does_nothing_follows_nothing_and_changes_nothing_else():
     found = means("edit", lambda case: case.source, 48)
-    assert all(score == (what == "unchanged") for (_, what), score in found.items()), found
+    assert all(score == (what in ("unchanged", "things kept")) for (_, what), score in found.items()), found
 
 
 @pytest.mark.parametrize("order, action, before, after, shown, followed, unchanged", [
@@ -147,16 +147,20 @@ def test_a_model_that_does_nothing_follows_nothing_and_changes_nothing_else():
 def test_edits(order, action, before, after, shown, followed, unchanged):
     case = Case(action, "seen", order, Scene(after), Scene(before))
     right, wrong = (evaluate.edited(grader.grade(toy.render(Scene(things))), case) for things in (after, shown))
-    assert right == {"followed": 1, "unchanged": 1, "both": 1}
-    assert wrong == {"followed": followed, "unchanged": unchanged, "both": followed and unchanged}
+    kept = {what: score.pop("things kept", None) for what, score in (("right", right), ("wrong", wrong))}
+    assert right == {"followed": 1, "unchanged": 1, "both": 1} and kept["right"] == 1
+    assert wrong == {"followed": followed, "unchanged": unchanged, "both": followed and unchanged} and (kept["wrong"] == 1 or not unchanged)
 
 
 def test_edits_of_the_background():
     grey = Case("background", "seen", "make the background grey", replace(PAIR, background="grey"), PAIR)
-    assert evaluate.edited(replace(PAIR, background="grey"), grey) == {"followed": True, "unchanged": True, "both": True}
-    assert evaluate.edited(Scene((RED,), "grey"), grey) == {"followed": True, "unchanged": False, "both": False}
+    assert evaluate.edited(replace(PAIR, background="grey"), grey) == {"followed": True, "unchanged": True, "both": True, "things kept": 1}
+    assert evaluate.edited(Scene((RED,), "grey"), grey) == {"followed": True, "unchanged": False, "both": False, "things kept": 0.5}
     green = Case("recolour", "seen", "make the circle green", Scene((replace(RED, colour="green"), BLUE)), PAIR)
-    assert evaluate.edited(replace(green.target, background="black"), green) == {"followed": True, "unchanged": False, "both": False}
+    black = replace(green.target, background="black")
+    assert evaluate.edited(black, green) == {"followed": True, "unchanged": False, "both": False, "things kept": 1}
+    alone = replace(green, source=Scene((RED,)), target=Scene((replace(RED, colour="green"),)))
+    assert "things kept" not in evaluate.edited(alone.target, alone)            # there is nothing to keep
 
 
 @pytest.mark.parametrize("change, right", [(str, 1), (lambda text: text + ".", 0), (lambda text: "", 0)])
