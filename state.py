@@ -42,8 +42,8 @@ class Guard:
             return f"gradient norm {norm:g} is above 25 times its mean {self.norm:g}"
         return None
 
-    def allows(self, loss, norm):
-        """Keeps the means and the counts. Raises ValueError at the tenth refusal in a row."""
+    def refuses(self, loss, norm):
+        """Why a step is refused, or None. Keeps the means and the counts. Raises ValueError at the tenth refusal in a row."""
         if reason := self.reason(loss, norm):
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             if self.in_a_row == 10:
@@ -59,7 +59,7 @@ class State:
     """What changes while training, and what a checkpoint holds: weights, their running mean, AdamW's moments, the guard, counts."""
 
     def __init__(self, trained, a):
-        self.params, self.step, self.updates, self.guard, self.past = trained, 0, 0, Guard(), []
+        self.params, self.step, self.updates, self.guard, self.past = trained, 0, 0, Guard(), []        # updates: steps taken; past: data.Share
         self.saved = None                                                       # the step of the last checkpoint
         self.mean = {n: p.detach().clone() for n, p in trained.items()} if a.ema else trained
         matrices, others = ([p for p in trained.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
@@ -73,7 +73,7 @@ class State:
             group["lr"] = learning_rate(self.step, a)
         self.optimizer.step()
         self.updates += 1
-        if a.ema:
+        if a.ema:                                                               # a short memory at first, to forget the start
             torch._foreach_lerp_(list(self.mean.values()), list(self.params.values()), 1 - min(a.ema, self.updates / (self.updates + 10)))
 
     def tensors(self):

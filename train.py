@@ -1,5 +1,5 @@
-"""Training, top to bottom: model, examples and losses, what a person sees, loop. (Its command line is options.py; optimizer and checkpoints
-are state.py.)
+"""Training, top to bottom: model, examples and losses, what a person sees, loop. (`a` everywhere: the options, of options.py; optimizer and
+checkpoints are state.py.)
 
 The paper's three stages teach queries, connector and DiT; everything else is frozen:
 
@@ -92,12 +92,13 @@ def build(a):
 
 
 class Learner(nn.Module):
-    """What learns in this stage, and nothing else: exactly this is optimized, and wrapped by DDP or FSDP. Its forward is the stage's loss."""
+    """What learns in this stage, and nothing else: exactly this is optimized, and wrapped by DDP or FSDP. Its forward is the stage's loss. extra:
+    what that loss needs beside the model and no saved model keeps: `Latents`, or a module of parts.EXTRA that learns along."""
 
     def __init__(self, model, a):
         super().__init__()
         for part in LEARNS[a.stage]:
-            self.add_module(part.replace(".", "/"), model.get_submodule(part))
+            self.add_module(part.replace(".", "/"), model.get_submodule(part))  # no dots in a module's name; `trained` puts them back
         nothing = lambda config: nn.Module()
         self.extra = Latents(model, a) if a.stage in LADDER else parts.EXTRA.get(a.stage, nothing)(model.config).to(a.device)
         self.rest, self.a = (model,), a                                         # in a tuple, so that what is frozen is not a part
@@ -125,7 +126,7 @@ def prepare(model, a, world):
     """-> learner, ready for any number of processes, {name: float32 parameter that learns}, {name: tensor that is frozen, as stored}."""
     learner, dtype = Learner(model, a), getattr(torch, a.dtype)
     trained = learner.trained()
-    frozen = {n: t for n, t in model.state_dict().items() if n not in trained}
+    frozen = {n: t for n, t in model.state_dict().items() if n not in trained}  # as stored: the cast below makes new tensors
     for n, p in model.named_parameters():
         p.requires_grad_(n in trained)
         if n not in trained:
@@ -138,7 +139,7 @@ def prepare(model, a, world):
         return learner, learner.trained(), frozen
     for module in list(learner.modules()) if dtype != torch.float32 else ():
         for name in [n for n, _ in module.named_parameters(recurse=False)]:
-            parametrize.register_parametrization(module, name, Cast(dtype), unsafe=True)
+            parametrize.register_parametrization(module, name, Cast(dtype), unsafe=True)             # unsafe: it may change the dtype
     if world > 1:                                                               # a step of stage mllm may hold no pictures
         learner = nn.parallel.DistributedDataParallel(learner, find_unused_parameters=a.stage == "mllm", gradient_as_bucket_view=True)
     return learner, trained, frozen
@@ -269,26 +270,26 @@ def names(passes):
     return [str(getattr(example, "name", "") or getattr(example, "prompt", example))[:200] for rows in passes for example, _ in rows]
 
 
-def training_loop(learner, state, rows, a, stop=lambda: False):
+def training_loop(learner, state, stream, a, stop=lambda: False):
     """Yields a Report after every step, until a.steps or until some process is told to stop."""
     asked = False
     while state.step < a.steps and not asked:
-        passes, read = [], list(itertools.islice(rows, a.accumulate))
-        for i, batch in enumerate(read):
+        done, passes = [], list(itertools.islice(stream, a.accumulate))
+        for i, rows in enumerate(passes):
             sync_gradients(learner, i == a.accumulate - 1)
-            losses, times = learner(batch)                                      # (B,), (B,)
+            losses, times = learner(rows)                                       # (B,), (B,)
             (losses.mean() / a.accumulate).backward()
-            passes.append((losses.detach(), times))
-        losses, times = (None if x[0] is None else torch.cat(x) for x in zip(*passes))
+            done.append((losses.detach(), times))
+        losses, times = (None if x[0] is None else torch.cat(x) for x in zip(*done))
         loss, asked = mean_of([losses.mean().item(), float(stop())], a.device)
         norm = whole(nn.utils.clip_grad_norm_(state.params.values(), a.clip)).item()
-        skipped = state.guard.allows(loss, norm) if a.guard else None
+        skipped = state.guard.refuses(loss, norm) if a.guard else None
         if not skipped:
             state.update(a)
         state.optimizer.zero_grad()
         state.step += 1
         by_t = None if times is None else bins(losses, times)
-        yield Report(state.step, loss, norm, learning_rate(state.step - 1, a), skipped, by_t, names(read) if skipped else None)
+        yield Report(state.step, loss, norm, learning_rate(state.step - 1, a), skipped, by_t, names(passes) if skipped else None)
 
 
 def unit_latents(folder, a):
@@ -308,10 +309,10 @@ def peak_memory(device):
 
 
 def sources(a, latents, own):
-    """--data -> sources, weights"""
+    """--data -> sources, weights, None where none was given"""
     draw, edit = (lambda rng, i: data.draw_example(rng, a.size)), (lambda rng, i: data.edit_example(rng, a.size))
     toys = {"toy": parts.EXAMPLE.get(a.stage, draw), "toy-edit": edit} | own
-    specs = [(spec, 1.0) if not sep or not w.replace(".", "", 1).isdigit() else (name, float(w))
+    specs = [(spec, None) if not sep or not w.replace(".", "", 1).isdigit() else (name, float(w))
              for spec in a.data for name, sep, w in [spec.rpartition("=")]]
     return [data.source(spec, toys, a.seed, a.size, latents) for spec, _ in specs], [w for _, w in specs]
 
@@ -328,8 +329,9 @@ def reader_of(a, state, rank, world, latents, own):
             raise ValueError("--epochs: the toy world has no end, give --steps")
         records = [sum(1 for _ in tqdm(s.locations(random.Random(0)), "count records", disable=rank > 0)) for s in where]
         a.steps = math.ceil(a.epochs * sum(records) / (a.batch * a.accumulate * world))
-        if set(weights) == {1.0}:                                               # none was given: an epoch has all of each source
+        if set(weights) == {None}:                                              # an epoch has all of each source
             weights = records
+    weights = [1.0 if w is None else w for w in weights]
     return data.Reader(data.Share(where, weights, a.seed, rank, state.past), a.workers, a.max_bad)
 
 
@@ -376,16 +378,16 @@ class Run:
 def train(run):
     """Steps, and what happens between them: the bar, the log, checkpoints, sheets. Ends early, after a checkpoint, when told to."""
     a, state, written, named, mean, file = run.a, run.state, None, 0, None, run.a.out / "log.jsonl"
-    rows = a.batch * a.accumulate * run.world
+    per_step = a.batch * a.accumulate * run.world
     line = lambda row: json.dumps(json.loads(json.dumps(row), parse_constant=lambda _: None)) + "\n"         # NaN is not JSON
     with tqdm(total=a.steps, initial=state.step, desc=a.stage, mininterval=1, disable=run.rank > 0) as bar, open(file, "a") as log:
         if run.rank == 0 and file.read_bytes()[-1:] not in (b"", b"\n"):        # a crash left half a line
             log.write("\n")
         began = time.time()
         for r in run.steps():
-            took, began = time.time() - began, time.time()
+            took = time.time() - began
             mean = r.loss if mean is None or not math.isfinite(mean) else 0.98 * mean + 0.02 * r.loss
-            row = dataclasses.asdict(r) | dict(images_per_second=round(rows / took, 2), memory_gb=round(peak_memory(a.device), 3))
+            row = dataclasses.asdict(r) | dict(images_per_second=round(per_step / took, 2), memory_gb=round(peak_memory(a.device), 3))
             if bad := run.reader.bad[named:]:                                   # each process names its own
                 named = len(run.reader.bad)
                 log.write(line(dict(step=r.step, process=run.rank, bad=bad)))
@@ -398,7 +400,7 @@ def train(run):
                 log.write(line(dict(step=r.step, process=run.rank, examples=r.examples)))
             log.flush()
             bar.update()
-            said = f"loss {mean:.4f}, norm {r.norm:.2f}, lr {r.lr:.1e}, {rows / took:.1f} images/s, {row['memory_gb']:.1f} GB"
+            said = f"loss {mean:.4f}, norm {r.norm:.2f}, lr {r.lr:.1e}, {per_step / took:.1f} images/s, {row['memory_gb']:.1f} GB"
             bar.set_postfix_str(said, refresh=False)
             if r.step % a.save_every == 0 or r.step == a.steps:
                 run.save()

@@ -269,11 +269,11 @@ def test_a_skipped_step_is_logged_with_its_examples_and_without_nan(tmp_path):
 
 def test_guard_limits():
     guard = Guard()
-    assert guard.allows(1.0, 0.1) is None and guard.allows(19.9, 0.9) is None                        # below 1 a norm is never a spike
+    assert guard.refuses(1.0, 0.1) is None and guard.refuses(19.9, 0.9) is None                        # below 1 a norm is never a spike
     assert guard.loss == pytest.approx(0.99 + 0.199) and guard.norm == pytest.approx(0.099 + 0.009)
-    assert "20 times" in guard.allows(24, 0.1) and "25 times" in guard.allows(1, 3) and guard.allows(1, 2e6) and guard.allows(math.inf, 1)
+    assert "20 times" in guard.refuses(24, 0.1) and "25 times" in guard.refuses(1, 3) and guard.refuses(1, 2e6) and guard.refuses(math.inf, 1)
     assert guard.skipped == guard.in_a_row == 4 and guard.loss == pytest.approx(1.189)                # what was refused is not in the means
-    assert guard.allows(1, 0.1) is None and guard.in_a_row == 0
+    assert guard.refuses(1, 0.1) is None and guard.in_a_row == 0
 
 
 def losses(started):
