@@ -5,7 +5,7 @@ Both halves go through the same stages, stage i at 1/2^i of the picture's side: 
 blocks (arXiv 2205.14756: linear attention + a gated convolution) in the inner stages. Around every change of shape runs a
 shortcut without parameters that only rearranges pixels into channels or back: the paper's "residual autoencoding".
 
-Dimensions: B batch, D width of a stage, H heads, K head dim, h and w height and width, N = h w positions, C latent channels.
+Dimensions: B batch, D width of a stage, H heads, K head dim, h and w height and width, N = h w positions, C latent channels, f `DCAEConfig.factor`.
 Left out: tiling for very large pictures, and the training losses.
 """
 from dataclasses import dataclass
@@ -149,7 +149,7 @@ class DCAEConfig:
     in_channels: int = 3
     latent_channels: int = 32
     head_dim: int = 32
-    kernel: int = 5                    # of the neighbourhood that the second half of the heads attends to
+    kernel: int = 5                    # of the convolution that gathers a neighbourhood for the second half of the heads
     scaling_factor: float = 0.41407    # 1 / standard deviation of the raw latents: the diffusion model wants unit variance
 
     @property
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)                                     # (B, widths[0], fh, fw)
         for stage in self.stages:
-            x = stage(x)                                        # (B, widths[i+1], half, half)
+            x = stage(x)                                        # (B, widths[i+1], half, half), the last: (B, widths[-1], h, w)
         out = self.conv_out(x)                                  # (B, C, h, w)
         return out + average_channels(x, out.shape[1])
 
@@ -198,7 +198,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)                                     # (B, widths[-1], h, w)
         x = x + repeat_channels(z, x.shape[1])
         for stage in reversed(self.stages):
-            x = stage(x)                                        # (B, widths[i], twice, twice)
+            x = stage(x)                                        # (B, widths[i], twice, twice), the first: (B, widths[-1], h, w)
         x = F.relu(self.norm_out(x))                            # (B, widths[0], fh, fw)
         return self.conv_out(x)                                 # (B, 3, fh, fw)
 

@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, keys, values):
         scores = self.heads(self.q(x)) @ keys.transpose(2, 3)                          # (B, H, N, Q)
         weights = self.softmax(scores / math.sqrt(keys.shape[-1]))
-        y = weights.to(values.dtype) @ values                                          # (B, H, N, K)
+        y = weights @ values                                                           # (B, H, N, K)
         return self.out(y.transpose(1, 2).flatten(2))                                  # (B, N, D)
 
 
@@ -155,7 +155,7 @@ class DiT(nn.Module):
                 nn.init.normal_(p, std=self.config.dim ** -0.5, generator=generator)
             elif p.dim() > 1 and "proj_out" not in name and "cross.out" not in name and "ffn.depth" not in name:
                 nn.init.xavier_uniform_(p.flatten(1), generator=generator)
-            elif name.endswith("ffn.depth.weight"):
+            elif name.endswith("ffn.depth.weight"):                                    # 1 / sqrt(9 inputs); xavier would count all channels
                 nn.init.uniform_(p, -1 / 3, 1 / 3, generator=generator)
             else:
                 nn.init.constant_(p, 1.0 if name == "caption.3.weight" else 0.0)

@@ -9,7 +9,7 @@ draw   the six categories of GenEval (arXiv 2310.11513), several pictures per pr
 edit   the actions of ImgEdit (arXiv 2505.20275) that this world has: was the order followed, and is everything else as it was?
 ask    every kind of question, about pictures and about scenes in words; only the exact answer counts
 
-"Never seen" are scenes in which a pair of colour and shape stands beside another thing that training drew alone only (toy.HELD_OUT).
+"Never seen" are scenes in which a pair of colour and shape that training drew only alone (toy.HELD_OUT) stands beside another thing.
 Pictures are read by grader.py, from pixels alone. What it makes of pictures that are right for certain is reported, too: as
 rendered (its own error) and as the autoencoder gives them back (the ceiling for any model that paints with it).
 """
@@ -155,10 +155,9 @@ def in_place(thing, wanted, found, case):
 
 
 def edited(found, case):
-    """Two answers that do not depend on each other: the thing (or background) in question is as ordered; all other things stand where they
-    stood, with at most one thing beside them, on the same background. The second is easy for a model that does nothing, and the first, where
-    something must go, for one that ignores the picture: so both together count, too. And thing by thing: the part of the other things, where
-    there are any, that stand where they stood."""
+    """followed: the thing (or background) in question is as ordered. unchanged: all other things stand where they stood, at most one more beside
+    them, on the same background. both: for a model that does nothing leaves all unchanged, and one that ignores the picture often removes what it
+    should. things kept: of the other things, where there are any, the part that stand where they stood."""
     before, after = case.source, case.target
     gone, new = set(before.things) - set(after.things), set(after.things) - set(before.things)
     kept = set(before.things) & set(after.things)

@@ -1,4 +1,4 @@
-"""The paper's idea in one file: a ladder between two frozen-or-pretrained columns (TBAC-UniImage, arXiv 2508.08098, Fig. 2).
+"""The paper's idea in one file: a ladder from a frozen MLLM to a pretrained DiT (TBAC-UniImage, arXiv 2508.08098, Fig. 2).
 
 Learnable queries are read by the MLLM after the prompt. While earlier systems (MetaQuery) hand the DiT what the queries have
 become at the very end, here DiT block j hears them as they stand on entering MLLM layer n_mllm - n_dit + j:
@@ -49,7 +49,7 @@ class Ladder(nn.Module):
         self.queries = nn.Parameter(torch.empty(n_query, mllm_dim))             # a parameter of its own, not rows of a frozen table
         self.connector = nn.Sequential(nn.Linear(mllm_dim, caption_dim), nn.GELU("tanh"),
                                        nn.Linear(caption_dim, caption_dim), nn.RMSNorm(caption_dim, eps=1e-5))
-        routes = torch.zeros(n_dit, n_mllm + 1) if how in ("mean", "routed") else None               # (L, T) logits
+        routes = torch.zeros(n_dit, n_mllm + 1) if how in ("mean", "routed") else None               # (L, T) logits, 0: all states alike
         if how == "routed":
             self.routes = nn.Parameter(routes)
         else:

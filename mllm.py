@@ -24,14 +24,16 @@ ASK = "You are a helpful assistant."
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
+SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")
+
+
 class Tokenizer:
     """A `tokenizer.json` (byte-level BPE) and the special tokens that the chat format needs."""
 
     def __init__(self, file):
         self.file = str(file)
         self.bpe = tokenizers.Tokenizer.from_file(self.file)
-        names = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")
-        self.special = {n: self.bpe.token_to_id(f"<|{n}|>") for n in names}
+        self.special = {n: self.bpe.token_to_id(f"<|{n}|>") for n in SPECIAL}
         if missing := [n for n, i in self.special.items() if i is None]:
             raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {missing}")
 
@@ -154,6 +156,7 @@ class Row:
     pictures: list
 
     def key(self):
+        """Equal for rows that read the same. Pictures by id: `MLLM.rows` makes patches of equal pictures once."""
         return tuple(self.ids), tuple(id(patches) for patches, _ in self.pictures)
 
 
@@ -256,8 +259,8 @@ class MLLM(nn.Module):
         """Packs from `pack` -> one Batch, a pack in each of its rows, and the mask (packs, 1, S, S) of who sees whom.
 
         What the rows of a pack begin with (the system prompt, the pictures) stands there once: attention is causal, so it is the same for all of
-        them. Then comes what is left of each row, and in the end `more` tokens for each of them, whose ids nobody knows yet. A token sees what is
-        before it in its own row and that beginning, and nothing of other rows.
+        them. Then comes what is left of each row, and in the end `more` fillers for each of them, where `TBAC.hear` puts the queries. A token sees
+        what is before it in its own row and that beginning, and nothing of other rows.
         """
         laid, owners = [], []                                                  # owner of a token: 0 the beginning, k the k-th row
         for rows in packs:

@@ -108,11 +108,11 @@ def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidan
     if eps is None:
         eps = torch.randn(B, c.dit.channels, height // c.dcae.factor, width // c.dcae.factor, device=dev, generator=generator)
     rungs, k = heard or conditions(model, prompts, images, image_guidance, negative)         # (L, k B, Q, caption_dim)
-    blocks = model.dit.condition(rungs)                                          # keys and values, once for all steps
+    keys_values = model.dit.condition(rungs)                                     # of each block, once for all steps
     times, x, before = schedule(steps, shift).tolist(), eps.float().to(dev), None
     for i, t in enumerate(times[:-1]):
         t1000 = torch.full((k * B,), int(1000 * t), device=dev)                  # whole numbers, as in the released sampler
-        v = model.dit(torch.cat([x] * k).to(rungs.dtype), t1000, blocks).float() # (k B, C, h, w)
+        v = model.dit(torch.cat([x] * k).to(rungs.dtype), t1000, keys_values).float()        # (k B, C, h, w)
         x0 = x - t * guide(v.chunk(k), guidance, image_guidance)
         x, before = SOLVERS[solver](x, x0, before, times, i), x0
         yield Step(i, times[i + 1], x, x0)
@@ -202,7 +202,7 @@ def compile_parts(model, once):
         print(f"compiled in {time.perf_counter() - start:.1f} s")
     except RuntimeError as e:                                                    # all that torch.compile raises is one of these
         for part in parts:
-            part._compiled_call_impl = None
+            part._compiled_call_impl = None                                      # undoes part.compile
         warnings.warn(f"--compile: goes on without, {type(e).__name__}: {str(e).splitlines()[0]}", stacklevel=2)
 
 

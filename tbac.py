@@ -5,13 +5,13 @@
 | path      x_t = (1 - t) x0 + t eps                                                                                 |
 | target    v = eps - x0, so x0 = x_t - t v and one Euler step from t to s is x_s = x_t + (s - t) v                   |
 | latents   x0 = encode(pixels) * scaling_factor, pixels in [-1, 1]                                                   |
-| guidance  null + g (cond - null), on all channels; with images also null + gi (image - null) + g (both - image)     |
+| guidance  null + g (cond - null), on all channels; with images (gi > 1) null + gi (image - null) + g (both - image) |
 +-------------------------------------------------------------------------------------------------------------------+
 
-The route of a prompt: prompt -> ids, patches (mllm.prepare) -> hidden states (mllm) -> rungs (ladder) -> keys and values
-(dit.condition) -> velocity (dit) -> latents (sample.denoise) -> picture (dcae.decode).
+The route of a prompt: prompt -> ids, patches (MLLM.rows) -> packs (mllm.pack) -> the queries' hidden states (TBAC.hear) -> rungs (ladder)
+-> keys and values (dit.condition) -> velocity (dit) -> latents (sample.denoise) -> picture (dcae.decode).
 
-Dimension key: B batch, L rungs, Q queries, C latent channels, h x w latent size, H x W picture size.
+Dimension key: B batch, L rungs, Q queries, S sequence, M MLLM width, C latent channels, h x w latent size, H x W picture size.
 """
 import json
 import os
@@ -107,11 +107,11 @@ class TBAC(nn.Module):
     def encode(self, prompts, images=None, room=512):
         """prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images -> rungs (L, B, Q, caption_dim).
 
-        Equal rows are one row. Rows with the same pictures are packed into sequences of about `room` tokens, or of a part of it where less has
-        to be read then (a long pack of texts pads short ones with pictures), and layers above the last tap do not run. Prompts beyond
-        `max_prompt` tokens are cut with a warning. ValueError for no prompt, or for lists that do not fit.
+        Equal rows are one row. Rows with the same pictures are packed into sequences of about `room` tokens, or 1/2, 1/4, 1/8 of that: whichever
+        leaves the fewest tokens to read, padding included. Layers above the last tap do not run. Prompts beyond `max_prompt` tokens are cut with
+        a warning. ValueError for no prompt, or for lists that do not fit.
         """
-        every = self.mllm.rows(prompts, images, DRAW, then="<|vision_start|>", limit=self.config.max_prompt)
+        every = self.mllm.rows(prompts, images, DRAW, then="<|vision_start|>", limit=self.config.max_prompt)    # queries: the answer's picture
         distinct, n = {row.key(): row for row in every}.values(), self.config.n_query
         packs = min((pack(distinct, n, room // part) for part in (1, 2, 4, 8)), key=lambda packs: to_read(packs, n))
         where = {row.key(): b for b, row in enumerate(sum(packs, []))}                              # of each different row its place in the packs
@@ -202,7 +202,7 @@ class TBAC(nn.Module):
             model.load_state_dict(found, strict=False, assign=True)
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first ones {list(missing)[:3]}")
-        model.mllm.requires_grad_(False), model.dcae.requires_grad_(False).to(memory_format=torch.channels_last)
+        model.dcae.to(memory_format=torch.channels_last)                                             # faster convolutions: DCAE.encode
         return model
 
 

@@ -260,7 +260,7 @@ def caption(scene, rng):
 
 def request(scene, rng):
     """-> a text to draw from, and the plain form of what it says. A caption; or each thing with its place, as longer captions of real pictures
-    have it; or only what there is, sides left open. Who does not say on which side things are names them from left to right, as people do."""
+    have it; or only what there is, sides left open. Where no side is said, things are named from left to right, as people do."""
     sort, listed = rng.choices(("caption", "places", "list"), (0.4, 0.25, 0.35))[0], replace(scene, things=columns(scene))
     scene = scene if sort == "caption" and sides(scene) else listed
     if sort == "caption":

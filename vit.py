@@ -53,6 +53,8 @@ def patchify(image, c):
 # ---------------------------------------------------------------------------------------------- the math of the decoder, too
 
 class RMSNorm(nn.Module):
+    """Qwen2.5-VL's: rounded to x's dtype before the gain, where nn.RMSNorm rounds after it; in bfloat16 the two differ."""
+
     def __init__(self, dim, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
@@ -77,7 +79,7 @@ def apply_rope(x, angle):
 def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(K)) v for q (B, H, S, K), k and v (B, G, T, K), mask (B, 1, S, T) or broadcastable, False = unseen.
 
-    Grouped queries: each of the G key heads serves H / G query heads, which are laid in a line so that nothing is copied.
+    Grouped queries: each of the G key heads serves H / G query heads, stacked along S, so that keys and values need not be repeated.
     """
     G, S = k.shape[1], q.shape[2]
     q = q.unflatten(1, (G, -1)).flatten(2, 3) / math.sqrt(q.shape[-1])       # (B, G, H/G * S, K)

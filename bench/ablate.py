@@ -310,7 +310,7 @@ def plot_probes(rows, model, file):
 
 
 def ridge(x, y, cut):
-    """Accuracy on the rows from `cut` on of a ridge regression to one-hot classes, fitted to those before."""
+    """A ridge regression to one-hot classes fitted to the rows before `cut` (in its dual form: features are many more) -> accuracy on the others."""
     x = torch.nn.functional.pad((x - x[:cut].mean(0)) / (x[:cut].std(0) + 1e-6), (0, 1), value=1.0).double()
     gram = x[:cut] @ x[:cut].T
     penalty = 0.01 * gram.diagonal().mean() * torch.eye(cut, dtype=x.dtype)

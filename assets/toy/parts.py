@@ -19,7 +19,7 @@ import data
 import toy
 from dcae import DCAEConfig
 from dit import DiTConfig
-from mllm import ASK, DRAW, MLLMConfig, Row, Tokenizer, chat, mrope_positions
+from mllm import ASK, DRAW, SPECIAL, MLLMConfig, Row, Tokenizer, chat, mrope_positions
 from sample import to_pixels
 from tbac import TBACConfig
 from vit import ViTConfig, patchify
@@ -39,8 +39,7 @@ def toy_tokenizer(file):
     t = tokenizers.Tokenizer(models.BPE())
     t.normalizer, t.decoder = normalizers.NFC(), decoders.ByteLevel()
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = [f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")]
-    trainer = trainers.BpeTrainer(vocab_size=TOY.mllm.vocab_size, special_tokens=special, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=TOY.mllm.vocab_size, special_tokens=[f"<|{n}|>" for n in SPECIAL], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in toy.corpus(10000, 0)], trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
