@@ -15,6 +15,7 @@ import textwrap
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -57,12 +58,23 @@ class Toy:
         return self.make(random.Random(f"{self.seed} {i}"), i)
 
 
+def flat(image):
+    """RGB. What is transparent becomes white (its hidden colour is often black), 16 bits become 8."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its values are floats, of which nobody says what is white")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def open_image(file, name=None):
     """An upright RGB picture from a path or an open file. ValueError if it cannot be read, or is so large that it may be an attack."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return ImageOps.exif_transpose(Image.open(file)).convert("RGB")     # upright, as a viewer shows it
+            return flat(ImageOps.exif_transpose(Image.open(file)))              # upright, as a viewer shows it
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{name or file}: picture has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except Exception as e:                                                      # decoders raise all sorts of things on damaged bytes

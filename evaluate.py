@@ -109,12 +109,12 @@ def ask_case(kind, held_out, rng, seen=True):
 
 def first(n, make, category, held_out):
     """The first n different cases of a list that is the same for every n; fewer where there are no more (counting never-seen pairs: 36)."""
-    rng, found = random.Random(f"{category} {held_out}"), {}
-    for _ in range(100 * n):
+    rng, found, waited = random.Random(f"{category} {held_out}"), {}, 0
+    while len(found) < n and waited < 300:                                      # so many without a new one: there is none
+        had, waited = len(found), waited + 1
         with suppress(ValueError):
             found[make(category, held_out, rng)] = None
-        if len(found) == n:
-            break
+        waited *= len(found) == had
     return list(found)
 
 
@@ -370,8 +370,8 @@ def main(argv=None):
     for task in dict.fromkeys(key[0] for key in rows):
         show(rows, task)
     save(a, rows, failures_sheet(failures, model.config.size), time.time() - start)
-    print(f"\nPercent right with 95 % bootstrap intervals over prompts: {a.n} a category, {a.pictures} pictures each when drawing, "
-          f"{a.n * a.pictures} questions.\nWhere an interval has no width, the truth may still be 300 / prompts away. Wrote {a.out}")
+    print(f"\nPercent right with 95 % bootstrap intervals over prompts: {a.n} a category, or all that there are; {a.pictures} pictures each when "
+          f"drawing, {a.n * a.pictures} questions.\nWhere an interval has no width, the truth may still be 300 / prompts away. Wrote {a.out}")
 
 
 if __name__ == "__main__":

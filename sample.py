@@ -175,8 +175,12 @@ def options(argv=None):
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
     a = p.parse_args(argv)
     if a.prompt is None and a.ask is None:
+        if a.image:
+            p.error("no prompt: it stands before --image, where it is not taken for one more file")
         p.print_help()
         raise SystemExit(0)
+    if a.prompt is not None and a.ask is not None:
+        p.error("give a prompt, to draw, or --ask, not both")
     return a
 
 
@@ -212,6 +216,8 @@ def draw(a, model, images, out):
     settings = dict(guidance=a.guidance, image_guidance=a.image_guidance, negative=a.negative, solver=a.solver, size=size, steps=a.steps)
     heard = conditions(model, [a.prompt], [images], a.image_guidance, a.negative)            # once for all pictures
     one, pictures = dict(prompts=[a.prompt], images=[images], heard=heard), []
+    said = settings | dict(prompt=a.prompt, model=str(a.model), images=a.image)
+    files = [out] if a.n == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(a.n)]
     if a.compile:
         compile_parts(model, lambda: generate(model, **one, **settings | dict(steps=1)))
     if a.explain:
@@ -226,10 +232,7 @@ def draw(a, model, images, out):
                 bar.update()
                 latents = step.x_t
             pictures += decode(model, latents)
-    said = settings | dict(prompt=a.prompt, model=str(a.model), images=a.image)
-    files = [out] if a.n == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(a.n)]
-    for i, (picture, file) in enumerate(zip(pictures, files)):
-        save_png(picture, file, said | dict(seed=a.seed + i))
+            save_png(pictures[-1], files[seed - a.seed], said | dict(seed=seed))
     if a.n > 1:
         labels = [*a.image, *(f"seed {a.seed + i}" for i in range(a.n))]
         every = [*(image.resize(pictures[0].size) for image in images), *pictures]
@@ -260,8 +263,12 @@ def main():
         out = pathlib.Path(a.out)
         if out.is_dir() or not out.parent.is_dir():
             raise ValueError(f"--out {out}: " + ("is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
-        if a.n < 1:
-            raise ValueError(f"--n {a.n}: expected at least 1")
+        if a.ask is None and out.suffix.lower() not in ("", ".png"):
+            raise ValueError(f"--out {out}: pictures are written as PNG, call it {out.with_suffix('.png')}")
+        if a.ask is None and any(out.exists() and pathlib.Path(f).exists() and out.samefile(f) for f in a.image):
+            raise ValueError(f"--out {out} is one of --image and would be lost: give another name")
+        if a.n < 1 or not math.isfinite(a.guidance) or not math.isfinite(a.image_guidance):
+            raise ValueError(f"--n {a.n} --guidance {a.guidance} --image-guidance {a.image_guidance}: expected at least 1 picture, and numbers")
         if a.explain and (a.compile or a.ask is not None and not a.image):
             raise ValueError("--explain " + ("reads what --compile fuses away: leave one out" if a.compile else "and --ask need an --image"))
         images = [open_image(file) for file in a.image]
@@ -270,7 +277,7 @@ def main():
             ask(a, model, images, out)
         else:
             draw(a, model, images, out)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from None
 
 

@@ -187,6 +187,10 @@ class TBAC(nn.Module):
         the tensor or file for anything missing, left over, mis-shaped, non-finite or damaged.
         """
         folder = pathlib.Path(folder)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as e:             # no such device, or a PyTorch without it
+            raise ValueError(f"device {device}: {str(e).splitlines()[0]}") from None
         config = TBACConfig.from_dict(read_json(folder / "config.json"))
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} has no tokenizer.json")

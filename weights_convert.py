@@ -15,7 +15,7 @@ import shutil
 from dataclasses import asdict
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from dcae import DCAEConfig
@@ -101,9 +101,17 @@ def must_be(d, file, **expected):
             raise ValueError(f"{file}: {key} = {d[key]!r} is not supported, only {value!r}")
 
 
-def read_config(qwen, sana, tbac=None):
-    """The public config files -> TBACConfig. ValueError for anything that this code does not build."""
+def read_config(*folders):
+    """Those of Qwen, SANA and perhaps TBAC, with the public config files -> TBACConfig. ValueError for anything that this code does not build."""
+    try:
+        return config_of(*folders)
+    except KeyError as e:
+        raise ValueError(f"a config.json of {', '.join(map(str, filter(None, folders)))} has no {e}") from None
+
+
+def config_of(qwen, sana, tbac=None):
     m = read_json(qwen / "config.json")
+    m |= m.pop("text_config", {}) | dict(model_type=m["model_type"])        # newer files keep the decoder's part there
     must_be(m, "qwen config", model_type="qwen2_5_vl", tie_word_embeddings=True, use_sliding_window=False, rms_norm_eps=1e-6)
     v, heads = m["vision_config"], m["num_attention_heads"]
     vision = ViTConfig(n_layer=v["depth"], dim=v["hidden_size"], n_head=v["num_heads"], mlp_dim=v["intermediate_size"], patch=v["patch_size"],
@@ -224,7 +232,7 @@ def main():
             export(a.export, a.out)
         else:
             convert(a.qwen, a.sana, a.tbac, a.out, {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[a.dtype])
-    except ValueError as e:
+    except (ValueError, OSError, SafetensorError) as e:
         raise SystemExit(f"error: {e}") from None
     print(f"wrote {a.out}")
 

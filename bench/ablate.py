@@ -14,6 +14,8 @@ Tables of all wirings are only as good as the number of seeds and steps says; bo
 import argparse
 import concurrent.futures
 import contextlib
+import functools
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -34,7 +36,7 @@ import ladder
 import toy
 import train
 from mllm import DRAW, MLLM
-from tbac import TBAC
+from tbac import TBAC, weight_files
 
 matplotlib.use("Agg")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,9 +46,18 @@ QUERIES = (4, 8, 16, 32)
 
 # -------------------------------------------------------------------------------------------------------------- to train
 
+@functools.cache
+def digest(*folders):
+    """Eight letters that stand for all weights in some folders."""
+    found = hashlib.sha256()
+    for file in itertools.chain(*map(weight_files, folders)):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:8]
+
+
 def parts(a, how="parts"):
     """A folder with the parts that runs start from: MLLM and autoencoder of --model, the DiT of --dit; "blank": with an MLLM of random weights."""
-    folder = a.out / "-".join((how, *(pathlib.Path(f).resolve().name for f in (a.model, a.dit))))
+    folder = a.out / f"{how}-{digest(a.model, a.dit)}"
     if not (folder / "config.json").is_file():
         model = TBAC.load(a.model)
         model.dit = TBAC.load(a.dit).dit
@@ -67,6 +78,8 @@ def plan(a):
     else:
         kinds = {f"trained with shift {shift}": ["--shift", shift] for shift in ("1", "3")}
     chosen = {name: options for name, options in kinds.items() if not a.only or name in a.only}
+    if wrong := set(a.only or ()) - kinds.keys():
+        raise ValueError(f"--only {sorted(wrong)}: expected some of {list(kinds)}")
     return {name + seed: options + more for seed, more in seeds.items() for name, options in chosen.items()}
 
 
@@ -74,7 +87,8 @@ def place(a, options):
     """-> all options of a run, {word: value}, and its folder. Options that say the same as another study's share its run."""
     base = {"--model": str(parts(a)), "--wiring": "top", "--queries": str(a.default_queries), "--shift": "1"}
     base |= dict(zip(options[::2], options[1::2]))
-    return base, a.out / "_".join([pathlib.Path(v).name for v in base.values()] + [f"{a.steps}x{a.batch}"])
+    scored = f"{a.steps}x{a.batch}", f"{a.n}x{a.pictures}x{a.draw_steps}"       # other scores, another folder: none is taken for another
+    return base, a.out / "_".join([pathlib.Path(v).name for v in base.values()] + [*scored])
 
 
 def learn(a, options):
@@ -336,6 +350,10 @@ def options(argv=None):
     p.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="runs at a time")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = p.parse_args(argv)
+    if min(a.seeds, a.steps, a.batch, a.every, a.n, a.pictures, a.draw_steps, a.jobs) < 1:
+        p.error("seeds, steps, batch, every, n, pictures, draw-steps and jobs must be 1 or more")
+    if STUDIES[a.study] is not study and a.only:
+        p.error(f"--only: {a.study} has no kinds to choose from")
     if STUDIES[a.study] is study and not a.dit:
         p.error("--dit FOLDER: the DiT that the runs start from, made by `python train.py --stage dit --model runs/dcae --out runs/dit`")
     return a
@@ -343,8 +361,8 @@ def options(argv=None):
 
 def main(argv=None):
     a = options(argv)
-    a.out.mkdir(parents=True, exist_ok=True)
     try:
+        a.out.mkdir(parents=True, exist_ok=True)
         a.default_queries = TBAC.load(a.model).config.n_query
         found = STUDIES[a.study](a)
     except (ValueError, OSError) as e:
@@ -352,5 +370,6 @@ def main(argv=None):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     hardware = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     said = vars(a) | {folder: pathlib.Path(getattr(a, folder) or "").name for folder in ("model", "dit", "out")}     # without the way to it
+    said |= dict(weights=digest(a.model, *filter(None, [a.dit])))
     write(a.out / f"{a.study}.json", dict(options=said, commit=commit, hardware=hardware, torch=torch.__version__) | found)
     print(f"wrote {a.out / a.study}.json")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tbac import TBAC, read_tensors, weight_files
 from tests.conftest import TINY, run
-from weights_convert import convert
+from weights_convert import convert, read_config
 
 
 def tensors(folder):
@@ -83,3 +83,17 @@ def test_a_config_that_is_not_built_here_is_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"qk_norm": "rms_norm_across_heads"}))
     with pytest.raises(ValueError, match="qk_norm"):
         convert(TINY / "qwen", tmp_path / "sana", TINY / "tbac", tmp_path / "out")
+
+
+def test_the_decoder_may_have_a_config_of_its_own(tmp_path):
+    """As newer files have it; and a file that lacks something is named."""
+    d = json.loads((TINY / "qwen" / "config.json").read_text())
+    own = {k: v for k, v in d.items() if k not in ("model_type", "vision_config", "tie_word_embeddings")}
+    nested = {k: d[k] for k in d.keys() - own.keys()} | dict(text_config=own | dict(model_type="qwen2_5_vl_text"))
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    read = lambda qwen: read_config(qwen, TINY / "sana", TINY / "tbac")
+    assert read(tmp_path) == read(TINY / "qwen")
+    del own["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(nested | dict(text_config=own)))
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.*num_attention_heads"):
+        read(tmp_path)

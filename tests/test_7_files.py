@@ -135,11 +135,41 @@ def test_edit_and_ask(tiny_folder, tmp_path):
     (["a dog", "--size", "30"], "multiples of 4"), (["a dog", "--n", "0"], "--n 0"), (["a dog", "--out", "tests"], "is a folder"),
     (["a dog", "--out", "nowhere/x.png"], "no folder nowhere"), (["a dog", "--image", "README.md"], "not a readable picture"),
     (["a dog", "--image", "nothing.png"], "nothing.png"), (["a dog", "--model", "tests"], "config.json is missing"),
+    (["a dog", "--out", "dog.jpg"], "call it dog.png"), (["a dog", "--guidance", "nan"], "--guidance nan"),
+    (["a dog", "--device", "banana"], "banana"), (["a \udcff dog"], "not UTF-8"), (["a dog", "--out", "x" * 300 + ".png"], "name too long"),
 ])
 def test_errors_are_one_clear_line(tiny_folder, args, message):
     done = run("sample.py", "--model", tiny_folder, *args)
     error, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and message in error and "Traceback" not in done.stderr
+
+
+def test_a_picture_is_not_lost_to_its_edit(tiny_folder, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    done = draw(tiny_folder, "make it blue", "--image", tmp_path / "a.png", "--out", tmp_path / "a.png")
+    assert done.returncode == 1 and "is one of --image" in done.stderr and Image.open(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("args, message", [(["--image", "a.png", "make it blue"], "stands before --image"),
+                                           (["a dog", "--ask", "what is it?"], "not both")])
+def test_what_cannot_be_meant_is_said(args, message):
+    done = run("sample.py", *args)
+    assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize("mode, value, seen", [("RGBA", (255, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+                                               ("LA", (0, 0), (255, 255, 255)), ("I;16", 128 << 8, (128, 128, 128)), ("1", 1, (255, 255, 255)),
+                                               ("L", 7, (7, 7, 7))])
+def test_pictures_of_every_mode_look_as_in_a_viewer(tmp_path, mode, value, seen):
+    """What is transparent is white, not what colour it hides; 16 bits are not cut off at 255."""
+    Image.new(mode, (4, 4), value).save(tmp_path / "a.png")
+    assert sample.open_image(tmp_path / "a.png").getpixel((0, 0)) == seen
+
+
+def test_a_picture_of_floats_is_refused(tmp_path):
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="floats"):
+        sample.open_image(tmp_path / "a.tiff")
 
 
 def test_a_huge_picture_is_refused(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 import evaluate
 from bench import ablate
 from options import TOY_FOLDER
+from tbac import TBAC
 from tests.conftest import relative, run
 
 
@@ -54,6 +55,27 @@ def test_probes_find_what_is_there_and_nothing_else():
     noise = torch.randn(400, 50, generator=g)
     assert ablate.ridge(noise, y, 300) < 0.55
     assert ablate.ridge(noise + 4 * torch.nn.functional.one_hot(y, 50), y, 300) > 0.95
+
+
+@pytest.mark.parametrize("args, message", [(["wirings", "--n", "0"], "1 or more"), (["rungs", "--only", "top"], "no kinds")])
+def test_options_that_say_nothing(args, message, capsys):
+    with pytest.raises(SystemExit):
+        ablate.options([*args, "--dit", str(TOY_FOLDER)])
+    assert message in capsys.readouterr().err
+
+
+def test_runs_are_known_by_all_that_makes_their_scores(tmp_path):
+    """Other weights, other scoring, other options: another folder."""
+    def folders(*args):
+        a = ablate.options(["wirings", "--out", str(tmp_path), "--seeds", "1", "--dit", str(TOY_FOLDER), *args])
+        a.default_queries = 16
+        return {ablate.place(a, options)[1].name for options in ablate.plan(a).values()}
+    assert len(folders() | folders("--n", "3") | folders("--pictures", "2") | folders("--draw-steps", "3") | folders("--steps", "7")) == 50
+    other = tmp_path / "other"
+    TBAC.load(TOY_FOLDER).save(other, torch.bfloat16)
+    assert not folders() & folders("--model", str(other))
+    with pytest.raises(ValueError, match="banana.*top"):
+        folders("--only", "banana")
 
 
 @pytest.mark.slow

@@ -44,6 +44,10 @@ def test_lists_are_fixed_and_longer_ones_go_on(task):
     assert set(shorter) == set(evaluate.cases(task, 3))
 
 
+def test_a_list_ends_where_there_are_no_more():
+    assert len(evaluate.first(60, evaluate.draw_case, "counting", True)) == 36
+
+
 def test_the_lists_of_today():
     """A change of these makes scores incomparable with older ones."""
     prompts = {c.category + ", " + c.pairs: c.prompt for task in ("edit", "draw") for c in reversed(evaluate.cases(task, 2))}
