@@ -3,7 +3,7 @@
     python evaluate.py ablate wirings            every wiring of ladder.py, three seeds each, and a frozen MLLM of random weights
     python evaluate.py ablate queries            4, 8, 16, 32 queries, for top and last
     python evaluate.py ablate shift              training with times shifted or not, sampling with them shifted or not
-    python evaluate.py ablate settings           guidance and steps against score, of the model as it is
+    python evaluate.py ablate settings           guidance, steps and image guidance against score, of the model as it is
     python evaluate.py ablate rungs              one rung at a time replaced, of the model as it is
     python evaluate.py ablate probes             what the queries' states tell, depth by depth
 
@@ -222,7 +222,7 @@ def study(a):
 # ------------------------------------------------------------------------------------------------------------ to look inside
 
 def settings(a):
-    """Guidance and steps, of one trained model."""
+    """Guidance and steps when drawing, image guidance when editing, of one trained model."""
     model, rows = TBAC.load(a.model, a.device), {}
     plans = {f"guidance {g}, 20 steps": dict(guidance=g, steps=20) for g in (1.0, 2.0, 4.5, 8.0)}
     plans |= {f"guidance 4.5, {n} steps, {solver}": dict(steps=n, solver=solver) for n in (3, 5, 10) for solver in ("dpm++", "euler")}
@@ -230,7 +230,13 @@ def settings(a):
         scores = drawn(a, model, **how)
         rows[name] = {c: resampled([v]) for c, v in scores.items()} | {"mean of 6": resampled([overall(scores)])}
         tqdm.write(f"{name:32} {100 * rows[name]['mean of 6']['mean']:.0f}")
-    return dict(table=rows)
+    edits = {}
+    for g in tqdm((1.0, 1.5, 3.0), "image guidance"):
+        scores, _ = evaluate.benchmark(model, ("edit",), a.n, image_guidance=g)
+        edits[f"image guidance {g}"] = {c[0]: evaluate.measure(*(scores[("edit", action) + c] for action in toy.EDITS))
+                                        for c in evaluate.layout(scores, "edit")[1] if c[1] == "seen"}
+        tqdm.write(f"image guidance {g}: " + ", ".join(f"{what} {evaluate.percent(row)}" for what, row in edits[f"image guidance {g}"].items()))
+    return dict(table=rows, edits=edits)
 
 
 @contextlib.contextmanager
