@@ -334,7 +334,7 @@ def options(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--steps", type=int, default=20, help="(default: 20)")
     p.add_argument("--guidance", type=float, default=4.5, help="(default: 4.5)")
-    p.add_argument("--image-guidance", type=float, default=1.5, help="(default: 1.5)")
+    p.add_argument("--image-guidance", type=float, help="(default: the model's)")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
@@ -362,6 +362,7 @@ def main(argv=None):
     try:
         a.out.mkdir(parents=True, exist_ok=True)
         model = TBAC.load(a.model, a.device, a.dtype and getattr(torch, a.dtype))
+        a.image_guidance = model.config.image_guidance if a.image_guidance is None else a.image_guidance
         scores, failures = benchmark(model, a.tasks, a.n, a.pictures, a.batch, seed=a.seed, steps=a.steps, guidance=a.guidance,
                                      image_guidance=a.image_guidance)
     except (ValueError, OSError) as e:

@@ -77,9 +77,10 @@ def guide(v, guidance, image_guidance):
 
 
 @torch.no_grad()
-def conditions(model, prompts, images=None, image_guidance=1.5, negative=""):
+def conditions(model, prompts, images=None, image_guidance=None, negative=""):
     """-> rungs (L, k B, Q, caption_dim) of the k groups that guidance compares, the null prompts first, and k: 3 if there is an image to be guided
     by, else 2."""
+    image_guidance = model.config.image_guidance if image_guidance is None else image_guidance
     images = [[] for _ in prompts] if images is None else [list(row) for row in images]
     null = [negative] * len(prompts)
     if not any(images) or image_guidance <= 1:                                   # both rows see the images
@@ -89,14 +90,14 @@ def conditions(model, prompts, images=None, image_guidance=1.5, negative=""):
 
 
 @torch.no_grad()
-def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidance=1.5, negative="", shift=3.0, solver="dpm++",
+def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidance=None, negative="", shift=3.0, solver="dpm++",
             size=None, eps=None, generator=None, heard=None):
     """Yields a Step after every step; the last x_t is the picture, in the DiT's latent space.
 
     prompts: list of str; images: None, or per prompt a list (maybe empty) of PIL images, used for editing; size: side in pixels or
-    (height, width); eps: (B, C, h, w) starting noise, else drawn; heard: what `conditions` gave, if more than one picture is to be drawn of the
-    same prompts, or if rungs were changed. A prompt without images is guided by its text alone, also beside others that have some: for it the
-    first two of the three velocities are the same.
+    (height, width); image_guidance: if not the model's own; eps: (B, C, h, w) starting noise, else drawn; heard: what `conditions` gave, if
+    more than one picture is to be drawn of the same prompts, or if rungs were changed. A prompt without images is guided by its text alone,
+    also beside others that have some: for it the first two of the three velocities are the same.
     """
     c, B = model.config, len(prompts)
     if steps < 1 or solver not in SOLVERS:
@@ -104,7 +105,7 @@ def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidan
     height, width = size if isinstance(size, (tuple, list)) else (c.size if size is None else size,) * 2
     if min(height, width) < 1 or height % c.dcae.factor or width % c.dcae.factor:
         raise ValueError(f"size {width}x{height}: both sides must be positive multiples of {c.dcae.factor}")
-    dev = model.ladder.queries.device
+    image_guidance, dev = c.image_guidance if image_guidance is None else image_guidance, model.ladder.queries.device
     if eps is None:
         eps = torch.randn(B, c.dit.channels, height // c.dcae.factor, width // c.dcae.factor, device=dev, generator=generator)
     rungs, k = heard or conditions(model, prompts, images, image_guidance, negative)         # (L, k B, Q, caption_dim)
@@ -163,7 +164,7 @@ def options(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, default=20, help="(default: 20)")
     p.add_argument("--guidance", type=float, default=4.5, help="how much to follow the text, 1 = no guidance (default: 4.5)")
-    p.add_argument("--image-guidance", type=float, default=1.5, help="how much to keep of the image (default: 1.5)")
+    p.add_argument("--image-guidance", type=float, help="how much to keep of the image (default: the model's)")
     p.add_argument("--negative", default="", help="what the picture should not be like")
     p.add_argument("--solver", choices=SOLVERS, default="dpm++")
     p.add_argument("--size", help="side in pixels, or WIDTHxHEIGHT (default: the model's)")
@@ -267,12 +268,13 @@ def main():
             raise ValueError(f"--out {out}: pictures are written as PNG, call it {out.with_suffix('.png')}")
         if a.ask is None and any(out.exists() and pathlib.Path(f).exists() and out.samefile(f) for f in a.image):
             raise ValueError(f"--out {out} is one of --image and would be lost: give another name")
-        if a.n < 1 or not math.isfinite(a.guidance) or not math.isfinite(a.image_guidance):
+        if a.n < 1 or not math.isfinite(a.guidance) or not math.isfinite(a.image_guidance or 0):
             raise ValueError(f"--n {a.n} --guidance {a.guidance} --image-guidance {a.image_guidance}: expected at least 1 picture, and numbers")
         if a.explain and (a.compile or a.ask is not None and not a.image):
             raise ValueError("--explain " + ("reads what --compile fuses away: leave one out" if a.compile else "and --ask need an --image"))
         images = [open_image(file) for file in a.image]
         model = TBAC.load(a.model, a.device, a.dtype and getattr(torch, a.dtype))
+        a.image_guidance = model.config.image_guidance if a.image_guidance is None else a.image_guidance
         if a.ask is not None:
             ask(a, model, images, out)
         else:

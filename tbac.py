@@ -65,6 +65,7 @@ class TBACConfig:
     n_query: int = 64
     wiring: str = "top"                 # which MLLM state feeds which DiT block: ladder.rungs
     size: int = 512                     # pixels, side of a picture drawn without another wish
+    image_guidance: float = 1.5         # how much an edit holds on to its picture, without another wish
     max_prompt: int = 256               # tokens of the prompt that are read when drawing
     dtype: str = "float32"              # to compute in, unless `load` is told otherwise
 

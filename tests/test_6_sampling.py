@@ -1,9 +1,11 @@
 """The solvers against known answers, with the network replaced by formulas."""
+import dataclasses
 import shutil
 import types
 
 import pytest
 import torch
+from PIL import Image
 
 import sample
 
@@ -60,6 +62,17 @@ def test_guidance():
     assert torch.equal(sample.guide((null, both), 1.0, 9.0), null + (both - null))
     assert torch.allclose(sample.guide((null, both), 3.0, 9.0), null + 3 * (both - null))
     assert torch.allclose(sample.guide((null, image, both), 3.0, 1.5), null + 1.5 * (image - null) + 3 * (both - image))
+
+
+def test_a_model_may_have_an_image_guidance_of_its_own(tiny, monkeypatch):
+    """Used where nothing else is said; the released value is 1.5."""
+    eps, red = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), [[Image.new("RGB", (32, 32), "red")]]
+    last = lambda **how: [*sample.denoise(tiny, ["a dog"], red, eps=eps, steps=2, **how)][-1].x_t
+    at = {g: last(image_guidance=g) for g in (1.0, 1.5, 3.0)}
+    assert torch.equal(last(), at[1.5]) and not torch.equal(at[1.5], at[3.0])
+    for own, found in at.items():
+        monkeypatch.setattr(tiny, "config", dataclasses.replace(tiny.config, image_guidance=own))
+        assert torch.equal(last(), found)
 
 
 def test_guidance_one_is_the_model_itself_and_all_channels_take_part(tiny):

@@ -29,7 +29,7 @@ TOY = TBACConfig(
                     vision=ViTConfig(n_layer=4, dim=96, n_head=3, mlp_dim=256, patch=8, window=32, full_attention=(1, 3), area=64 * 64)),
     dit=DiTConfig(n_layer=6, n_head=6, cross_n_head=6, channels=16, caption_dim=128),
     dcae=DCAEConfig(widths=(16, 32, 64, 128), encoder_layers=(0, 1, 1, 1), decoder_layers=(1, 1, 1, 1), attention_stages=1, latent_channels=16),
-    n_query=16, size=64)
+    n_query=16, size=64, image_guidance=3.0)                                    # 1.5 loses more of the picture: evaluate.py ablate settings
 
 
 def toy_tokenizer(file):
