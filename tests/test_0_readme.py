@@ -12,6 +12,7 @@ import evaluate
 import sample
 import train
 from bench import ablate
+from options import TOY_FOLDER
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -54,6 +55,30 @@ def test_the_study_is_the_one_that_was_run():
             change = "{:+.0f} [{:+.0f}, {:+.0f}] | {:.3f} |".format(*(100 * v for v in (test["mean"], *test["interval"])), test["p"])
             assert f"{line} | {change}" in README, change
     assert len(table) == 10 and all(row["seeds"] == 3 for row in table.values())
+
+
+def test_experiments_are_those_that_were_run():
+    """Scores of settings and probes, number by number, from the files that `evaluate.py ablate` wrote."""
+    found = {study: json.loads((ROOT / "assets" / "study" / f"{study}.json").read_text()) for study in ("settings", "probes", "rungs")}
+    rows = {line.split(" | ")[0]: line for line in README.splitlines() if line.startswith("| ")}
+    said = rows["| What is guidance good for?"] + rows["| How few steps?"]
+    for name, row in found["settings"]["table"].items():
+        assert evaluate.percent(row["mean of 6"]) in said, name
+    for name, row in found["settings"]["edits"].items():
+        for what in ("unchanged", "followed"):
+            assert evaluate.percent(row[what]) in rows["| What holds on to the picture?"], (name, what)
+    for fact in ("first colour", "first shape", "second colour", "second shape", "side"):
+        depths = found["probes"]["table"][fact]["depths"]
+        assert f"{100 * depths[1]:.0f} / {100 * depths[-1]:.0f}" in rows["| What do the queries know at which depth?"], fact
+    weights = {ablate.digest(TOY_FOLDER), *(content["options"]["weights"] for content in found.values())}
+    assert len(weights) == 1, "of other weights than those shipped"
+
+
+def test_the_scores_are_those_in_the_record():
+    scores = json.loads((TOY_FOLDER / "record.json").read_text())["scores"]["scores"]
+    for task, what in (("draw", "category, seen"), ("edit", "followed, seen"), ("edit", "unchanged, seen"), ("edit", "both, seen"),
+                       ("edit", "things kept, seen"), ("ask", "a picture, seen")):
+        assert evaluate.percent(scores[task]["mean of 6"][what]) in README, (task, what)
 
 
 def test_no_function_is_longer_than_40_lines():
