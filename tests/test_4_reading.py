@@ -118,6 +118,19 @@ def test_mixtures_follow_their_weights(shards, tmp_path):
     assert train.sources(a, None, {})[1] == [0.3, 0.7, None]
 
 
+@pytest.mark.parametrize("given, weights", [("", [6, 2]), ("=1", [1, 1])])
+def test_in_epochs_sizes_count_unless_weights_are_given(tmp_path, given, weights):
+    """Equal ones, too."""
+    for name, n in (("many", 6), ("few", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(jpeg("red"))
+        (tmp_path / name / "metadata.jsonl").write_text(n * (json.dumps(dict(file_name="a.jpg", text="x")) + "\n"))
+    a = argparse.Namespace(stage="t2i", data=[f"{tmp_path / name}{given}" for name in ("many", "few")], seed=0, size=32, overfit=False, epochs=1,
+                           batch=1, accumulate=1, workers=0, max_bad=0)
+    reader = train.reader_of(a, argparse.Namespace(past=[]), 0, 1, None, {})
+    assert reader.share.weights == weights and a.steps == 8
+
+
 def broken(tmp_path):
     good = {"png": jpeg("red"), "txt": b"fine"}
     bomb = io.BytesIO()
