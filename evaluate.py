@@ -111,10 +111,11 @@ def first(n, make, category, held_out):
     """The first n different cases of a list that is the same for every n; fewer where there are no more (counting never-seen pairs: 36)."""
     rng, found, waited = random.Random(f"{category} {held_out}"), {}, 0
     while len(found) < n and waited < 300:                                      # so many without a new one: there is none
-        had, waited = len(found), waited + 1
+        waited += 1
         with suppress(ValueError):
-            found[make(category, held_out, rng)] = None
-        waited *= len(found) == had
+            case = make(category, held_out, rng)
+            waited = waited if case in found else 0
+            found[case] = None
     return list(found)
 
 

@@ -38,7 +38,10 @@ class Tokenizer:
             raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {missing}")
 
     def encode(self, text):
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        try:
+            return self.bpe.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError(f"not UTF-8: {text!r}") from None
 
     def decode(self, ids, keep_special=False):
         return self.bpe.decode(ids, skip_special_tokens=not keep_special)
@@ -234,8 +237,6 @@ class MLLM(nn.Module):
             known |= {key: patchify(image, self.config.vision) for key, image in zip(keys, row) if key not in known}
             pictures = [known[key] for key in keys]
             grids = [(h // merge, w // merge) for _, (h, w) in pictures]
-            if text.encode(errors="replace") != text.encode(errors="surrogatepass"):
-                raise ValueError(f"the prompt is not UTF-8: {text!r}")
             text = text if limit is None else self.tokenizer.cut(text, limit)
             ids = self.tokenizer.encode(chat(text, [h * w for h, w in grids], system) + then)
             if ids.count(pad) != sum(h * w for h, w in grids):

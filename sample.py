@@ -77,10 +77,9 @@ def guide(v, guidance, image_guidance):
 
 
 @torch.no_grad()
-def conditions(model, prompts, images=None, image_guidance=None, negative=""):
+def conditions(model, prompts, images, image_guidance, negative):
     """-> rungs (L, k B, Q, caption_dim) of the k groups that guidance compares, the null prompts first, and k: 3 if there is an image to be guided
     by, else 2."""
-    image_guidance = model.config.image_guidance if image_guidance is None else image_guidance
     images = [[] for _ in prompts] if images is None else [list(row) for row in images]
     null = [negative] * len(prompts)
     if not any(images) or image_guidance <= 1:                                   # both rows see the images
@@ -105,7 +104,8 @@ def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidan
     height, width = size if isinstance(size, (tuple, list)) else (c.size if size is None else size,) * 2
     if min(height, width) < 1 or height % c.dcae.factor or width % c.dcae.factor:
         raise ValueError(f"size {width}x{height}: both sides must be positive multiples of {c.dcae.factor}")
-    image_guidance, dev = c.image_guidance if image_guidance is None else image_guidance, model.ladder.queries.device
+    image_guidance = c.image_guidance if image_guidance is None else image_guidance
+    dev = model.ladder.queries.device
     if eps is None:
         eps = torch.randn(B, c.dit.channels, height // c.dcae.factor, width // c.dcae.factor, device=dev, generator=generator)
     rungs, k = heard or conditions(model, prompts, images, image_guidance, negative)         # (L, k B, Q, caption_dim)
@@ -266,13 +266,13 @@ def main():
             raise ValueError(f"--out {out}: " + ("is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
         if a.ask is None and out.suffix.lower() not in ("", ".png"):
             raise ValueError(f"--out {out}: pictures are written as PNG, call it {out.with_suffix('.png')}")
-        if a.ask is None and any(out.exists() and pathlib.Path(f).exists() and out.samefile(f) for f in a.image):
-            raise ValueError(f"--out {out} is one of --image and would be lost: give another name")
         if a.n < 1 or not math.isfinite(a.guidance) or not math.isfinite(a.image_guidance or 0):
             raise ValueError(f"--n {a.n} --guidance {a.guidance} --image-guidance {a.image_guidance}: expected at least 1 picture, and numbers")
         if a.explain and (a.compile or a.ask is not None and not a.image):
             raise ValueError("--explain " + ("reads what --compile fuses away: leave one out" if a.compile else "and --ask need an --image"))
         images = [open_image(file) for file in a.image]
+        if a.ask is None and out.exists() and any(out.samefile(file) for file in a.image):
+            raise ValueError(f"--out {out} is one of --image and would be lost: give another name")
         model = TBAC.load(a.model, a.device, a.dtype and getattr(torch, a.dtype))
         a.image_guidance = model.config.image_guidance if a.image_guidance is None else a.image_guidance
         if a.ask is not None:

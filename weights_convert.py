@@ -101,15 +101,15 @@ def must_be(d, file, **expected):
             raise ValueError(f"{file}: {key} = {d[key]!r} is not supported, only {value!r}")
 
 
-def read_config(*folders):
-    """Those of Qwen, SANA and perhaps TBAC, with the public config files -> TBACConfig. ValueError for anything that this code does not build."""
+def read_config(qwen, sana, tbac=None):
+    """The public config files -> TBACConfig. ValueError for anything that this code does not build."""
     try:
-        return config_of(*folders)
+        return config_of(qwen, sana, tbac)
     except KeyError as e:
-        raise ValueError(f"a config.json of {', '.join(map(str, filter(None, folders)))} has no {e}") from None
+        raise ValueError(f"a config.json of {qwen}, {sana} or {tbac} has no {e}") from None
 
 
-def config_of(qwen, sana, tbac=None):
+def config_of(qwen, sana, tbac):
     m = read_json(qwen / "config.json")
     m |= m.pop("text_config", {}) | dict(model_type=m["model_type"])        # newer files keep the decoder's part there
     must_be(m, "qwen config", model_type="qwen2_5_vl", tie_word_embeddings=True, use_sliding_window=False, rms_norm_eps=1e-6)

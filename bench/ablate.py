@@ -77,18 +77,19 @@ def plan(a):
         kinds = {f"{w}, {n} queries": ["--wiring", w, "--queries", str(n)] for w in ("top", "last") for n in QUERIES}
     else:
         kinds = {f"trained with shift {shift}": ["--shift", shift] for shift in ("1", "3")}
-    chosen = {name: options for name, options in kinds.items() if not a.only or name in a.only}
     if wrong := set(a.only or ()) - kinds.keys():
         raise ValueError(f"--only {sorted(wrong)}: expected some of {list(kinds)}")
+    chosen = {name: options for name, options in kinds.items() if not a.only or name in a.only}
     return {name + seed: options + more for seed, more in seeds.items() for name, options in chosen.items()}
 
 
 def place(a, options):
-    """-> all options of a run, {word: value}, and its folder. Options that say the same as another study's share its run."""
+    """-> all options of a run, {word: value}, and its folder, named after all that its scores depend on. So options that say the same as another
+    study's share its run."""
     base = {"--model": str(parts(a)), "--wiring": "top", "--queries": str(a.default_queries), "--shift": "1"}
     base |= dict(zip(options[::2], options[1::2]))
-    scored = f"{a.steps}x{a.batch}", f"{a.n}x{a.pictures}x{a.draw_steps}"       # other scores, another folder: none is taken for another
-    return base, a.out / "_".join([pathlib.Path(v).name for v in base.values()] + [*scored])
+    names = [pathlib.Path(v).name for v in base.values()]
+    return base, a.out / "_".join([*names, f"{a.steps}x{a.batch}", f"{a.n}x{a.pictures}x{a.draw_steps}"])
 
 
 def learn(a, options):
@@ -233,9 +234,9 @@ def settings(a):
     edits = {}
     for g in tqdm((1.0, 1.5, 3.0), "image guidance"):
         scores, _ = evaluate.benchmark(model, ("edit",), a.n, image_guidance=g)
-        edits[f"image guidance {g}"] = {c[0]: evaluate.measure(*(scores[("edit", action) + c] for action in toy.EDITS))
-                                        for c in evaluate.layout(scores, "edit")[1] if c[1] == "seen"}
-        tqdm.write(f"image guidance {g}: " + ", ".join(f"{what} {evaluate.percent(row)}" for what, row in edits[f"image guidance {g}"].items()))
+        mean = {what: row for (_, name, what, pairs), row in evaluate.summary(scores).items() if (name, pairs) == ("mean of 6", "seen")}
+        tqdm.write(f"image guidance {g}: " + ", ".join(f"{what} {evaluate.percent(row)}" for what, row in mean.items()))
+        edits[f"image guidance {g}"] = mean
     return dict(table=rows, edits=edits)
 
 
