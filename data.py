@@ -1,14 +1,18 @@
-"""Examples to learn from: of the toy world, or pictures with texts in tars or in a folder. One order of them for all processes.
+"""Examples to learn from: of the toy world, or pictures with texts in tars or in a folder. One order of them for all processes. At the end,
+pictures as numbers: pixels, latents that are kept; and sheets to look at.
 
 Every reader skips what is broken and says so. Nothing is extracted from a tar, and no more than a record at a time is held.
 """
 import glob
+import hashlib
 import io
 import itertools
 import json
+import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import tarfile
 import textwrap
@@ -18,6 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import toy
 
@@ -302,6 +309,61 @@ def noise(rngs, shape, device):
     t = torch.tensor([1 - r.random() for r in rngs])
     eps = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.getrandbits(63))) for r in rngs])
     return t.to(device), eps.to(device)
+
+
+# ---------------------------------------------------------------- pictures as numbers
+
+def to_pixels(images, device, dtype=torch.float32):
+    """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
+    x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2)
+    return (x.to(device) / 127.5 - 1).to(dtype)
+
+
+def to_images(pixels):
+    """(B, 3, H, W) in [-1, 1], or a little outside -> list of PIL images."""
+    pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+class Latents(nn.Module):
+    """Pictures -> latents by the autoencoder; with --cache-latents once per picture, then from a file in --out/latents. The folder there is named
+    after size, dtype, autoencoder and its weights: where one of them changes, nothing old is found, and it is thrown away."""
+
+    def __init__(self, model, a):
+        super().__init__()
+        self.folder, self.device, self.dtype = None, a.device, getattr(torch, a.dtype)
+        if a.cache_latents:
+            digest = hashlib.sha256(f"{a.size} {a.dtype} {model.config.dcae}".encode())
+            for t in model.dcae.state_dict().values():
+                digest.update(t.float().cpu().numpy().tobytes())
+            self.folder = a.out / "latents" / digest.hexdigest()[:16]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.parent.iterdir():
+                if old != self.folder:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def file(self, name):
+        return self.folder / f"{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:32]}.safetensors"
+
+    def known(self, name):
+        """The latents of a record's picture, or None."""
+        try:
+            return load_file(self.file(name))["x0"] if self.folder else None
+        except (OSError, SafetensorError):                                      # not there, or cut short by a crash
+            return None
+
+    @torch.no_grad()
+    def forward(self, model, examples):
+        """-> (B, C, h, w)"""
+        x0 = {i: e.target.to(self.device) for i, e in enumerate(examples) if isinstance(e.target, torch.Tensor)}
+        if new := [i for i in range(len(examples)) if i not in x0]:
+            fresh = model.dcae.encode(to_pixels([examples[i].target for i in new], self.device, self.dtype))
+            x0 |= dict(zip(new, fresh))
+            for i in (i for i in new if self.folder and examples[i].name):      # a toy example has no name: it never comes again
+                file = self.file(examples[i].name)
+                save_file({"x0": x0[i].contiguous()}, file.with_suffix(f".{os.getpid()}"))
+                os.replace(file.with_suffix(f".{os.getpid()}"), file)
+        return torch.stack([x0[i] for i in range(len(examples))])
 
 
 # ---------------------------------------------------------------- for the eye

@@ -245,7 +245,7 @@ def ceilings(model, n=24, batch=32):
 
     def reconstructed(rows):
         for i in range(0, len(rows), batch):
-            x = sample.to_pixels(list(rendered(rows[i:i + batch])), device, dtype)
+            x = data.to_pixels(list(rendered(rows[i:i + batch])), device, dtype)
             yield from sample.decode(model, model.dcae.encode(x))
 
     rng, sorts, scores = random.Random("every sort"), [], {}

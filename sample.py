@@ -17,12 +17,11 @@ import time
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from data import open_image, sheet
+from data import open_image, sheet, to_images
 from tbac import TBAC
 
 
@@ -117,18 +116,6 @@ def denoise(model, prompts, images=None, *, steps=20, guidance=4.5, image_guidan
         x0 = x - t * guide(v.chunk(k), guidance, image_guidance)
         x, before = SOLVERS[solver](x, x0, before, times, i), x0
         yield Step(i, times[i + 1], x, x0)
-
-
-def to_pixels(images, device, dtype=torch.float32):
-    """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
-    x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2)
-    return (x.to(device) / 127.5 - 1).to(dtype)
-
-
-def to_images(pixels):
-    """(B, 3, H, W) in [-1, 1], or a little outside -> list of PIL images."""
-    pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(p) for p in pixels]
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ losses hold means over the rows of one process.)
 """
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -28,7 +27,6 @@ import os
 import pathlib
 import random
 import resource
-import shutil
 import signal
 import tempfile
 import time
@@ -36,7 +34,6 @@ import time
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import parametrize
@@ -45,7 +42,6 @@ from tqdm import tqdm
 
 import data
 import sample
-import toy
 from assets.toy import parts
 from options import LADDER, LEARNS, options
 from state import State, checkpoints, curves, learning_rate, mean_weights, save, whole
@@ -93,14 +89,14 @@ def build(a):
 
 class Learner(nn.Module):
     """What learns in this stage, and nothing else: exactly this is optimized, and wrapped by DDP or FSDP. Its forward is the stage's loss. extra:
-    what that loss needs beside the model and no saved model keeps: `Latents`, or a module of parts.EXTRA that learns along."""
+    what that loss needs beside the model and no saved model keeps: `data.Latents`, or a module of parts.EXTRA that learns along."""
 
     def __init__(self, model, a):
         super().__init__()
         for part in LEARNS[a.stage]:
             self.add_module(part.replace(".", "/"), model.get_submodule(part))  # no dots in a module's name; `trained` puts them back
         nothing = lambda config: nn.Module()
-        self.extra = Latents(model, a) if a.stage in LADDER else parts.EXTRA.get(a.stage, nothing)(model.config).to(a.device)
+        self.extra = data.Latents(model, a) if a.stage in LADDER else parts.EXTRA.get(a.stage, nothing)(model.config).to(a.device)
         self.rest, self.a = (model,), a                                         # in a tuple, so that what is frozen is not a part
 
     def forward(self, rows):
@@ -145,48 +141,7 @@ def prepare(model, a, world):
     return learner, trained, frozen
 
 
-# ------------------------------------------------------------------------------------------------------- examples, loss
-
-class Latents(nn.Module):
-    """Pictures -> latents by the autoencoder; with --cache-latents once per picture, then from a file in --out/latents. The folder there is named
-    after size, dtype, autoencoder and its weights: where one of them changes, nothing old is found, and it is thrown away."""
-
-    def __init__(self, model, a):
-        super().__init__()
-        self.folder, self.device, self.dtype = None, a.device, getattr(torch, a.dtype)
-        if a.cache_latents:
-            digest = hashlib.sha256(f"{a.size} {a.dtype} {model.config.dcae}".encode())
-            for t in model.dcae.state_dict().values():
-                digest.update(t.float().cpu().numpy().tobytes())
-            self.folder = a.out / "latents" / digest.hexdigest()[:16]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.parent.iterdir():
-                if old != self.folder:
-                    shutil.rmtree(old, ignore_errors=True)
-
-    def file(self, name):
-        return self.folder / f"{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:32]}.safetensors"
-
-    def known(self, name):
-        """The latents of a record's picture, or None."""
-        try:
-            return load_file(self.file(name))["x0"] if self.folder else None
-        except (OSError, SafetensorError):                                      # not there, or cut short by a crash
-            return None
-
-    @torch.no_grad()
-    def forward(self, model, examples):
-        """-> (B, C, h, w)"""
-        x0 = {i: e.target.to(self.device) for i, e in enumerate(examples) if isinstance(e.target, torch.Tensor)}
-        if new := [i for i in range(len(examples)) if i not in x0]:
-            fresh = model.dcae.encode(sample.to_pixels([examples[i].target for i in new], self.device, self.dtype))
-            x0 |= dict(zip(new, fresh))
-            for i in (i for i in new if self.folder and examples[i].name):      # a toy example has no name: it never comes again
-                file = self.file(examples[i].name)
-                save_file({"x0": x0[i].contiguous()}, file.with_suffix(f".{os.getpid()}"))
-                os.replace(file.with_suffix(f".{os.getpid()}"), file)
-        return torch.stack([x0[i] for i in range(len(examples))])
-
+# ----------------------------------------------------------------------------------------------------------------- loss
 
 def dropped(example, rng, drop):
     """-> prompt, images, as training sees them. Without pictures: a tenth without text. With: a tenth without text, a tenth with black pictures,
@@ -290,16 +245,6 @@ def training_loop(learner, state, stream, a, stop=lambda: False):
         state.step += 1
         by_t = None if times is None else bins(losses, times)
         yield Report(state.step, loss, norm, learning_rate(state.step - 1, a), skipped, by_t, names(passes) if skipped else None)
-
-
-def unit_latents(folder, a):
-    """Gives the autoencoder the scaling factor at which its latents have a standard deviation of 1, as SANA's have."""
-    model, rng = TBAC.load(folder, a.device), random.Random(a.seed)
-    x = sample.to_pixels([toy.render(toy.sample_scene(rng), a.size) for _ in range(256)], a.device)
-    with torch.no_grad():
-        std = model.dcae.encode(x).std().item() / model.config.dcae.scaling_factor
-    model.config = dataclasses.replace(model.config, dcae=dataclasses.replace(model.config.dcae, scaling_factor=1 / std))
-    model.save(folder)
 
 
 def peak_memory(device):
@@ -436,7 +381,7 @@ def main():
             if run.rank == 0:
                 curves(a.out)
                 if a.stage == "dcae":
-                    unit_latents(a.out, a)
+                    parts.unit_latents(a.out, a)
             if dist.is_initialized():
                 dist.destroy_process_group()
     except (ValueError, OSError, SafetensorError) as e:

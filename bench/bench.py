@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import data
 import sample
 from memory import Counter
 from peer import Peer
@@ -101,7 +102,7 @@ class Work:
 
     def train(self, prompts, images=None, cached=False, again=False):
         n = len(prompts)
-        pixels = sample.to_pixels([picture(self.size, i) for i in range(n)], self.device, self.dtype)
+        pixels = data.to_pixels([picture(self.size, i) for i in range(n)], self.device, self.dtype)
         s, eps = torch.linspace(0.1, 0.9, n, device=self.device), self.noise(n).to(self.dtype)
         x0 = self.ours.dcae.encode(pixels).detach()
 

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import data
-import sample
 import train
 
 
@@ -64,7 +63,7 @@ def test_shorter_side_then_centre_crop(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(json.dumps(dict(file_name="a.png", text="x")))
     example, = (e for _, e in itertools.islice(data.Reader(data.Share([source(tmp_path, 30)], [1], 0, 0, [(1, [0])])), 1))
     assert example.target.size == (30, 30) and example.target.getcolors() == [(900, (0, 0, 255))]
-    x = sample.to_pixels([example.target], "cpu")
+    x = data.to_pixels([example.target], "cpu")
     assert x.shape == (1, 3, 30, 30) and x.min() == -1 and x.max() == 1
 
 

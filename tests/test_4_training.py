@@ -302,12 +302,12 @@ def test_cached_latents_change_nothing_and_go_with_size_and_weights(tmp_path):
     assert losses(again) == want
     scaled = copy.copy(again.model)
     scaled.config = dataclasses.replace(scaled.config, dcae=dataclasses.replace(scaled.config.dcae, scaling_factor=2.0))
-    assert train.Latents(scaled, argparse.Namespace(**vars(again.a) | dict(out=tmp_path / "scaled"))).folder.name != kept[0].parent.name
+    assert data.Latents(scaled, argparse.Namespace(**vars(again.a) | dict(out=tmp_path / "scaled"))).folder.name != kept[0].parent.name
     other = start(tmp_path / "run", "--cache-latents", "--size", 32, *how)
     assert losses(other) != want and not kept[0].exists()                       # another size: the old ones are gone
     with torch.no_grad():
         other.model.dcae.encoder.conv_in.weight += 1
-    changed = train.Latents(other.model, other.a)
+    changed = data.Latents(other.model, other.a)
     assert changed.folder != other.learner.extra.folder and changed.known(str(tmp_path / "data" / "0.png")) is None
 
 

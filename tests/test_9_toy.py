@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import data
 import evaluate
 import grader
 import sample
@@ -28,7 +29,7 @@ def test_it_fits_in_16_megabytes_and_says_how_it_was_made():
 
 def test_the_autoencoder_keeps_colours(model):
     """Mean error of a reconstruction well under that of a blank page."""
-    x = sample.to_pixels([toy.render(toy.sample_scene(random.Random(i))) for i in range(32)], "cpu")
+    x = data.to_pixels([toy.render(toy.sample_scene(random.Random(i))) for i in range(32)], "cpu")
     with torch.no_grad():
         back = model.dcae.decode(model.dcae.encode(x))
     assert (back - x).pow(2).mean() < 0.1 * (x - x.median()).pow(2).mean()

@@ -8,8 +8,10 @@
 Each has examples of its own from toy.py, a loss, and perhaps a module that is thrown away afterwards. A loss takes the model, that module,
 rows of (example, its own random.Random) and the options, and gives the losses (B,) and the times t (B,) of these rows, or None.
 """
+import dataclasses
 import math
 import os
+import random
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,7 @@ import toy
 from dcae import DCAEConfig
 from dit import DiTConfig
 from mllm import ASK, DRAW, SPECIAL, MLLMConfig, Row, Tokenizer, chat, mrope_positions
-from sample import to_pixels
-from tbac import TBACConfig
+from tbac import TBAC, TBACConfig
 from vit import ViTConfig, patchify
 
 TOY = TBACConfig(
@@ -199,13 +200,23 @@ def mllm_loss(model, extra, rows, a):
 def dcae_loss(model, extra, rows, a):
     """L1 + L2 on pixels and L1 on their differences to the next pixel (edges); a little noise makes near latents mean near pictures."""
     scenes, rngs = zip(*rows)
-    x = to_pixels([toy.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype))
+    x = data.to_pixels([toy.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype))
     z = model.dcae.encode(x)
     z = z + 0.1 * z.detach().std() * data.noise(rngs, z.shape[1:], a.device)[1].to(z.dtype)
     miss = (model.dcae.decode(z) - x).float()
     mean = lambda x: x.flatten(1).mean(1)
     edges = mean(miss.diff(dim=2).abs()) + mean(miss.diff(dim=3).abs())
     return mean(miss.abs()) + mean(miss.pow(2)) + edges / 2, None
+
+
+def unit_latents(folder, a):
+    """Afterwards gives the autoencoder the scaling factor at which its latents have a standard deviation of 1, as SANA's have."""
+    model, rng = TBAC.load(folder, a.device), random.Random(a.seed)
+    x = data.to_pixels([toy.render(toy.sample_scene(rng), a.size) for _ in range(256)], a.device)
+    with torch.no_grad():
+        std = model.dcae.encode(x).std().item() / model.config.dcae.scaling_factor
+    model.config = dataclasses.replace(model.config, dcae=dataclasses.replace(model.config.dcae, scaling_factor=1 / std))
+    model.save(folder)
 
 
 class Things(nn.Module):
@@ -235,7 +246,7 @@ def dit_loss(model, extra, rows, a):
     """Flow matching on what the things say, the same for every block; a tenth hears nothing, which guidance needs."""
     scenes, rngs = zip(*rows)
     with torch.no_grad():
-        x0 = model.dcae.encode(to_pixels([toy.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype)))
+        x0 = model.dcae.encode(data.to_pixels([toy.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype)))
     rungs = extra([None if r.random() < a.drop else s for s, r in rows]).expand(model.config.dit.n_layer, -1, -1, -1)
     t, eps = data.noise(rngs, x0.shape[1:], a.device)
     return model.flow_losses(x0, rungs, t, eps), t
