@@ -26,8 +26,8 @@ import math
 import os
 import pathlib
 import random
-import resource
 import signal
+import sys
 import tempfile
 import time
 
@@ -248,9 +248,14 @@ def training_loop(learner, state, stream, a, stop=lambda: False):
 
 
 def peak_memory(device):
-    """GB, of the GPU or of this process."""
-    unit = 1 if os.uname().sysname == "Darwin" else 1024
-    return (torch.cuda.max_memory_allocated() if device.startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9
+    """GB, of the GPU or of this process; NaN where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:                                                         # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def sources(a, latents, own):
