@@ -119,8 +119,8 @@ def needed_to_draw(name, n_layer):
 
 
 def training_bytes(frozen, trained):
-    """bfloat16 is 2 bytes; a trained number is four float32: itself, its gradient, AdamW's two moments."""
-    return 2 * frozen + 16 * trained
+    """bfloat16 is 2 bytes; a trained number is five float32: itself, its gradient, AdamW's two moments, the running mean."""
+    return 2 * frozen + 20 * trained
 
 
 BROKEN_LAYER = 1                        # states 0 and 1 agree, from state 2 on they differ: states[i] enters layer i

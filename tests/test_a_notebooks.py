@@ -11,6 +11,8 @@ import matplotlib
 import pytest
 import torch
 
+import ladder
+import mllm
 from tests.conftest import ROOT
 
 NAMES = ["1_flow", "2_mllm", "3_dit", "4_ladder", "5_inspect", "6_weights"]
@@ -58,9 +60,11 @@ WRONG = {                                                           # per exerci
     "2_mllm": [
         [lambda before, h, w, after: places(before, h, w, after, h * w), lambda before, h, w, after: places(before, h, w, after, max(h, w) + 1),
          lambda before, h, w, after: places(before, h, w, after, max(h, w))[[0, 2, 1]],
-         lambda before, h, w, after: torch.arange(before + h * w + after).expand(3, -1)],
+         lambda before, h, w, after: torch.arange(before + h * w + after).expand(3, -1),
+         lambda before, h, w, after: mllm.mrope_positions([0] * before + [1] * h * w + [0] * after, 1, [(h, w)])],
         [lambda a, b, across, side: True, lambda a, b, across, side: a // side ** 2 == b // side ** 2,
-         lambda a, b, across, side: a % across // side == b % across // side, lambda a, b, across, side: a // across // side == b // across // side],
+         lambda a, b, across, side: a % across // side == b % across // side, lambda a, b, across, side: a // across // side == b // across // side,
+         lambda a, b, across, side: (a // across // 2, a % across // 2) == (b // across // 2, b % across // 2)],
         [lambda real: torch.ones(real.shape[1], real.shape[1]).tril().bool().expand(len(real), -1, -1),
          lambda real: real[:, None].expand(-1, real.shape[1], -1),
          lambda real: torch.ones(real.shape[1], real.shape[1]).tril().bool() & real[:, None]],
@@ -75,7 +79,7 @@ WRONG = {                                                           # per exerci
     ],
     "4_ladder": [
         [lambda n, l: [*range(n - l, n)], lambda n, l: [*range(n - l + 1, n + 1)], lambda n, l: [*range(l)],
-         lambda n, l: [*range(n - 1, n - l - 1, -1)]],
+         lambda n, l: [*range(n - 1, n - l - 1, -1)], lambda n, l: ladder.rungs(n, l)],
         [lambda taps, n: [*range(max(taps) + 1, n)], lambda taps, n: [i for i in range(n) if i not in taps], lambda taps, n: [n - 1]],
         [lambda n, l: [[0.5 * (i - j in (n - l, n - l + 1)) for i in range(n + 1)] for j in range(l)],
          lambda n, l: [[0.0 if i - j in (n - l - 1, n - l) else -1e4 for i in range(n + 1)] for j in range(l)],
@@ -96,7 +100,7 @@ WRONG = {                                                           # per exerci
     "6_weights": [
         [lambda name, n: True, lambda name, n: "visual" not in name and "encoder" not in name,
          lambda name, n: name.startswith(("model.transformer", "model.connector", "vae.decoder"))],
-        [lambda frozen, trained: 2 * frozen + 12 * trained, lambda frozen, trained: 16 * (frozen + trained),
+        [lambda frozen, trained: 2 * frozen + 16 * trained, lambda frozen, trained: 16 * (frozen + trained),
          lambda frozen, trained: 2 * (frozen + trained)],
         [0, 2, 5],
     ],
