@@ -28,9 +28,11 @@ def smart_size(width, height, unit, area):
     w, h = round(width / unit) * unit, round(height / unit) * unit
     if w * h == area:
         return w, h
-    toward = math.floor if w * h > area else math.ceil              # never above the area when too large, nor below when too small
+    if w * h > area:                                                # never above the area when too large, nor below when too small
+        scale = math.sqrt(width * height / area)                    # divided by: the inverse would round otherwise than the public code
+        return max(unit, math.floor(width / scale / unit) * unit), max(unit, math.floor(height / scale / unit) * unit)
     scale = math.sqrt(area / (width * height))
-    return max(unit, toward(width * scale / unit) * unit), max(unit, toward(height * scale / unit) * unit)
+    return math.ceil(width * scale / unit) * unit, math.ceil(height * scale / unit) * unit
 
 
 def patchify(image, c):
@@ -183,7 +185,7 @@ class ViT(nn.Module):
         return (place * frequencies(c.dim // c.n_head // 4, 1e4, device)).flatten(1)
 
     def forward(self, patches, grid):
-        """patches (B, P, 1176) of B pictures that share one grid (h, w) in patches -> (B, U, M)."""
+        """patches (B, P, 3 * frames * patch^2) of B pictures that share one grid (h, w) in patches -> (B, U, M)."""
         c, B, dev = self.config, len(patches), patches.device
         order, real = window_order(grid, c)                                              # W windows of T units
         W, unit, where = len(order), c.merge ** 2, real.flatten().nonzero()[:, 0]

@@ -133,7 +133,8 @@ def test_vision_attention_without_padding_needs_no_mask():
     assert relative(layer(x, angle, real)[:, :4], layer(x[:, :4], angle[:, :4], real[:, :4])) < 1e-6
 
 
-@pytest.mark.parametrize("width, height, want", [(640, 360, (588, 336)), (512, 512, (448, 448)), (28, 28, (448, 448)), (448, 448, (448, 448))])
+@pytest.mark.parametrize("width, height, want", [(640, 360, (588, 336)), (512, 512, (448, 448)), (28, 28, (448, 448)), (448, 448, (448, 448)),
+                                                 (800, 800, (448, 448)), (1184, 666, (588, 336)), (1600, 1600, (448, 448))])
 def test_smart_size(width, height, want):
     assert smart_size(width, height, 28, 256 * 28 * 28) == want
 
