@@ -188,13 +188,18 @@ def convert(qwen, sana, tbac, out, dtype=None, seed=0):
     return config
 
 
-def export(folder, out):
+def export(folder, out, dtype=None):
     """A folder of ours -> the released layout: shards, index, and the config entries that TBAC-UniImage's code reads."""
     config = TBACConfig.from_dict(read_json(folder / "config.json"))
+    if config.wiring != "top":
+        raise ValueError(f"{folder} has a ladder wired as {config.wiring!r}; the released code knows the paper's only")
     with torch.device("meta"):
         model = TBAC(config)
     public = {ours: name for part in PARTS for name, ours in public_names(model, part).items()}
-    queries = [t for file in weight_files(folder) for n, t in read_tensors(file) if n == "ladder.queries"]
+    queries = []
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as f:
+            queries += [f.get_tensor("ladder.queries")] if "ladder.queries" in set(f.keys()) else []
     if len(queries) != 1:
         raise ValueError(f"{folder} has no ladder.queries")
     v = config.mllm.vision
@@ -206,8 +211,10 @@ def export(folder, out):
                     t = torch.cat([t, queries[0].to(t.dtype), t.new_zeros(2, t.shape[1])])          # the released table's two unused rows
                 if name == "mllm.vision.patch_embed.weight":
                     t = t.view(-1, 3, v.frames, v.patch, v.patch)
+                if name != "ladder.queries" and name not in public:
+                    raise ValueError(f"{file}: tensor {name} has no public name, or stands there twice")
                 if name != "ladder.queries":
-                    yield public.pop(name), t
+                    yield public.pop(name), t.to(dtype)
         if public:
             raise ValueError(f"{folder}: {len(public)} tensors are missing, the first ones {list(public)[:3]}")
     with replacing(out) as new:
@@ -227,11 +234,14 @@ def main():
     a = p.parse_args()
     if not a.export and not (a.qwen and a.sana):
         p.error("give --qwen and --sana (and --tbac for the released weights), or --export")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[a.dtype]
     try:
+        if any(folder and folder.resolve() == a.out.resolve() for folder in (a.qwen, a.sana, a.tbac, a.export)):
+            raise ValueError(f"--out {a.out} is one of the folders to read, and would be lost: give another one")
         if a.export:
-            export(a.export, a.out)
+            export(a.export, a.out, dtype)
         else:
-            convert(a.qwen, a.sana, a.tbac, a.out, {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[a.dtype])
+            convert(a.qwen, a.sana, a.tbac, a.out, dtype)
     except (ValueError, OSError, SafetensorError) as e:
         raise SystemExit(f"error: {e}") from None
     print(f"wrote {a.out}")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tbac import TBAC, read_tensors, weight_files
 from tests.conftest import TINY, run
-from weights_convert import convert, read_config
+from weights_convert import convert, export, read_config
 
 
 def tensors(folder):
@@ -26,6 +26,27 @@ def test_round_trip_is_bit_identical(tiny_folder, tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert index.keys() == back.keys() and {f.name for f in weight_files(tmp_path)} == set(index.values())
     assert json.loads((tmp_path / "config.json").read_text())["num_metaqueries"] == 8
+
+
+def test_a_source_is_not_lost_to_the_result(tiny_folder, tmp_path):
+    shutil.copytree(TINY / "tbac", tmp_path / "tbac")
+    shutil.copytree(tiny_folder, tmp_path / "ours")
+    for args in (("--qwen", TINY / "qwen", "--sana", TINY / "sana", "--tbac", tmp_path / "tbac", "--out", tmp_path / "tbac"),
+                 ("--export", tmp_path / "ours", "--out", tmp_path / "tbac" / ".." / "ours")):
+        done = run("weights_convert.py", *args)
+        assert done.returncode == 1 and "one of the folders to read" in done.stderr
+    assert tensors(tmp_path / "tbac").keys() == tensors(TINY / "tbac").keys() and tensors(tmp_path / "ours").keys() == tensors(tiny_folder).keys()
+
+
+def test_export_knows_the_released_wiring_only(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "ours")
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | dict(wiring="last")))
+    with pytest.raises(ValueError, match="wired as 'last'"):
+        export(tmp_path / "ours", tmp_path / "out")
+    export(tiny_folder, tmp_path / "half", torch.bfloat16)
+    assert {t.dtype for t in tensors(tmp_path / "half").values()} == {torch.bfloat16}
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in weight_files(tmp_path / "half"))
 
 
 def test_exported_folder_converts_again_to_the_same_model(tiny_folder, tmp_path):
