@@ -44,7 +44,8 @@ def modulate(x, shift, scale):
 def linear_attention(q, k, v, eps=1e-15):
     """out_n = sum_m (relu(q_n) . relu(k_m)) v_m / sum_m relu(q_n) . relu(k_m), for q, k, v (B, H, N, K).
 
-    Summing over m first costs N * K^2 where softmax attention costs N^2 * K. In float32: the sums overflow half precision.
+    Summing over m first costs N * K^2 where softmax attention costs N^2 * K. In float32: sums over all places
+    overflow float16, and bfloat16 loses their small terms.
     """
     q, k, v = F.relu(q.float()), F.relu(k.float()), v.float()
     kv = k.transpose(2, 3) @ v                                     # (B, H, K, K)

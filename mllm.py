@@ -32,7 +32,10 @@ class Tokenizer:
 
     def __init__(self, file):
         self.file = str(file)
-        self.bpe = tokenizers.Tokenizer.from_file(self.file)
+        try:
+            self.bpe = tokenizers.Tokenizer.from_file(self.file)
+        except Exception as e:                                                  # the library raises nothing narrower
+            raise ValueError(f"{file} is not a tokenizer: {e}") from None
         self.special = {n: self.bpe.token_to_id(f"<|{n}|>") for n in SPECIAL}
         if missing := [n for n, i in self.special.items() if i is None]:
             raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {missing}")
@@ -47,12 +50,13 @@ class Tokenizer:
         return self.bpe.decode(ids, skip_special_tokens=not keep_special)
 
     def cut(self, text, limit):
-        """The text's first `limit` tokens. The released code cuts before it applies the template, so the end stays whole."""
+        """The text's first `limit` tokens (what is left of a character that is cut goes). The released code cuts before it applies the template, so
+        the end stays whole."""
         ids = self.encode(text)
         if len(ids) <= limit:
             return text
         warnings.warn(f"prompt cut from {len(ids)} to {limit} tokens", stacklevel=4)
-        return self.decode(ids[:limit], keep_special=True)
+        return self.decode(ids[:limit], keep_special=True).rstrip("\ufffd")
 
 
 def chat(text, image_units=(), system=ASK):
@@ -325,6 +329,7 @@ class MLLM(nn.Module):
     def generate(self, batch, max_new_tokens=64, temperature=0.0, generator=None):
         """Batch -> a list of token ids per row, up to <|im_end|>; greedy at temperature 0."""
         cache, stop = KVCache(), [self.tokenizer.special[n] for n in ("im_end", "endoftext")]
+        ends = torch.tensor(stop, device=self.embed.weight.device)
         x, positions, real, out = self.read(batch), batch.positions, batch.real, []
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
@@ -332,7 +337,7 @@ class MLLM(nn.Module):
             token = logits.argmax(-1) if temperature == 0 else \
                 torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
             out.append(token)
-            done |= torch.isin(token, torch.tensor(stop, device=x.device))
+            done |= torch.isin(token, ends)
             if done.all():
                 break
             x, real = self.embed(token)[:, None], torch.ones_like(real[:, :1])

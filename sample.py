@@ -147,7 +147,7 @@ def options(argv=None):
     p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures to edit or to ask about")
     p.add_argument("--ask", metavar="QUESTION", help="answer a question instead of drawing")
     p.add_argument("--out", default="out.png", help="file to write (default: out.png; several pictures: also out-1.png, out-2.png, ...)")
-    p.add_argument("--n", type=int, default=1, help="how many pictures; picture i has the seed --seed + i")
+    p.add_argument("--n", type=int, default=1, help="how many pictures, the first from --seed, the next from --seed + 1, ...")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, default=20, help="(default: 20)")
     p.add_argument("--guidance", type=float, default=4.5, help="how much to follow the text, 1 = no guidance (default: 4.5)")
@@ -198,6 +198,12 @@ def compile_parts(model, once):
         warnings.warn(f"--compile: goes on without, {type(e).__name__}: {str(e).splitlines()[0]}", stacklevel=2)
 
 
+def files_of(a, out):
+    """-> the files of the pictures, and all files that will be written"""
+    pictures = [] if a.ask is not None else [out] if a.n == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(a.n)]
+    return pictures, [*pictures, *([out] if len(pictures) > 1 else []), *([beside(out)] if a.explain else [])]
+
+
 def draw(a, model, images, out):
     """The pictures one by one, each from its own seed, so that a picture does not depend on how many others are asked for."""
     size = parse_size(a.size) if a.size else None
@@ -205,7 +211,7 @@ def draw(a, model, images, out):
     heard = conditions(model, [a.prompt], [images], a.image_guidance, a.negative)            # once for all pictures
     one, pictures = dict(prompts=[a.prompt], images=[images], heard=heard), []
     said = settings | dict(prompt=a.prompt, model=str(a.model), images=a.image)
-    files = [out] if a.n == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(a.n)]
+    files, every_file = files_of(a, out)
     if a.compile:
         compile_parts(model, lambda: generate(model, **one, **settings | dict(steps=1)))
     if a.explain:
@@ -227,7 +233,7 @@ def draw(a, model, images, out):
         save_png(sheet(every, labels, scale=max(1, 256 // min(pictures[0].size))), out, said)
     if a.explain:
         save_png(explain.drawing(model, a.prompt, images, pictures[0], heard[0][:, -1], kept), beside(out), said | dict(seed=a.seed))
-    print("wrote", *files, *([out] if a.n > 1 else []), *([beside(out)] if a.explain else []))
+    print("wrote", *every_file)
 
 
 def beside(out):
@@ -243,6 +249,7 @@ def ask(a, model, images, out):
     ids, seen = explain.watched_answer(model, a.ask, images)
     print(model.mllm.tokenizer.decode(ids).strip())
     save_png(explain.answer(model, a.ask, images, ids, seen), beside(out), dict(question=a.ask, model=str(a.model), images=a.image))
+    print("wrote", beside(out))
 
 
 def main():
@@ -258,8 +265,9 @@ def main():
         if a.explain and (a.compile or a.ask is not None and not a.image):
             raise ValueError("--explain " + ("reads what --compile fuses away: leave one out" if a.compile else "and --ask need an --image"))
         images = [open_image(file) for file in a.image]
-        if a.ask is None and out.exists() and any(out.samefile(file) for file in a.image):
-            raise ValueError(f"--out {out} is one of --image and would be lost: give another name")
+        for file in files_of(a, out)[1]:
+            if file.exists() and any(file.samefile(image) for image in a.image):
+                raise ValueError(f"{file} is one of --image and would be lost: give another --out")
         model = TBAC.load(a.model, a.device, a.dtype and getattr(torch, a.dtype))
         a.image_guidance = model.config.image_guidance if a.image_guidance is None else a.image_guidance
         if a.ask is not None:

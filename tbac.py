@@ -1,12 +1,12 @@
 """TBAC-UniImage, the unified model: an MLLM that reads, a ladder, a DiT that paints, an autoencoder for the pixels.
 
-+- Conventions, each with a test -----------------------------------------------------------------------------------+
-| time      t = 0 is data, t = 1 is noise; t is uniform in (0, 1] in training; the network is fed 1000 t              |
-| path      x_t = (1 - t) x0 + t eps                                                                                 |
++- Conventions, each with a test -------------------------------------------------------------------------------------+
+| time      t = 0 is data, t = 1 is noise; training draws t uniformly in (0, 1] (--shift bends it); fed is 1000 t     |
+| path      x_t = (1 - t) x0 + t eps                                                                                  |
 | target    v = eps - x0, so x0 = x_t - t v and one Euler step from t to s is x_s = x_t + (s - t) v                   |
 | latents   x0 = encode(pixels) * scaling_factor, pixels in [-1, 1]                                                   |
 | guidance  null + g (cond - null), on all channels; with images (gi > 1) null + gi (image - null) + g (both - image) |
-+-------------------------------------------------------------------------------------------------------------------+
++---------------------------------------------------------------------------------------------------------------------+
 
 The route of a prompt: prompt -> ids, patches (MLLM.rows) -> packs (mllm.pack) -> the queries' hidden states (TBAC.hear) -> rungs (ladder)
 -> keys and values (dit.condition) -> velocity (dit) -> latents (sample.denoise) -> picture (dcae.decode).
@@ -77,15 +77,17 @@ class TBACConfig:
     def from_dict(cls, d):
         """The inverse of dataclasses.asdict, from JSON (where tuples have become lists)."""
         def build(kind, d, **nested):
-            try:
-                return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} | nested)
-            except TypeError as e:
-                raise ValueError(f"config.json: {e}") from None
-        if missing := {"mllm", "dit", "dcae"} - d.keys():
-            raise ValueError(f"config.json has no {sorted(missing)}: not a folder of this project (public weights: weights_convert.py)")
-        m = d["mllm"]
-        mllm = build(MLLMConfig, m, vision=build(ViTConfig, m["vision"]))
-        return build(cls, d, mllm=mllm, dit=build(DiTConfig, d["dit"]), dcae=build(DCAEConfig, d["dcae"]))
+            return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} | nested)
+        if not isinstance(d, dict) or not {"mllm", "dit", "dcae"} <= d.keys():
+            raise ValueError("config.json lacks mllm, dit or dcae: not a folder of this project (public weights: weights_convert.py)")
+        try:
+            mllm = build(MLLMConfig, d["mllm"], vision=build(ViTConfig, d["mllm"]["vision"]))
+            config = build(cls, d, mllm=mllm, dit=build(DiTConfig, d["dit"]), dcae=build(DCAEConfig, d["dcae"]))
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"config.json: {type(e).__name__}: {e}") from None
+        if config.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"config.json: dtype {config.dtype!r}, expected float32, float16 or bfloat16")
+        return config
 
 
 class TBAC(nn.Module):
@@ -94,6 +96,8 @@ class TBAC(nn.Module):
     def __init__(self, config, tokenizer=None):
         super().__init__()
         c = self.config = config
+        if c.dit.channels != c.dcae.latent_channels:
+            raise ValueError(f"the DiT paints {c.dit.channels} channels, the autoencoder has {c.dcae.latent_channels}")
         self.mllm = MLLM(c.mllm, tokenizer).requires_grad_(False)
         self.ladder = c.ladder()
         self.dit = DiT(c.dit)
@@ -134,7 +138,7 @@ class TBAC(nn.Module):
             with torch.no_grad():
                 run(slice(before), slice(before))
         cache.full = True
-        states = run(slice(before, None), slice(None))                                              # of each depth (packs, S, M)
+        states = run(slice(before, None), slice(None))                                              # of each depth (packs, S - before, M)
         return [torch.cat([line[-n:].unflatten(0, (-1, len(queries))) for line, n in zip(state, ends)]) for state in states]
 
     def velocity(self, x_t, t, rungs):
@@ -306,5 +310,6 @@ def write_shards(folder, tensors, limit=1 << 30):
     for i, names in enumerate(shards):
         file = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
         os.replace(folder / f"part-{i}", folder / file)
+        (folder / file).chmod(0o644)                            # save_file lets nobody else read it
         where |= dict.fromkeys(names, file)
     return where

@@ -144,10 +144,27 @@ def test_errors_are_one_clear_line(tiny_folder, args, message):
     assert done.returncode == 1 and message in error and "Traceback" not in done.stderr
 
 
-def test_a_picture_is_not_lost_to_its_edit(tiny_folder, tmp_path):
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
-    done = draw(tiny_folder, "make it blue", "--image", tmp_path / "a.png", "--out", tmp_path / "a.png")
-    assert done.returncode == 1 and "is one of --image" in done.stderr and Image.open(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+@pytest.mark.parametrize("source, more", [("a.png", []), ("a-2.png", ["--n", 2]), ("a-explain.png", ["--explain"])])
+def test_a_picture_is_not_lost_to_its_edit(tiny_folder, tmp_path, source, more):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / source)
+    done = draw(tiny_folder, "make it blue", "--image", tmp_path / source, "--out", tmp_path / "a.png", *more)
+    assert done.returncode == 1 and "is one of --image" in done.stderr and Image.open(tmp_path / source).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("config, message", [([], "not a folder of this project"), (dict(mllm=3), "config.json: TypeError"),
+                                             (dict(mllm={}), "config.json: KeyError: 'vision'"), (dict(dtype="float31"), "float31")])
+def test_a_config_of_something_else(tiny_folder, tmp_path, config, message):
+    whole = json.loads((tiny_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(whole | config if config else config))
+    with pytest.raises(ValueError, match=message):
+        TBAC.load(tmp_path)
+
+
+def test_a_tokenizer_that_is_cut_short(tiny_folder, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
+    (tmp_path / "tokenizer.json").write_text((tiny_folder / "tokenizer.json").read_text()[:1000])
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        TBAC.load(tmp_path)
 
 
 @pytest.mark.parametrize("args, message", [(["--image", "a.png", "make it blue"], "stands before --image"),
