@@ -40,12 +40,12 @@ class Example:
     name: str = ""
 
 
-def draw_example(rng, size):
+def draw_example(rng, number, size):
     scene = toy.sample_scene(rng)
     return Example(toy.request(scene, rng)[0], (), toy.render(scene, size))
 
 
-def edit_example(rng, size):
+def edit_example(rng, number, size):
     scene = toy.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
     order, target, _ = toy.edit(scene, rng)
     return Example(order, (toy.render(scene, size),), toy.render(target, size))
@@ -201,11 +201,11 @@ def source(spec, toys, seed, *how):
     if (path / "metadata.jsonl").is_file():
         found = Folder(path, *how)
     else:
-        files = [str(path / "*.tar")] if path.is_dir() else [spec]
+        files = [glob.escape(spec) + "/*.tar"] if path.is_dir() else [spec]
         if span := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
             first, last = span.groups()
             files = [spec[:span.start()] + f"{i:0{len(first)}d}" + spec[span.end():] for i in range(int(first), int(last) + 1)]
-        every = {f: sorted(glob.glob(f)) for f in files}
+        every = {f: [f] if os.path.isfile(f) else sorted(glob.glob(f)) for f in files}
         if missing := [f for f, there in every.items() if not there]:
             raise ValueError(f"--data {spec}: no such files: {missing[:3]}; expected tars, a folder with metadata.jsonl, or one of {list(toys)}")
         found = Tars(sum(every.values(), []), *how)

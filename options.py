@@ -66,7 +66,7 @@ def where_it_runs(add):
     add("--out", type=pathlib.Path, help="folder for model, checkpoints, log, sheets and curves")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the options of that run")
     add("--workers", type=int, default=0, help="helper processes that read data")
-    add("--cache-latents", action=SWITCH, default=False, help="run the autoencoder once per picture, keep latents in --out")
+    add("--cache-latents", action=SWITCH, default=False, help="run the autoencoder once per picture (known by its name), keep latents in --out")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="to compute in; what learns is kept in float32")
     add("--fsdp", action=SWITCH, default=False, help="with torchrun: shard what learns (FSDP2), instead of a copy in each process (DDP)")
@@ -103,9 +103,13 @@ def options(argv=None, about=""):
     a = p.parse_args(argv)
     if wrong := [take for take in a.take if not re.fullmatch("(mllm|dcae|dit|ladder)=.+", take)]:
         p.error(f"--take {wrong[0]}: expected PART=FOLDER, where PART is mllm, dcae, dit or ladder")
-    if wrong := [name for name in ("batch", "accumulate", "save_every", "keep") if getattr(a, name) < 1]:
+    if wrong := [n for n in ("batch", "accumulate", "save_every", "keep", "steps", "queries") if getattr(a, n) is not None and getattr(a, n) < 1]:
         p.error(f"--{wrong[0].replace('_', '-')} must be 1 or more")
-    if first.steps:
+    if wrong := [n for n in ("epochs", "shift", "clip") if getattr(a, n) is not None and getattr(a, n) <= 0]:
+        p.error(f"--{wrong[0]} must be more than 0")
+    if not 0 <= a.drop <= 1 / 3:
+        p.error("--drop must be 0 to 1/3: with pictures it happens three times, without text, without picture, without both")
+    if first.steps is not None:
         a.epochs = first.epochs                                                 # not the preset's
     if a.dry_run:
         a.steps, a.epochs, a.warmup, a.save_every, a.sheet_every, a.resume = 1, None, 1, 1, 1, False

@@ -59,7 +59,8 @@ class State:
     """What changes while training, and what a checkpoint holds: weights, their running mean, AdamW's moments, the guard, counts."""
 
     def __init__(self, trained, a):
-        self.params, self.step, self.updates, self.guard, self.past = trained, 0, 0, Guard(), []        # updates: steps taken; past: data.Share
+        self.params, self.step, self.updates, self.seen, self.guard, self.past = trained, 0, 0, 0, Guard(), []
+        # updates: steps taken; seen: examples, on all processes; past: of data.Share
         self.saved = None                                                       # the step of the last checkpoint
         self.mean = {n: p.detach().clone() for n, p in trained.items()} if a.ema else trained
         matrices, others = ([p for p in trained.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
@@ -83,10 +84,15 @@ class State:
             for kind, t in (dict(param=p) | mean | self.optimizer.state.get(p, {})).items():      # AdamW has none where there was no gradient yet
                 yield f"{kind}.{n}", whole(t)
 
+    def facts(self):
+        """What is not a tensor, for JSON."""
+        return dict(step=self.step, updates=self.updates, seen=self.seen, past=self.past, guard=vars(self.guard))
+
     @torch.no_grad()
     def load(self, folder):
         facts = json.loads((folder / "state.json").read_text())
-        self.step, self.updates, self.past = facts["step"], facts["updates"], [(world, reached) for world, reached in facts["past"]]
+        self.step, self.updates, self.seen = facts["step"], facts["updates"], facts["seen"]
+        self.past = [(world, reached) for world, reached in facts["past"]]
         self.guard.__dict__ |= facts["guard"]
         self.saved, stored = self.step, set()
         for file in weight_files(folder):
@@ -98,8 +104,7 @@ class State:
                     raise ValueError(f"{folder} holds {name} {tuple(t.shape)}, which does not learn here: of another --stage or --model?")
                 if kind not in ("param", "mean"):
                     moments = self.optimizer.state[p]
-                    moments.setdefault("step", torch.tensor(float(self.updates), device=p.device))      # an older checkpoint has none
-                    moments[kind] = fill(torch.empty_like(moments["step"] if kind == "step" else p), t)
+                    moments[kind] = fill(torch.empty((), device=p.device) if kind == "step" else torch.empty_like(p), t)
                 elif kind == "param" or self.mean is not self.params:           # with --ema 0 a stored mean is left out
                     fill({"param": p, "mean": self.mean[n]}[kind], t)
         for n, p in self.params.items():
@@ -141,7 +146,7 @@ def save(model, state, frozen, a, rank):
         if new_step:
             new.mkdir(parents=True)
             write_shards(new, tensors)
-            (new / "state.json").write_text(json.dumps(dict(step=state.step, updates=state.updates, past=state.past, guard=vars(state.guard))))
+            (new / "state.json").write_text(json.dumps(state.facts()))
             sync(new)
             os.rename(new, folder / f"step-{state.step:08d}")
             sync(folder)

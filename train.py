@@ -84,6 +84,14 @@ def build(a):
         model.config = dataclasses.replace(model.config, wiring=a.wiring or model.config.wiring, n_query=a.queries or model.config.n_query)
         model.ladder = model.config.ladder().to(a.device)
         model.ladder.init_weights(torch.Generator().manual_seed(a.seed))
+    if a.take:
+        with torch.device("meta"):
+            like = TBAC(model.config)                                           # ValueError where DiT and autoencoder do not fit
+        shapes = [{n: p.shape for n, p in m.ladder.named_parameters()} for m in (model, like)]
+        if shapes[0] != shapes[1] or model.ladder.taps != like.ladder.taps:
+            raise ValueError(f"--take {' '.join(a.take)}: the ladder does not fit the other parts; --wiring top makes a fresh one")
+    if a.stage in (*LADDER, "dit"):                                             # from now on it draws at the size that it learns at
+        model.config = dataclasses.replace(model.config, size=a.size)
     return model
 
 
@@ -227,7 +235,7 @@ def names(passes):
 
 def training_loop(learner, state, stream, a, stop=lambda: False):
     """Yields a Report after every step, until a.steps or until some process is told to stop."""
-    asked = False
+    asked, per_step = False, a.batch * a.accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
     while state.step < a.steps and not asked:
         done, passes = [], list(itertools.islice(stream, a.accumulate))
         for i, rows in enumerate(passes):
@@ -242,7 +250,7 @@ def training_loop(learner, state, stream, a, stop=lambda: False):
         if not skipped:
             state.update(a)
         state.optimizer.zero_grad()
-        state.step += 1
+        state.step, state.seen = state.step + 1, state.seen + per_step
         by_t = None if times is None else bins(losses, times)
         yield Report(state.step, loss, norm, learning_rate(state.step - 1, a), skipped, by_t, names(passes) if skipped else None)
 
@@ -250,7 +258,7 @@ def training_loop(learner, state, stream, a, stop=lambda: False):
 def peak_memory(device):
     """GB, of the GPU or of this process; NaN where the system does not tell."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
     except ImportError:                                                         # Windows
@@ -260,7 +268,7 @@ def peak_memory(device):
 
 def sources(a, latents, own):
     """--data -> sources, weights, None where none was given"""
-    draw, edit = (lambda rng, i: data.draw_example(rng, a.size)), (lambda rng, i: data.edit_example(rng, a.size))
+    draw, edit = (functools.partial(make, size=a.size) for make in (data.draw_example, data.edit_example))
     toys = {"toy": parts.EXAMPLE.get(a.stage, draw), "toy-edit": edit} | own
     specs = [(spec, None) if not sep or not w.replace(".", "", 1).isdigit() else (name, float(w))
              for spec in a.data for name, sep, w in [spec.rpartition("=")]]
@@ -278,7 +286,7 @@ def reader_of(a, state, rank, world, latents, own):
         if any(isinstance(s, data.Toy) for s in where):
             raise ValueError("--epochs: the toy world has no end, give --steps")
         records = [sum(1 for _ in tqdm(s.locations(random.Random(0)), "count records", disable=rank > 0)) for s in where]
-        a.steps = math.ceil(a.epochs * sum(records) / (a.batch * a.accumulate * world))
+        a.steps = state.step + math.ceil((a.epochs * sum(records) - state.seen) / (a.batch * a.accumulate * world))
         if set(weights) == {None}:                                              # an epoch has all of each source
             weights = records
     weights = [1.0 if w is None else w for w in weights]

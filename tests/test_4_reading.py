@@ -110,7 +110,7 @@ def test_a_reader_says_where_to_go_on(shards):
 
 
 def test_mixtures_follow_their_weights(shards, tmp_path):
-    toy = data.Toy(lambda rng, i: data.draw_example(rng, 32), 0)
+    toy = data.Toy(lambda rng, i: data.draw_example(rng, i, 32), 0)
     seen = Counter(t.isdigit() for t in texts([source(shards), toy], 1000, weights=[0.3, 0.7]))
     assert 250 < seen[True] < 350
     a = argparse.Namespace(stage="t2i", data=[f"{shards}=0.3", "toy=0.7", "toy-edit"], seed=0, size=32)
@@ -126,8 +126,10 @@ def test_in_epochs_sizes_count_unless_weights_are_given(tmp_path, given, weights
         (tmp_path / name / "metadata.jsonl").write_text(n * (json.dumps(dict(file_name="a.jpg", text="x")) + "\n"))
     a = argparse.Namespace(stage="t2i", data=[f"{tmp_path / name}{given}" for name in ("many", "few")], seed=0, size=32, overfit=False, epochs=1,
                            batch=1, accumulate=1, workers=0, max_bad=0)
-    reader = train.reader_of(a, argparse.Namespace(past=[]), 0, 1, None, {})
+    reader = train.reader_of(a, argparse.Namespace(past=[], step=0, seen=0), 0, 1, None, {})
     assert reader.share.weights == weights and a.steps == 8
+    train.reader_of(a, argparse.Namespace(past=[(1, [4])], step=4, seen=4), 0, 2, None, {})         # half of it done alone, the rest by two
+    assert a.steps == 4 + 2
 
 
 def broken(tmp_path):

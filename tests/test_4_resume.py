@@ -108,7 +108,7 @@ def main(monkeypatch, out, *args):
 
 @pytest.mark.parametrize("where, error, args", [
     ("train.open", OSError(28, "No space left on device"), ()), ("pathlib.Path.write_text", OSError(28, "No space left on device"), ()),
-    ("train.sheet", OSError(28, "No space left on device"), ("--sheet-every", 1)), ("train.save_file", SafetensorError("No space left"), ())])
+    ("train.sheet", OSError(28, "No space left on device"), ("--sheet-every", 1)), ("data.save_file", SafetensorError("No space left"), ())])
 def test_a_full_disk_is_a_clear_error_wherever_it_strikes(tmp_path, monkeypatch, where, error, args):
     def full(*_, **__):
         raise error
@@ -154,7 +154,7 @@ def state(ema=0.9, names=("a", "b")):
 def stored(s, folder):
     folder.mkdir()
     tbac.write_shards(folder, s.tensors())
-    (folder / "state.json").write_text(json.dumps(dict(step=s.step, updates=s.updates, past=s.past, guard=vars(s.guard))))
+    (folder / "state.json").write_text(json.dumps(s.facts()))
     return folder
 
 

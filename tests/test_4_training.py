@@ -148,6 +148,23 @@ def test_presets_are_the_papers_and_the_command_line_wins():
         train.options(["--preset", "paper", "--stage", "vit"])
 
 
+@pytest.mark.parametrize("wrong", ["--queries 0", "--steps 0", "--epochs 0", "--shift 0", "--clip 0", "--drop 0.5", "--batch 0"])
+def test_numbers_that_cannot_be_meant(wrong, capsys):
+    with pytest.raises(SystemExit):
+        train.options(wrong.split())
+    assert f"{wrong.split()[0]} must be" in capsys.readouterr().err
+
+
+def test_parts_that_do_not_fit(tmp_path, tiny_folder):
+    for part, why in (("dcae", "channels"), ("dit", "channels"), ("mllm", "does not fit the other parts")):
+        with pytest.raises(ValueError, match=why):
+            start(tmp_path / part, "--take", f"{part}={tiny_folder}")
+
+
+def test_a_model_draws_at_the_size_that_it_learnt_at(tmp_path):
+    assert start(tmp_path, "--size", 32).model.config.size == 32
+
+
 def test_steps_and_epochs():
     paper = ["--preset", "paper", "--stage", "edit", "--model", "x", "--data", "y"]
     epochs = lambda *args: (lambda a: (a.steps, a.epochs))(train.options([*paper, *args]))

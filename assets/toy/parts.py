@@ -252,6 +252,10 @@ def dit_loss(model, extra, rows, a):
     return model.flow_losses(x0, rungs, t, eps), t
 
 
+def scene(rng, number):
+    return toy.sample_scene(rng)
+
+
 LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss}
 EXTRA = {"vit": Names, "mllm": Blanks, "dit": Things}                         # thrown away afterwards
-EXAMPLE = dict.fromkeys(LOSS, lambda rng, i: toy.sample_scene(rng)) | {"mllm": conversation}
+EXAMPLE = dict.fromkeys(LOSS, scene) | {"mllm": conversation}
