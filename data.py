@@ -122,8 +122,8 @@ class Tars(Pictures):
     """webdataset tars: the members of a record share their name up to the first dot. `txt` and `jpg` (jpeg, png, webp); for editing `txt`,
     `source.jpg` (or source0.jpg, source1.jpg, ...) and `target.jpg`. Read where they lie, nothing is ever extracted."""
 
-    def __init__(self, files, *how):
-        super().__init__(*how)
+    def __init__(self, files, size, latents=None):
+        super().__init__(size, latents)
         self.files = files
 
     def locations(self, rng):
@@ -164,8 +164,8 @@ class Folder(Pictures):
     """A folder with metadata.jsonl, as Hugging Face's imagefolder has it: `text` and `file_name`; for editing `text`, `source` (one or a list)
     and `target`."""
 
-    def __init__(self, folder, *how):
-        super().__init__(*how)
+    def __init__(self, folder, size, latents=None):
+        super().__init__(size, latents)
         self.folder = folder
 
     def locations(self, rng):
@@ -192,14 +192,14 @@ class Folder(Pictures):
         return self.example(str(self.folder / target), row.get("text"), [self.folder / s for s in sources], self.folder / target)
 
 
-def source(spec, toys, seed, *how):
+def source(spec, toys, seed, size, latents=None):
     """What --data names: one of `toys`, a folder with metadata.jsonl, a folder of tars, a tar, 'shards-{000..123}.tar' or 'a*.tar'.
     ValueError if it holds nothing that can be read."""
     if spec in toys:
         return Toy(toys[spec], seed)
     path = pathlib.Path(spec)
     if (path / "metadata.jsonl").is_file():
-        found = Folder(path, *how)
+        found = Folder(path, size, latents)
     else:
         files = [glob.escape(spec) + "/*.tar"] if path.is_dir() else [spec]
         if span := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
@@ -208,7 +208,7 @@ def source(spec, toys, seed, *how):
         every = {f: [f] if os.path.isfile(f) else sorted(glob.glob(f)) for f in files}
         if missing := [f for f, there in every.items() if not there]:
             raise ValueError(f"--data {spec}: no such files: {missing[:3]}; expected tars, a folder with metadata.jsonl, or one of {list(toys)}")
-        found = Tars(sum(every.values(), []), *how)
+        found = Tars(sum(every.values(), []), size, latents)
     wrong = []
     for location in found.locations(random.Random(0)):
         try:

@@ -266,7 +266,7 @@ def sync(folder):
 
 class replacing:
     """A scratch folder whose files move into `folder` only when the block ends well, so that a half-written one is never seen.
-    Weight files of an older, differently sharded save go away then. ValueError if `folder` is a file."""
+    Any other model*.safetensors*, of an older, differently sharded save, go away then. ValueError if `folder` is a file."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)

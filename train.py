@@ -317,6 +317,7 @@ class Run:
         self.shown = [e for _, e in itertools.islice(data.Reader(first, max_bad=a.max_bad), 8)] if a.stage in LADDER else []
 
     def steps(self):
+        """To be asked for once: its examples begin where the last checkpoint was."""
         return training_loop(self.learner, self.state, batches(self.reader, self.state, self.a), self.a, lambda: self.asked is not None)
 
     def save(self):

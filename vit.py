@@ -4,7 +4,7 @@ Picture -> resized -> patches -> blocks, most of them with attention inside wind
 RMSNorm, rotary positions, attention and SwiGLU are those of the decoder, too (mllm.py).
 
 Dimension key: B pictures, P patches of a picture, U merged units (P / 4), D width, M the MLLM's width, H heads, K head dim, S positions, N
-pictures or windows.
+pictures or windows; in `attention` also G key heads, T positions that are seen.
 Left out: video.
 """
 import math
@@ -187,15 +187,15 @@ class ViT(nn.Module):
     def forward(self, patches, grid):
         """patches (B, P, 3 * frames * patch^2) of B pictures that share one grid (h, w) in patches -> (B, U, M)."""
         c, B, dev = self.config, len(patches), patches.device
-        order, real = window_order(grid, c)                                              # W windows of T units
+        order, real = window_order(grid, c)                                              # W windows of T units, `unit` patches each
         W, unit, where = len(order), c.merge ** 2, real.flatten().nonzero()[:, 0]
         back = where[order.flatten()[where].argsort()].to(dev)                           # of each unit the slot in which it stands now
         order, real = order.to(dev), real.to(dev)
-        windowed = lambda x: x.unflatten(-2, (-1, unit))[..., order, :, :].flatten(-4, -2)         # (..., P, n) -> (..., W*T*4, n)
-        x = windowed(self.patch_embed(patches))                                          # (B, W*T*4, D), edge windows filled up
-        angle = windowed(self.angles(grid, dev)).expand(B, -1, -1)                       # (B, W*T*4, K/2)
-        real_patch = real.flatten().repeat_interleave(unit).expand(B, -1)                # (B, W*T*4)
-        split = lambda x: x.unflatten(1, (W, -1)).flatten(0, 1)                          # (B, W*T*4, ...) -> (B*W, T*4, ...)
+        windowed = lambda x: x.unflatten(-2, (-1, unit))[..., order, :, :].flatten(-4, -2)         # (..., P, n) -> (..., W*T*unit, n)
+        x = windowed(self.patch_embed(patches))                                          # (B, W*T*unit, D), edge windows filled up
+        angle = windowed(self.angles(grid, dev)).expand(B, -1, -1)                       # (B, W*T*unit, K/2)
+        real_patch = real.flatten().repeat_interleave(unit).expand(B, -1)                # (B, W*T*unit)
+        split = lambda x: x.unflatten(1, (W, -1)).flatten(0, 1)                          # (B, W*T*unit, ...) -> (B*W, T*unit, ...)
         for i, block in enumerate(self.blocks):
             whole = i in c.full_attention
             x = block(x, angle, real_patch) if whole else block(split(x), split(angle), split(real_patch)).reshape(B, -1, c.dim)

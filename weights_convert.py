@@ -230,11 +230,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--qwen", "--sana", "--tbac", "--export", "--out"):
         p.add_argument(name, type=pathlib.Path, metavar="DIR", required=name == "--out")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), help="store tensors so (default: as they are)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="store tensors so (default: as they are)")
     a = p.parse_args()
     if not a.export and not (a.qwen and a.sana):
         p.error("give --qwen and --sana (and --tbac for the released weights), or --export")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[a.dtype]
+    dtype = a.dtype and getattr(torch, a.dtype)
     try:
         if any(folder and folder.resolve() == a.out.resolve() for folder in (a.qwen, a.sana, a.tbac, a.export)):
             raise ValueError(f"--out {a.out} is one of the folders to read, and would be lost: give another one")

@@ -67,7 +67,7 @@ def test_fresh_ladder_on_the_public_backbones(tiny_folder, tmp_path):
     qwen["model.embed_tokens.weight"] = qwen["model.embed_tokens.weight"][:512].clone()
     qwen["lm_head.weight"] = qwen["model.embed_tokens.weight"].clone()                             # tied: ignored with that reason
     save_file(qwen, tmp_path / "qwen" / "model.safetensors")
-    done = run("weights_convert.py", "--qwen", tmp_path / "qwen", "--sana", tmp_path / "sana", "--out", tmp_path / "a", "--dtype", "bf16")
+    done = run("weights_convert.py", "--qwen", tmp_path / "qwen", "--sana", tmp_path / "sana", "--out", tmp_path / "a", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     model, released = TBAC.load(tmp_path / "a"), TBAC.load(tiny_folder)
     assert model.dit.proj_out.weight.dtype == torch.bfloat16 and model.config.n_query == 64
