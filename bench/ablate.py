@@ -163,6 +163,12 @@ def paired(ours, theirs, n=10_000):
     return resampled(difference) | dict(p=float((1 + (abs((signs * each).mean(1)) >= abs(each.mean()) - 1e-12).sum()) / (n + 1)))
 
 
+def points(test):
+    """What `paired` found, as two cells of a table, in points: "+3 [-2, +8] | 0.210"."""
+    change = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * x for x in (test["mean"], *test["interval"])))
+    return f"{change} | {test['p']:.3f}" if test["p"] >= 0.001 else f"{change} | < 0.001"
+
+
 def table(found, *against):
     """-> {kind: {category: mean and interval, "mean of 6": ..., "minus <against>": paired test}} at the last step, printed as it goes."""
     rows, last = {}, {kind: by_step[max(by_step)] for kind, by_step in found.items()}
@@ -176,7 +182,7 @@ def table(found, *against):
     for kind, row in rows.items():
         cells = [evaluate.percent(row[name]) for name in names]
         test = row.get(f"minus {against[0]}")
-        cells += ["{:+.0f} [{:+.0f}, {:+.0f}] | {:.3f}".format(*(100 * x for x in (test["mean"], *test["interval"])), test["p"])] if test else [" | "]
+        cells += [points(test) if test else " | "]
         print(f"| {kind} |", " | ".join(cells), "|")
     return rows
 
@@ -215,6 +221,11 @@ def study(a):
         found = run_all(a)
     against = {"wirings": ("last", "top"), "queries": ["last, 16 queries"], "shift": ["trained with shift 1, sampled with 3"]}[a.study]
     rows = table(found, *against)
+    for n in QUERIES if a.study == "queries" else ():                           # as many queries, other taps
+        top, last = (found.get(f"{wiring}, {n} queries") for wiring in ("top", "last"))
+        if top and last:
+            rows[f"top, {n} queries"]["minus last"] = paired(top[max(top)], last[max(last)])
+            print(f"{n} queries, top minus last: {points(rows[f'top, {n} queries']['minus last'])}")
     plot_curves(found, a.out / f"{a.study}.png")
     curve = {kind: {step: [overall(s).mean() for s in scores] for step, scores in by_step.items()} for kind, by_step in found.items()}
     return dict(table=rows, curve=curve)

@@ -45,16 +45,21 @@ def test_line_counts():
 
 
 def test_the_study_is_the_one_that_was_run():
-    """The README's table of wirings, cell by cell, from the file that `evaluate.py ablate wirings` wrote."""
+    """The README's tables of wirings and queries, cell by cell, from the files that `evaluate.py ablate` wrote."""
     table = json.loads((ROOT / "assets" / "study" / "wirings.json").read_text())["table"]
     for kind, row in table.items():
         shown = ("mean of 6", "counting, seen", "position, seen", "colour attribution, seen")
         line = f"| {kind} | " + " | ".join(evaluate.percent(row[c]) for c in shown)
         assert line in README, line
         if test := row.get("minus last"):
-            change = "{:+.0f} [{:+.0f}, {:+.0f}] | {:.3f} |".format(*(100 * v for v in (test["mean"], *test["interval"])), test["p"])
-            assert f"{line} | {change}" in README, change
+            assert f"{line} | {ablate.points(test)} |" in README, ablate.points(test)
     assert len(table) == 10 and all(row["seeds"] == 3 for row in table.values())
+    table = json.loads((ROOT / "assets" / "study" / "queries.json").read_text())["table"]
+    for n in ablate.QUERIES:
+        top, last = (evaluate.percent(table[f"{wiring}, {n} queries"]["mean of 6"]) for wiring in ("top", "last"))
+        line = f"\n  | {n} | {top} | {last} | {ablate.points(table[f'top, {n} queries']['minus last'])} |"
+        assert line in README, line
+    assert len(table) == 8 and all(row["seeds"] == 3 for row in table.values())
 
 
 def test_experiments_are_those_that_were_run():
