@@ -54,6 +54,10 @@ def test_the_study_is_the_one_that_was_run():
         if test := row.get("minus last"):
             assert f"{line} | {ablate.points(test)} |" in README, ablate.points(test)
     assert len(table) == 10 and all(row["seeds"] == 3 for row in table.values())
+    table = json.loads((ROOT / "assets" / "study" / "wirings-shipped.json").read_text())["table"]
+    for kind, row in table.items():
+        line = f"\n  | {kind} | {evaluate.percent(row['mean of 6'])} | {ablate.points(row['minus last']) if kind != 'last' else ' | '} |"
+        assert line in README, line
     table = json.loads((ROOT / "assets" / "study" / "queries.json").read_text())["table"]
     for n in ablate.QUERIES:
         top, last = (evaluate.percent(table[f"{wiring}, {n} queries"]["mean of 6"]) for wiring in ("top", "last"))
