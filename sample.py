@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -249,7 +250,7 @@ def ask(a, model, images, out):
     ids, seen = explain.watched_answer(model, a.ask, images)
     print(model.mllm.tokenizer.decode(ids).strip())
     save_png(explain.answer(model, a.ask, images, ids, seen), beside(out), dict(question=a.ask, model=str(a.model), images=a.image))
-    print("wrote", beside(out))
+    print("wrote", beside(out), file=sys.stderr)                                 # what is printed to be read on is the answer alone
 
 
 def main():
