@@ -207,14 +207,15 @@ def export(folder, out, dtype=None):
     def tensors():
         for file in weight_files(folder):
             for name, t in read_tensors(file):
+                if name == "ladder.queries":                                    # they go into the table
+                    continue
+                if name not in public:
+                    raise ValueError(f"{file}: tensor {name} has no public name, or stands there twice")
                 if name == "mllm.embed.weight":
                     t = torch.cat([t, queries[0].to(t.dtype), t.new_zeros(2, t.shape[1])])          # the released table's two unused rows
                 if name == "mllm.vision.patch_embed.weight":
                     t = t.view(-1, 3, v.frames, v.patch, v.patch)
-                if name != "ladder.queries" and name not in public:
-                    raise ValueError(f"{file}: tensor {name} has no public name, or stands there twice")
-                if name != "ladder.queries":
-                    yield public.pop(name), t.to(dtype)
+                yield public.pop(name), t.to(dtype)
         if public:
             raise ValueError(f"{folder}: {len(public)} tensors are missing, the first ones {list(public)[:3]}")
     with replacing(out) as new:
