@@ -22,7 +22,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from data import open_image, sheet, to_images
+from engine.data import open_image, sheet, to_images
 from tbac import TBAC
 
 
@@ -156,7 +156,7 @@ def options(argv=None):
     p.add_argument("--negative", default="", help="what the picture should not be like")
     p.add_argument("--solver", choices=SOLVERS, default="dpm++")
     p.add_argument("--size", help="side in pixels, or WIDTHxHEIGHT (default: the model's)")
-    p.add_argument("--model", default=str(pathlib.Path(__file__).parent / "assets" / "toy"), help="folder (default: the toy)")
+    p.add_argument("--model", default=str(pathlib.Path(__file__).parent / "toy" / "weights"), help="folder (default: the toy)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster; for many pictures")
     p.add_argument("--explain", action="store_true", help="also write OUT-explain.png, one page on the (first) picture: how it became clear, "
@@ -216,7 +216,7 @@ def draw(a, model, images, out):
     if a.compile:
         compile_parts(model, lambda: generate(model, **one, **settings | dict(steps=1)))
     if a.explain:
-        from notebooks import explain                                            # only now, since it imports this file
+        from engine import explain                                            # only now, since it imports this file
         kept = explain.Drawn(a.steps)
     with tqdm(total=a.n * a.steps, desc="draw", unit="step") as bar:
         for seed in range(a.seed, a.seed + a.n):
@@ -246,7 +246,7 @@ def ask(a, model, images, out):
     """Prints the answer; with --explain, also the page on it."""
     if not a.explain:
         return print(model.ask(a.ask, images))
-    from notebooks import explain
+    from engine import explain
     ids, seen = explain.watched_answer(model, a.ask, images)
     print(model.mllm.tokenizer.decode(ids).strip())
     save_png(explain.answer(model, a.ask, images, ids, seen), beside(out), dict(question=a.ask, model=str(a.model), images=a.image))

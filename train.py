@@ -7,12 +7,12 @@ The paper's three stages teach queries, connector and DiT; everything else is fr
     edit   the same, from pictures and an instruction
     mix    fine-tuning on both
 
-    python train.py                                                              the toy's t2i, from assets/toy
+    python train.py                                                              the toy's t2i, from toy/weights
     python train.py --preset paper --stage t2i --model weights --data 'shards-{000..123}.tar'
     torchrun --nproc-per-node 8 train.py --fsdp ...                              the same on 8 GPUs
 
 The toy world's parts are made like the real ones, each in a stage of its own, before any ladder exists: vit, mllm, dcae, dit. What these
-learn, and from what, is in assets/toy/parts.py.
+learn, and from what, is in lab/pretrain.py.
 
 Whatever is random about an example (its noise, its time, whether its text is dropped) is drawn from (seed, step, number of the example): any
 number of processes takes the same steps, and to resume a run no random state is needed but these numbers. (But for vit, mllm and dcae: their
@@ -40,12 +40,13 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import data
+from engine import data
 import sample
-from assets.toy import parts
-from options import LADDER, LEARNS, options
-from state import State, checkpoints, curves, learning_rate, mean_weights, save, whole
+from lab import pretrain as parts
+from engine.options import LADDER, LEARNS, options
+from engine.state import State, checkpoints, curves, learning_rate, mean_weights, save, whole
 from tbac import TBAC
+from toy import language, world
 
 
 def processes(a):
@@ -61,6 +62,19 @@ def processes(a):
         torch.cuda.set_device(a.device)
     dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+# ----------------------------------------------------------------------------------------------------------- toy examples
+
+def draw_example(rng, number, size):
+    scene = world.sample_scene(rng)
+    return data.Example(language.request(scene, rng)[0], (), world.render(scene, size))
+
+
+def edit_example(rng, number, size):
+    scene = world.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
+    order, target, _ = language.edit(scene, rng)
+    return data.Example(order, (world.render(scene, size),), world.render(target, size))
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -268,7 +282,7 @@ def peak_memory(device):
 
 def sources(a, latents, own):
     """--data -> sources, weights, None where none was given"""
-    draw, edit = (functools.partial(make, size=a.size) for make in (data.draw_example, data.edit_example))
+    draw, edit = (functools.partial(make, size=a.size) for make in (draw_example, edit_example))
     toys = {"toy": parts.EXAMPLE.get(a.stage, draw), "toy-edit": edit} | own
     specs = [(spec, None) if not sep or not w.replace(".", "", 1).isdigit() else (name, float(w))
              for spec in a.data for name, sep, w in [spec.rpartition("=")]]

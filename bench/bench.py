@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-import data
+from engine import data
 import sample
 from memory import Counter
 from peer import Peer

@@ -8,11 +8,11 @@ import tokenize
 
 import pytest
 
-import evaluate
+from lab import evaluate
 import sample
 import train
-from bench import ablate
-from options import TOY_FOLDER
+from lab import ablate
+from engine.options import TOY_FOLDER
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -91,7 +91,7 @@ def test_the_scores_are_those_in_the_record():
 
 
 def test_no_function_is_longer_than_40_lines():
-    files = [*ROOT.glob("*.py"), *(ROOT / "assets").rglob("*.py"), *(ROOT / "bench").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+    files = [*ROOT.glob("*.py"), *(ROOT / "lab").glob("*.py"), *(ROOT / "engine").glob("*.py"), *(ROOT / "toy").glob("*.py"), *(ROOT / "bench").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
     functions = [(f.name, n.name, n.end_lineno - n.lineno + 1) for f in files for n in ast.walk(ast.parse(f.read_text()))
                  if isinstance(n, ast.FunctionDef)]
     assert len(functions) > 300 and not [x for x in functions if x[2] > 40]

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-import data
+from engine import data
 import train
 
 
@@ -110,7 +110,7 @@ def test_a_reader_says_where_to_go_on(shards):
 
 
 def test_mixtures_follow_their_weights(shards, tmp_path):
-    toy = data.Toy(lambda rng, i: data.draw_example(rng, i, 32), 0)
+    toy = data.Toy(lambda rng, i: train.draw_example(rng, i, 32), 0)
     seen = Counter(t.isdigit() for t in texts([source(shards), toy], 1000, weights=[0.3, 0.7]))
     assert 250 < seen[True] < 350
     a = argparse.Namespace(stage="t2i", data=[f"{shards}=0.3", "toy=0.7", "toy-edit"], seed=0, size=32)

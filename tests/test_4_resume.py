@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import tbac
 import train
-from state import State, checkpoints, logged
+from engine.state import State, checkpoints, logged
 from tests.conftest import ROOT, run
 
 TOY = ("--stage", "mix", "--batch", 2, "--warmup", 2, "--sheet-every", 0, "--dtype", "float32")

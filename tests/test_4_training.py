@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+from engine import data
 import sample
-import toy
+from toy import language, world
 import train
-from assets.toy import parts
+from lab import pretrain as parts
 from mllm import DRAW
-from options import LADDER, LEARNS, TOY_FOLDER
-from state import Guard, learning_rate
+from engine.options import LADDER, LEARNS, TOY_FOLDER
+from engine.state import Guard, learning_rate
 from tbac import TBAC
 from tests.conftest import TINY, relative, run
 
@@ -200,7 +200,7 @@ def test_no_toy_where_the_paper_was_meant_and_no_cuda_where_there_is_none(tmp_pa
 def test_an_epoch_has_all_of_each_source_unless_weights_say_otherwise(tmp_path):
     for folder, n in (("a", 6), ("b", 2)):
         (tmp_path / folder).mkdir()
-        toy.render(toy.sample_scene(random.Random(0))).save(tmp_path / folder / "0.png")
+        world.render(world.sample_scene(random.Random(0))).save(tmp_path / folder / "0.png")
         (tmp_path / folder / "metadata.jsonl").write_text("\n".join([json.dumps(dict(file_name="0.png", text="x"))] * n))
     share = lambda *more: start(tmp_path / "out", "--epochs", 3, "--data", *more)
     plain, weighted = share(tmp_path / "a", tmp_path / "b"), share(f"{tmp_path / 'a'}=0.5", f"{tmp_path / 'b'}=0.5")
@@ -308,7 +308,7 @@ def test_cached_latents_change_nothing_and_go_with_size_and_weights(tmp_path):
     (tmp_path / "data").mkdir()
     lines = []
     for i in range(6):
-        toy.render(toy.sample_scene(random.Random(i))).save(tmp_path / "data" / f"{i}.png")
+        world.render(world.sample_scene(random.Random(i))).save(tmp_path / "data" / f"{i}.png")
         lines.append(json.dumps(dict(file_name=f"{i}.png", text=str(i))))
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
     how = ("--data", tmp_path / "data", "--steps", 6)
@@ -363,7 +363,7 @@ def test_a_trained_model_exported_and_read_again_gives_the_same_picture(tiny_fol
 
 def test_names_of_what_each_vision_token_shows():
     """The classes of stage `vit`: a small thing in one unit of 4 x 4, a large one in a block of units, the background elsewhere."""
-    scene = toy.Scene((toy.Thing("circle", "red", "small", 0.375, 0.125), toy.Thing("cross", "blue", "large", 0.75, 0.75)), "grey")
+    scene = world.Scene((world.Thing("circle", "red", "small", 0.375, 0.125), world.Thing("cross", "blue", "large", 0.75, 0.75)), "grey")
     names = parts.Names(parts.TOY)
     rows = list(names.shown(scene, 4, 4))
     assert [r["shape"] for r in rows] == ["nothing", "circle", "nothing", "nothing"] + ["nothing"] * 4 + ["nothing", "nothing", "cross", "cross"] * 2
@@ -374,7 +374,7 @@ def test_names_of_what_each_vision_token_shows():
 
 def test_blanks_tell_each_thing_in_turn():
     """What the text says, and no exact place; with a picture, column by column, and in eighths of the side."""
-    scene = toy.Scene((toy.Thing("circle", "red", "small", 0.2, 0.2), toy.Thing("cross", "blue", "large", 0.75, 0.2)))
+    scene = world.Scene((world.Thing("circle", "red", "small", 0.2, 0.2), world.Thing("cross", "blue", "large", 0.75, 0.2)))
     blanks = parts.Blanks(parts.TOY)
     said = list(blanks.shown([(t, False) for t in scene.things[::-1]], scene, exact=False))
     seen = list(blanks.shown(parts.became(scene, scene), scene, exact=True))
@@ -387,9 +387,9 @@ def test_blanks_tell_each_thing_in_turn():
 
 def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, monkeypatch):
     """The facts of stage mllm, and the states that they are asked of: those of the token in which the words end, in rows of any length."""
-    scene = toy.Scene((toy.Thing("circle", "red", "small", 0.2, 0.2), toy.Thing("cross", "blue", "large", 0.75, 0.2)))
-    assert toy.mentions("is the circle left of the blue cross?", scene) == [(13, scene.things[0]), (36, scene.things[1])]
-    assert toy.mentions("how many circles, and a red circle?", scene) == []
+    scene = world.Scene((world.Thing("circle", "red", "small", 0.2, 0.2), world.Thing("cross", "blue", "large", 0.75, 0.2)))
+    assert language.mentions("is the circle left of the blue cross?", scene) == [(13, scene.things[0]), (36, scene.things[1])]
+    assert language.mentions("how many circles, and a red circle?", scene) == []
     started, asked = start(tmp_path, stage="mllm"), []
     mllm, extra = started.model.mllm, started.learner.extra
     monkeypatch.setattr(extra, "forward", lambda states, told: asked.append((states, told)) or states.sum() * 0)
@@ -398,7 +398,7 @@ def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, mo
     parts.mllm_loss(started.model, extra, [(row, random.Random(0)) for row in (short, long)], started.a)
     (states, told), = asked
     assert [t["shape"] for t in told] == ["circle", "cross", "circle"] and states.shape[:2] == (9 - extra.DEPTH, 3)
-    batch = mllm.prepare([short[2][0][0]], [[toy.render(scene)]])
+    batch = mllm.prepare([short[2][0][0]], [[world.render(scene)]])
     words = mllm.tokenizer.encode(" object")
     assert batch.ids[0].tolist().count(words[-1]) == 1
     place = batch.ids[0].tolist().index(words[-1])
@@ -406,10 +406,10 @@ def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, mo
 
 
 def test_each_thing_keeps_its_place_in_the_list_through_an_edit():
-    right, left = toy.Thing("circle", "red", "small", 0.8, 0.2), toy.Thing("cross", "blue", "large", 0.2, 0.2)
-    scene, green, new = toy.Scene((right, left)), toy.Thing("circle", "green", "small", 0.8, 0.2), toy.Thing("square", "red", "small", 0.5, 0.8)
+    right, left = world.Thing("circle", "red", "small", 0.8, 0.2), world.Thing("cross", "blue", "large", 0.2, 0.2)
+    scene, green, new = world.Scene((right, left)), world.Thing("circle", "green", "small", 0.8, 0.2), world.Thing("square", "red", "small", 0.5, 0.8)
     targets = (scene.things, (green, left), (right,), (right, left, new))
     same, gone = [(left, False), (right, False)], [(None, True), (right, False)]
-    assert [parts.became(scene, toy.Scene(things)) for things in targets] == [same, [same[0], (green, True)], gone, [*same, (new, True)]]
-    told = list(parts.Blanks(parts.TOY).shown(gone, toy.Scene((right,)), exact=True))
+    assert [parts.became(scene, world.Scene(things)) for things in targets] == [same, [same[0], (green, True)], gone, [*same, (new, True)]]
+    told = list(parts.Blanks(parts.TOY).shown(gone, world.Scene((right,)), exact=True))
     assert (told[0]["colour"], told[0]["changed"]) == ("nothing", True) and (told[4]["colour"], told[4]["side"]) == ("red", "none")

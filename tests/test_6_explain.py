@@ -5,7 +5,7 @@ from PIL import Image
 
 import mllm
 import sample
-from notebooks import explain
+from engine import explain
 from tests.conftest import ROOT
 
 
@@ -84,7 +84,7 @@ def command(monkeypatch, capsys):
 
 @pytest.mark.parametrize("which", ["tiny", "toy"])
 def test_draw_edit_and_ask_on_the_command_line(which, command, tiny_folder, tmp_path):
-    folder, red = tiny_folder if which == "tiny" else ROOT / "assets" / "toy", tmp_path / "red.png"
+    folder, red = tiny_folder if which == "tiny" else ROOT / "toy" / "weights", tmp_path / "red.png"
     Image.new("RGB", (60, 40), "red").save(red)
     say = lambda name, *args: command(*args, "--model", folder, "--steps", 2, "--device", "cpu", "--out", tmp_path / f"{name}.png")
     for prompt, *args in (["a dog"], ["make it $5_$ blue " * 9, "--image", red, red, "--size", "32x64"], ["a dog", "--n", 2]):

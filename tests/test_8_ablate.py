@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-from bench import ablate
-from options import TOY_FOLDER
+from lab import evaluate
+from lab import ablate
+from engine.options import TOY_FOLDER
 from tbac import TBAC
 from tests.conftest import relative, run
 
@@ -82,13 +82,13 @@ def test_runs_are_known_by_all_that_makes_their_scores(tmp_path):
 def test_a_small_study_goes_on_where_it_was_stopped(tmp_path):
     how = ("ablate", "wirings", "--only", "top", "last", "--dit", TOY_FOLDER, "--out", tmp_path,
            "--seeds", 1, "--batch", 2, "--every", 1, "--n", 1, "--draw-steps", 1, "--jobs", 1)
-    assert run("evaluate.py", *how, "--steps", "1").returncode == 0
+    assert run("-m", "lab.evaluate", *how, "--steps", "1").returncode == 0
     top = next(f for f in tmp_path.iterdir() if "_top_" in f.name)
     stamp = (top / "scores-00001.json").stat().st_mtime_ns
-    done = run("evaluate.py", *how, "--steps", "1")
+    done = run("-m", "lab.evaluate", *how, "--steps", "1")
     assert done.returncode == 0 and (top / "scores-00001.json").stat().st_mtime_ns == stamp
     found = json.loads((tmp_path / "wirings.json").read_text())
     assert found["table"].keys() == {"top", "last"} and found["table"]["top"]["seeds"] == 1 and "minus last" in found["table"]["top"]
     assert (tmp_path / "wirings.png").is_file()
-    done = run("evaluate.py", "ablate", "wirings", "--out", tmp_path)
+    done = run("-m", "lab.evaluate", "ablate", "wirings", "--out", tmp_path)
     assert done.returncode == 2 and "--dit" in done.stderr

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluate
-import grader
-import toy
-from evaluate import Case
-from options import TOY_FOLDER
-from toy import Scene, Thing
+from lab import evaluate
+from toy import grader
+from toy import language, world
+from lab.evaluate import Case
+from engine.options import TOY_FOLDER
+from toy.world import Scene, Thing
 
 RED, BLUE = Thing("circle", "red", "medium", 0.25, 0.5), Thing("square", "blue", "medium", 0.75, 0.5)
 GREEN = Thing("cross", "green", "medium", 0.5, 0.2)
@@ -21,7 +21,7 @@ N = 12
 
 def means(task, change, n=N):
     """The mean of every (category, what) when pictures show change(case), a scene."""
-    scores, _ = evaluate.score(task, evaluate.cases(task, n), 1, lambda rows: (toy.render(change(case)) for case, _ in rows))
+    scores, _ = evaluate.score(task, evaluate.cases(task, n), 1, lambda rows: (world.render(change(case)) for case, _ in rows))
     found = {}
     for (_, category, what, _), values in scores.items():
         found.setdefault((category, what), []).extend(values)
@@ -58,13 +58,13 @@ def test_the_lists_of_today():
 
 def test_never_seen_pairs_are_in_their_own_lists_only():
     """In training these pairs stood alone, never beside another thing."""
-    names = [f"{colour} {shape}" for colour, shape in toy.HELD_OUT]
+    names = [f"{colour} {shape}" for colour, shape in world.HELD_OUT]
     for case in (case for task in evaluate.TASKS for case in evaluate.cases(task, 24)):
         scenes = [s for s in (case.source, case.target) if isinstance(s, Scene)]
         never = any(len(s.things) > 1 and any(t.name in names for t in s.things) for s in scenes)
         if not scenes:                                                          # a scene in words
             words = case.prompt.split(". ")[0]
-            several = sum(words.count(shape) for shape in toy.SHAPES) > 1 or any(number in words for number in toy.NUMBERS[2:])
+            several = sum(words.count(shape) for shape in world.SHAPES) > 1 or any(number in words for number in language.NUMBERS[2:])
             never = several and any(name in words for name in names)
         assert never == (case.pairs == "never seen"), case
 
@@ -79,7 +79,7 @@ def test_prompts_say_what_their_category_is_about():
         assert len(things) == {"single object": 1, "colours": 1, "counting": len(things)}.get(case.category, 2)
         assert len(shapes) == (1 if case.category == "counting" else len(things))
         if case.category == "counting":
-            assert toy.NUMBERS[len(things)] in case.prompt and len(colours) == 1
+            assert language.NUMBERS[len(things)] in case.prompt and len(colours) == 1
         if case.category == "colour attribution":
             assert len(colours) == 2
 
@@ -119,7 +119,7 @@ def test_swapped_sides():
 
 
 def test_wrong_shape_and_wrong_background():
-    other = lambda t: toy.SHAPES[toy.SHAPES.index(t.shape) - 1]
+    other = lambda t: world.SHAPES[world.SHAPES.index(t.shape) - 1]
     found = means("draw", lambda case: replace(case.target, things=tuple(replace(t, shape=other(t)) for t in case.target.things)))
     assert all(score == 0 for (category, _), score in found.items() if category not in ("two objects", "position", "colour attribution"))
     found = means("draw", lambda case: replace(case.target, background="grey"))
@@ -150,7 +150,7 @@ def test_a_model_that_does_nothing_follows_nothing_and_changes_nothing_else():
 ])
 def test_edits(order, action, before, after, shown, followed, unchanged):
     case = Case(action, "seen", order, Scene(after), Scene(before))
-    right, wrong = (evaluate.edited(grader.grade(toy.render(Scene(things))), case) for things in (after, shown))
+    right, wrong = (evaluate.edited(grader.grade(world.render(Scene(things))), case) for things in (after, shown))
     kept = {what: score.pop("things kept", None) for what, score in (("right", right), ("wrong", wrong))}
     assert right == {"followed": 1, "unchanged": 1, "both": 1} and kept["right"] == 1
     assert wrong == {"followed": followed, "unchanged": unchanged, "both": followed and unchanged} and (kept["wrong"] == 1 or not unchanged)
@@ -172,7 +172,7 @@ def test_only_the_exact_answer_counts(change, right):
     every = evaluate.cases("ask", 4)
     scores, failures = evaluate.score("ask", every, 1, lambda rows: (change(case.target) for case, _ in rows))
     assert {x for values in scores.values() for x in values} == {right} and len(failures) == (1 - right) * len(every)
-    kinds = {(kind, what) for kind in toy.QUESTIONS for what in ("a picture", "words")}
+    kinds = {(kind, what) for kind in language.QUESTIONS for what in ("a picture", "words")}
     assert {key[1:3] for key in scores} == kinds - {("describe", "words")}
 
 
@@ -181,7 +181,7 @@ def test_only_the_exact_answer_counts(change, right):
 def test_prompts_are_resampled_not_pictures():
     """Ten prompts, all four pictures of each alike: the interval is that of ten numbers, twice as wide as that of forty."""
     every = evaluate.cases("draw", 10)[:10]
-    pictures = lambda rows: (toy.render(case.target if every.index(case) % 2 else Scene(())) for case, _ in rows)
+    pictures = lambda rows: (world.render(case.target if every.index(case) % 2 else Scene(())) for case, _ in rows)
     scores, failures = evaluate.score("draw", every, 4, pictures)
     values = scores["draw", "single object", "category", "seen"]
     assert values == [0, 1] * 5 and len(failures) == 20
@@ -212,7 +212,7 @@ def test_noise_depends_on_neither_batch_nor_number(tiny, monkeypatch):
 def test_the_command_line_writes_scores_and_failures(tmp_path, capsys):
     evaluate.main(["--model", str(TOY_FOLDER), "--out", str(tmp_path), "--n", "1", "--pictures", "1", "--steps", "1"])
     table, record = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
-    assert all(category in table for category in (*evaluate.GENEVAL, *toy.EDITS, *toy.QUESTIONS, "reconstructed"))
+    assert all(category in table for category in (*evaluate.GENEVAL, *language.EDITS, *language.QUESTIONS, "reconstructed"))
     assert record["scores"]["edit"]["move"]["unchanged, never seen"].keys() == {"mean", "interval", "prompts"}
     assert record["options"]["steps"] == 1
     page = Image.open(tmp_path / "failures.png")

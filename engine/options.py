@@ -20,7 +20,7 @@ PRESETS = {
               for stage, length in (("t2i", dict(steps=150_000, batch=16)), ("edit", dict(epochs=10, batch=4)), ("mix", dict(epochs=100, batch=4)))},
 }
 PRESETS["toy"]["mllm"] |= dict(betas=[0.9, 0.98], ema=0.998)                    # AdamW's longer memory is too slow for this one
-TOY_FOLDER = pathlib.Path(__file__).parent / "assets" / "toy"
+TOY_FOLDER = pathlib.Path(__file__).parent.parent / "toy" / "weights"
 SWITCH = argparse.BooleanOptionalAction                                         # --this, --no-this
 
 

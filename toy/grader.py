@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from toy import BACKGROUNDS, COLOURS, FORMS, SIZES, Scene, Thing, coverage, relation, sides
+from toy.world import BACKGROUNDS, COLOURS, FORMS, SIZES, Scene, Thing, coverage, relation, sides
 
 NEAR = 0.12                                                                     # of the side, still the same place
 BLOB, SPECK = 0.25, 0.008                                                       # worst fit, smallest part of a picture

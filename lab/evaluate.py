@@ -9,7 +9,7 @@ draw   the six categories of GenEval (arXiv 2310.11513), several pictures per pr
 edit   the actions of ImgEdit (arXiv 2505.20275) that this world has: was the order followed, and is everything else as it was?
 ask    every kind of question, about pictures and about scenes in words; only the exact answer counts
 
-"Never seen" are scenes in which a pair of colour and shape that training drew only alone (toy.HELD_OUT) stands beside another thing.
+"Never seen" are scenes in which a pair of colour and shape that training drew only alone (world.HELD_OUT) stands beside another thing.
 Pictures are read by grader.py, from pixels alone. What it makes of pictures that are right for certain is reported, too: as
 rendered (its own error) and as the autoencoder gives them back (the ceiling for any model that paints with it).
 """
@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import data
-import grader
+from engine import data
+from toy import grader
 import sample
-import toy
+from toy import language, world
 from tbac import TBAC
 
 GENEVAL = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
@@ -48,10 +48,10 @@ class Case:
     pairs: str
     prompt: str
     target: object = field(compare=False)                                       # a scene that is right, or the right answer
-    source: toy.Scene | None = None                                            # what is changed or asked about
+    source: world.Scene | None = None                                            # what is changed or asked about
 
     def images(self, size):
-        return [toy.render(self.source, size)] if self.source else []
+        return [world.render(self.source, size)] if self.source else []
 
 
 # ---------------------------------------------------------------- fixed lists of prompts
@@ -59,9 +59,9 @@ class Case:
 def plain_scene(rng, n, held_out=False):
     """A scene that its plain text describes fully: medium sizes on white, two things in a clear relation."""
     while True:
-        s = toy.sample_scene(rng, n, held_out)
-        s = toy.Scene(tuple(replace(t, size="medium") for t in s.things))
-        if toy.valid(s, held_out) and (n != 2 or toy.sides(s)):
+        s = world.sample_scene(rng, n, held_out)
+        s = world.Scene(tuple(replace(t, size="medium") for t in s.things))
+        if world.valid(s, held_out) and (n != 2 or world.sides(s)):
             return s
 
 
@@ -84,16 +84,16 @@ def draw_case(category, held_out, rng):
     scene = scene_for(category, rng, held_out)
     varied = rng.random() < 0.5
     if category == "position":
-        prompt = toy.varied(scene, rng) if varied else toy.plain(scene)
+        prompt = language.varied(scene, rng) if varied else language.plain(scene)
     else:                                                                       # 'a red circle and a blue square': no sides
-        prompt = (rng.choice(OPENINGS) if varied else "") + toy.listing(scene.things)
+        prompt = (rng.choice(OPENINGS) if varied else "") + language.listing(scene.things)
     return Case(category, PAIRS[held_out], prompt, scene)
 
 
 def edit_case(action, held_out, rng):
     """ValueError where this action is impossible in the scene that came up, or where doing nothing would do."""
-    scene = toy.sample_scene(rng, rng.choice((2, 2, 3) if held_out else (1, 1, 2, 2, 2, 3)), held_out)
-    order, target, _ = toy.edit(scene, rng, action, held_out)
+    scene = world.sample_scene(rng, rng.choice((2, 2, 3) if held_out else (1, 1, 2, 2, 2, 3)), held_out)
+    order, target, _ = language.edit(scene, rng, action, held_out)
     case = Case(action, PAIRS[held_out], order, target, scene)
     if edited(scene, case)["followed"]:                                         # hardly left of it is left of it to the grader already
         raise ValueError(order)
@@ -102,9 +102,9 @@ def edit_case(action, held_out, rng):
 
 def ask_case(kind, held_out, rng, seen=True):
     """ValueError where there is no such question about the scene that came up."""
-    scene = toy.sample_scene(rng, held_out=held_out)
-    question, answer, _ = toy.question(scene, rng, kind, seen)
-    return Case(kind, PAIRS[held_out], question if seen else f"{toy.caption(scene, rng)}. {question}", answer, scene if seen else None)
+    scene = world.sample_scene(rng, held_out=held_out)
+    question, answer, _ = language.question(scene, rng, kind, seen)
+    return Case(kind, PAIRS[held_out], question if seen else f"{language.caption(scene, rng)}. {question}", answer, scene if seen else None)
 
 
 def first(n, make, category, held_out):
@@ -122,7 +122,7 @@ def first(n, make, category, held_out):
 @cache
 def cases(task, n):
     """-> the cases of a task, n for each category and for seen and never-seen pairs apart."""
-    make, categories = {"draw": (draw_case, GENEVAL), "edit": (edit_case, toy.EDITS), "ask": (ask_case, toy.QUESTIONS)}[task]
+    make, categories = {"draw": (draw_case, GENEVAL), "edit": (edit_case, language.EDITS), "ask": (ask_case, language.QUESTIONS)}[task]
     lists = [(make, c, held_out) for c in categories for held_out in PAIRS if not (held_out and c in ALONE)]
     if task == "ask":                                                           # a scene in words is its own description
         lists += [(partial(ask_case, seen=False), c, held_out) for _, c, held_out in lists if c != "describe"]
@@ -139,7 +139,7 @@ def drawn(found, case):
     sides = True
     if case.category == "position" and right["shape"]:
         one, other = ([f for f in found.things if f.shape == t.shape][0] for t in case.target.things)
-        sides = toy.relation(one, other, ratio=1.2) == toy.relation(*case.target.things)
+        sides = world.relation(one, other, ratio=1.2) == world.relation(*case.target.things)
     asked = right["name" if "colour" in case.category else "shape"]
     return {"category": asked and sides, "whole prompt": right["name"] and sides and found.background == case.target.background}
 
@@ -147,11 +147,11 @@ def drawn(found, case):
 def in_place(thing, wanted, found, case):
     """Does a thing stand where the order says: at a side of another thing, or at a spot? Where it says neither, any place will do."""
     order, source = case.prompt, case.source
-    for side in toy.OPPOSITE:
-        if f" {toy.side(side)} the " in order:
-            other = next(t for t in source.things if any(order.endswith(words) for words in toy.references(t, source)))
-            return any(toy.relation(thing, f, ratio=1.2) == side for f in found.things if f.name == other.name)
-    anywhere = case.category == "add" and not any(order.endswith(toy.at(spot)) for spot in toy.SPOTS)
+    for side in world.OPPOSITE:
+        if f" {language.side(side)} the " in order:
+            other = next(t for t in source.things if any(order.endswith(words) for words in language.references(t, source)))
+            return any(world.relation(thing, f, ratio=1.2) == side for f in found.things if f.name == other.name)
+    anywhere = case.category == "add" and not any(order.endswith(language.at(spot)) for spot in world.SPOTS)
     return anywhere or grader.near(thing, wanted)
 
 
@@ -241,7 +241,7 @@ def ceilings(model, n=24, batch=32):
     size, device, dtype = model.config.size, model.ladder.queries.device, model.dit.proj_out.weight.dtype
 
     def rendered(rows):
-        return (toy.render(case.target, size) for case, _ in rows)
+        return (world.render(case.target, size) for case, _ in rows)
 
     def reconstructed(rows):
         for i in range(0, len(rows), batch):
@@ -249,7 +249,7 @@ def ceilings(model, n=24, batch=32):
             yield from sample.decode(model, model.dcae.encode(x))
 
     rng, sorts, scores = random.Random("every sort"), [], {}
-    for scene in [toy.sample_scene(rng, held_out=held_out) for held_out in PAIRS for _ in range(5 * n)]:
+    for scene in [world.sample_scene(rng, held_out=held_out) for held_out in PAIRS for _ in range(5 * n)]:
         sorts.append(Case("scene", "", "", scene, scene))
     for task, every in (("draw", cases("draw", n)), ("edit", cases("edit", n)), ("read", sorts)):
         for painter in (rendered, reconstructed):
@@ -326,7 +326,7 @@ def failures_sheet(failures, size, each=4):
 
 def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default=str(pathlib.Path(__file__).parent / "assets" / "toy"), help="folder (default: the toy)")
+    p.add_argument("--model", default=str(pathlib.Path(__file__).parent.parent / "toy" / "weights"), help="folder (default: the toy)")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/evaluate"), help="folder for scores.json and failures.png")
     p.add_argument("--quick", action="store_true", help=f"{QUICK['n']} prompts, {QUICK['pictures']} pictures each, {QUICK['steps']} steps")
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
@@ -378,7 +378,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["ablate"]:
-        from bench import ablate                                                # only now, since it imports this file
+        from lab import ablate                                                # only now, since it imports this file
         ablate.main(sys.argv[2:])
     else:
         main()

@@ -26,8 +26,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import toy
-
 KINDS = ("jpg", "jpeg", "png", "webp")                                          # of pictures in real data
 
 
@@ -38,17 +36,6 @@ class Example:
     images: tuple
     target: Image.Image
     name: str = ""
-
-
-def draw_example(rng, number, size):
-    scene = toy.sample_scene(rng)
-    return Example(toy.request(scene, rng)[0], (), toy.render(scene, size))
-
-
-def edit_example(rng, number, size):
-    scene = toy.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
-    order, target, _ = toy.edit(scene, rng)
-    return Example(order, (toy.render(scene, size),), toy.render(target, size))
 
 
 class Toy:

@@ -31,9 +31,9 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-import evaluate
+from lab import evaluate
 import ladder
-import toy
+from toy import language, world
 import train
 from mllm import DRAW, MLLM
 from tbac import TBAC, weight_files
@@ -297,7 +297,7 @@ def probe_facts(scene, text):
     which side of the other the first one is. None where it does not say."""
     first, *others = sorted(scene.things, key=lambda t: text.find(t.name))
     other = next((t for t in others if t.name != first.name), None)
-    side = toy.relation(first, other) if toy.sides(scene) else None
+    side = world.relation(first, other) if world.sides(scene) else None
     return {"first colour": first.colour, "first shape": first.shape, "second colour": other and other.colour, "second shape": other and other.shape,
             "count": len(scene.things), "side": side}
 
@@ -306,8 +306,8 @@ def probes(a, train_n=1600, test_n=400):
     """Linear (ridge) probes of the queries' states at every depth, fitted on some prompts and tested on others."""
     model, rng, texts, facts = TBAC.load(a.model, a.device), random.Random(0), [], []
     while len(texts) < train_n + test_n:
-        scene = toy.sample_scene(rng)
-        text = toy.caption(scene, rng)
+        scene = world.sample_scene(rng)
+        text = language.caption(scene, rng)
         if text not in texts:
             texts.append(text), facts.append(probe_facts(scene, text))
     model.ladder.taps = [model.config.mllm.n_layer]                             # so that every layer runs
@@ -356,7 +356,7 @@ STUDIES = dict(wirings=study, queries=study, shift=study, settings=settings, run
 def options(argv=None):
     p = argparse.ArgumentParser(prog="evaluate.py ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", choices=STUDIES)
-    p.add_argument("--model", default=str(ROOT / "assets" / "toy"),
+    p.add_argument("--model", default=str(ROOT / "toy" / "weights"),
                    help="its MLLM and autoencoder are what training starts from; the last three studies look at all of it (default: the toy)")
     p.add_argument("--dit", help="folder with the DiT before it met a ladder (stage dit), needed to train")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablate"))

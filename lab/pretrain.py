@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
-import toy
+from engine import data
+from toy import language, world
 from dcae import DCAEConfig
 from dit import DiTConfig
 from mllm import ASK, DRAW, SPECIAL, MLLMConfig, Row, Tokenizer, chat, mrope_positions
@@ -42,7 +42,7 @@ def toy_tokenizer(file):
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=TOY.mllm.vocab_size, special_tokens=[f"<|{n}|>" for n in SPECIAL], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in toy.corpus(10000, 0)], trainer)
+    t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in language.corpus(10000, 0)], trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(f".{os.getpid()}")                                   # several processes may do this at once
     t.save(str(new))
@@ -53,8 +53,8 @@ def toy_tokenizer(file):
 class Facts(nn.Module):
     """Hidden states tell facts of a thing: which colour, which shape, how large, ... Each kind of fact has classes of its own, so that what is
     learned of colours holds for all shapes, also for a pair never seen beside another thing."""
-    KINDS = {"colour": [*toy.COLOURS, "nothing"], "shape": [*toy.SHAPES, "nothing"], "size": [*toy.SIZES], "spot": [*toy.SPOTS],
-             "column": [*range(8)], "row": [*range(8)], "side": [*toy.OPPOSITE, "none"], "background": [*toy.BACKGROUNDS], "changed": [False, True]}
+    KINDS = {"colour": [*world.COLOURS, "nothing"], "shape": [*world.SHAPES, "nothing"], "size": [*world.SIZES], "spot": [*world.SPOTS],
+             "column": [*range(8)], "row": [*range(8)], "side": [*world.OPPOSITE, "none"], "background": [*world.BACKGROUNDS], "changed": [False, True]}
 
     def __init__(self, config):
         super().__init__()
@@ -63,7 +63,7 @@ class Facts(nn.Module):
     @staticmethod
     def of(thing, scene, exact):
         """-> {kind: class} of what is known of a thing, or of a bare place (colour and shape "nothing"). exact: in eighths of the side, too."""
-        known = dict(colour=thing.colour, shape=thing.shape, spot=toy.spot(thing), background=scene.background)
+        known = dict(colour=thing.colour, shape=thing.shape, spot=world.spot(thing), background=scene.background)
         known |= dict(column=int(8 * thing.x), row=int(8 * thing.y)) if exact else {}
         return known | (dict(size=thing.size) if thing.size else {})
 
@@ -91,13 +91,13 @@ class Names(Facts):
         for y, x in (((row + 0.5) / h, (column + 0.5) / w) for row in range(h) for column in range(w)):
             distance = {t: max(abs(t.x - x), abs(t.y - y)) for t in scene.things}                      # below a thing's radius: in its box
             near = [t for t in scene.things if distance[t] < t.radius + 0.35 / w]
-            yield self.of(min(near, key=distance.get) if near else toy.Thing("nothing", "nothing", "", x, y), scene, exact=True)
+            yield self.of(min(near, key=distance.get) if near else world.Thing("nothing", "nothing", "", x, y), scene, exact=True)
 
 
 def vit_loss(model, extra, rows, a):
     """What each merged unit shows."""
     c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
-    pictures = [patchify(toy.render(s, a.size), c) for s in scenes]
+    pictures = [patchify(world.render(s, a.size), c) for s in scenes]
     h, w = (n // c.merge for n in pictures[0][1])
     told = [facts for s in scenes for facts in extra.shown(s, h, w)]                                   # B * U
     return extra(model.mllm.see(pictures)[None], told).expand(len(rows)), None
@@ -108,27 +108,27 @@ def became(scene, target):
     than before. So each keeps its place in the list, and who tells the facts of the third need not count how many before it have gone."""
     kept = {t: t for t in target.things if t in scene.things}
     after = kept if len(scene.things) != len(target.things) else dict(zip(scene.things, target.things))
-    return [(after.get(t), after.get(t) != t) for t in toy.columns(scene)] + [(t, True) for t in target.things if t not in after.values()]
+    return [(after.get(t), after.get(t) != t) for t in world.columns(scene)] + [(t, True) for t in target.things if t not in after.values()]
 
 
 def conversation(rng, i):
     """-> (system prompt, scene to show or None, [(question, answer), ...], what a drawing of it shows, or None: its things, each with whether an
     edit has changed it, and their scene). 96 with pictures, then 32 without: rows of a batch are alike."""
-    scene, kind = toy.sample_scene(rng), rng.random()
+    scene, kind = world.sample_scene(rng), rng.random()
     if i // 32 % 4 == 3 and kind < 0.5:                                         # a caption, in any words -> what it says, in order
-        text, said = toy.request(scene, rng)
+        text, said = language.request(scene, rng)
         things = [(t, False) for t in sorted(scene.things, key=lambda t: text.find(t.name))]          # as the text names them
         return DRAW, None, [(text, f"{said}, on a {scene.background} background")], (things, scene)
     if i // 32 % 4 == 3:                                                        # a scene in words, and questions about it
-        (question, answer), *turns = [toy.question(scene, rng, seen=False)[:2] for _ in range(4)]
-        return ASK, None, [(f"{toy.caption(scene, rng)}. {question}", answer), *turns], None
+        (question, answer), *turns = [language.question(scene, rng, seen=False)[:2] for _ in range(4)]
+        return ASK, None, [(f"{language.caption(scene, rng)}. {question}", answer), *turns], None
     if kind < 0.35:                                                             # a picture, and questions about it
-        return ASK, scene, [toy.question(scene, rng)[:2] for _ in range(5)], None
+        return ASK, scene, [language.question(scene, rng)[:2] for _ in range(5)], None
     if kind < 0.4:
-        return DRAW, scene, [("", toy.describe(scene))], (became(scene, scene), scene)
-    scene = toy.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
-    order, target, _ = toy.edit(scene, rng)
-    return DRAW, scene, [(order, toy.describe(target))], (became(scene, target), target)
+        return DRAW, scene, [("", language.describe(scene))], (became(scene, scene), scene)
+    scene = world.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
+    order, target, _ = language.edit(scene, rng)
+    return DRAW, scene, [(order, language.describe(target))], (became(scene, target), target)
 
 
 class Blanks(Facts):
@@ -148,7 +148,7 @@ class Blanks(Facts):
                 continue
             told, others = self.of(thing, scene, exact) | dict(changed=changed), [t for t in scene.things if t != thing]
             if len(others) < 2 and thing.name not in (t.name for t in others):
-                told["side"] = (toy.relation(thing, others[0]) if others else None) or "none"
+                told["side"] = (world.relation(thing, others[0]) if others else None) or "none"
             yield told
 
     def vectors(self, rng, n, like):
@@ -164,12 +164,12 @@ def mllm_loss(model, extra, rows, a):
     mllm, tok, c = model.mllm, model.mllm.tokenizer, model.config.mllm.vision
     batch, weights, blank, pointing = [], [], [], []
     for b, ((system, scene, turns, drawn), rng) in enumerate(rows):
-        patches = [patchify(toy.render(scene, a.size), c)] if scene else []
+        patches = [patchify(world.render(scene, a.size), c)] if scene else []
         grids, ids, weight = [(h // c.merge, w // c.merge) for _, (h, w) in patches], [], []
         units, blanks = [h * w for h, w in grids], bool(drawn) and rng.random() < 2 / 3
         for i, (question, answer) in enumerate(turns):
             ask = chat(question, units, system) if i == 0 else f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-            for end, thing in toy.mentions(question, scene) if scene else ():
+            for end, thing in language.mentions(question, scene) if scene else ():
                 before = len(tok.encode(ask[:ask.rindex(question) + end]))
                 pointing.append((b, len(ids) + before - 1, extra.of(thing, scene, exact=True)))
             for text, counts in ((ask, 0), ("<|vision_start|>" if blanks else answer + "<|im_end|>", 0 if blanks else 1)):
@@ -200,7 +200,7 @@ def mllm_loss(model, extra, rows, a):
 def dcae_loss(model, extra, rows, a):
     """L1 + L2 on pixels and L1 on their differences to the next pixel (edges); a little noise makes near latents mean near pictures."""
     scenes, rngs = zip(*rows)
-    x = data.to_pixels([toy.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype))
+    x = data.to_pixels([world.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype))
     z = model.dcae.encode(x)
     z = z + 0.1 * z.detach().std() * data.noise(rngs, z.shape[1:], a.device)[1].to(z.dtype)
     miss = (model.dcae.decode(z) - x).float()
@@ -212,7 +212,7 @@ def dcae_loss(model, extra, rows, a):
 def unit_latents(folder, a):
     """Afterwards gives the autoencoder the scaling factor at which its latents have a standard deviation of 1, as SANA's have."""
     model, rng = TBAC.load(folder, a.device), random.Random(a.seed)
-    x = data.to_pixels([toy.render(toy.sample_scene(rng), a.size) for _ in range(256)], a.device)
+    x = data.to_pixels([world.render(world.sample_scene(rng), a.size) for _ in range(256)], a.device)
     with torch.no_grad():
         std = model.dcae.encode(x).std().item() / model.config.dcae.scaling_factor
     model.config = dataclasses.replace(model.config, dcae=dataclasses.replace(model.config.dcae, scaling_factor=1 / std))
@@ -226,7 +226,7 @@ class Things(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.dit.caption_dim
-        words = [*toy.COLOURS, *toy.SHAPES, *toy.SIZES, *toy.BACKGROUNDS, "nothing"]
+        words = [*world.COLOURS, *world.SHAPES, *world.SIZES, *world.BACKGROUNDS, "nothing"]
         self.index = {w: i for i, w in enumerate(words)}
         self.table, self.place = nn.Embedding(len(words), width), nn.Linear(16, width)
 
@@ -246,14 +246,14 @@ def dit_loss(model, extra, rows, a):
     """Flow matching on what the things say, the same for every block; a tenth hears nothing, which guidance needs."""
     scenes, rngs = zip(*rows)
     with torch.no_grad():
-        x0 = model.dcae.encode(data.to_pixels([toy.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype)))
+        x0 = model.dcae.encode(data.to_pixels([world.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype)))
     rungs = extra([None if r.random() < a.drop else s for s, r in rows]).expand(model.config.dit.n_layer, -1, -1, -1)
     t, eps = data.noise(rngs, x0.shape[1:], a.device)
     return model.flow_losses(x0, rungs, t, eps), t
 
 
 def scene(rng, number):
-    return toy.sample_scene(rng)
+    return world.sample_scene(rng)
 
 
 LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss}

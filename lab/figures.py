@@ -32,11 +32,11 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
-import state  # noqa: E402
-import toy  # noqa: E402
+from engine import state  # noqa: E402
+from toy import world  # noqa: E402
 from ladder import rungs  # noqa: E402
 from tbac import TBAC, TBACConfig  # noqa: E402
-from toy import Scene, Thing  # noqa: E402
+from toy.world import Scene, Thing  # noqa: E402
 
 OUT = ROOT / "assets" / "figures"
 WIDTH = 800                                                                     # pixels
@@ -112,7 +112,7 @@ def shape(*sides):
 
 def toy_picture(p, x, y, side, colour):
     """A circle left of a blue square, in vectors."""
-    circle, square = (tuple(c / 255 for c in toy.COLOURS[name]) for name in (colour, "blue"))
+    circle, square = (tuple(c / 255 for c in world.COLOURS[name]) for name in (colour, "blue"))
     p.ax.add_patch(Rectangle((x - side / 2, y - side / 2), side, side, facecolor="white", edgecolor=p.theme["plain"][1], linewidth=1))
     p.ax.add_patch(Circle((x - side / 5, y), side / 7, facecolor=circle, linewidth=0))
     p.ax.add_patch(Rectangle((x + side / 14, y - side / 7), side / 3.5, side / 3.5, facecolor=square, linewidth=0))
@@ -287,10 +287,10 @@ def draw_edits(a):
     model, side, tall, strip = TBAC.load(a.model), 120, 140, 398
     p = Page(tall * math.ceil(len(EDITS) / 2) + 4)
     for i, (action, (scene, words)) in enumerate(EDITS.items()):
-        assert toy.valid(scene), action
+        assert world.valid(scene), action
         x, y = 16 + i % 2 * strip, tall * (math.ceil(len(EDITS) / 2) - i // 2 - 0.5) + 2
         source, result = x + side / 2, x + 370 - side / 2
-        picture = toy.render(scene, model.config.size)
+        picture = world.render(scene, model.config.size)
         p.picture(picture, source, y, side), p.picture(first_picture(model, words, [picture]), result, y, side)
         p.line((x + side + 8, y), (result - side / 2 - 8, y))
         p.text(x + 185, y + 8, action, size=12.5, weight="bold", va="bottom")
@@ -379,7 +379,7 @@ def save(figure, name):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)} (default: all)")
-    p.add_argument("--model", default=ROOT / "assets" / "toy", help="folder of the model that draws (default: the toy)")
+    p.add_argument("--model", default=ROOT / "toy" / "weights", help="folder of the model that draws (default: the toy)")
     p.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs", help="folder of the runs for the curves (default: runs)")
     a = p.parse_args()
     if unknown := set(a.figures) - set(FIGURES):
