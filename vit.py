@@ -1,10 +1,12 @@
-"""Qwen2.5-VL's ViT by hand: a picture becomes tokens for the MLLM (arXiv 2502.13923, section 2.1.1).
+"""Qwen2.5-VL's ViT by hand: a picture becomes tokens for the MLLM (arXiv 2502.13923, sec. 2.1.1).
 
-Picture -> resized -> patches -> blocks, most of them with attention inside windows -> merged 2 x 2 to one token. Frozen in the paper's stages.
-RMSNorm, rotary positions, attention and SwiGLU are those of the decoder, too (mllm.py).
+Picture -> resized -> patches -> blocks, most of them with attention inside windows -> 2 x 2 patches
+merged to one token. Frozen in the paper's three stages. RMSNorm, rotary positions, attention and
+SwiGLU serve the decoder, too (mllm.py).
 
-Dimension key: B pictures, P patches of a picture, U merged units (P / 4), D width, M the MLLM's width, H heads, K head dim, S positions, N
-pictures or windows; in `attention` also G key heads, T positions that are seen.
+Dimension key: B pictures, P patches of a picture, U units (2 x 2 patches, one token each; P / 4),
+W windows of S patches, D width, M the MLLM's width, H heads, K head dim, N pictures or windows;
+in `attention` also G key heads and T positions that are attended to.
 Left out: video.
 """
 import math
@@ -14,97 +16,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-def smart_size(width, height, unit, area):
-    """(width, height), both multiples of `unit`, close to `area` pixels in all and to the aspect ratio given."""
-    if max(width, height) > 200 * min(width, height):
-        raise ValueError(f"picture of {width}x{height} is too thin: aspect ratio above 200")
-    w, h = round(width / unit) * unit, round(height / unit) * unit
-    if w * h == area:
-        return w, h
-    if w * h > area:                                                # never above the area when too large, nor below when too small
-        scale = math.sqrt(width * height / area)                    # divided by: the inverse would round otherwise than the public code
-        return max(unit, math.floor(width / scale / unit) * unit), max(unit, math.floor(height / scale / unit) * unit)
-    scale = math.sqrt(area / (width * height))
-    return math.ceil(width * scale / unit) * unit, math.ceil(height * scale / unit) * unit
-
-
-def patchify(image, c):
-    """PIL picture -> patches (P, 3 * 2 * patch * patch) and their grid (h, w).
-
-    Order: units of merge x merge neighbours, unit by unit, so that merge^2 consecutive patches can later be merged into one token.
-    """
-    image = image.convert("RGB")
-    size = smart_size(*image.size, c.patch * c.merge, c.area)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    x = torch.from_numpy(np.asarray(image, np.float32) / 255)                                     # (height, width, 3)
-    x = (x - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
-    h, w = size[1] // c.patch, size[0] // c.patch
-    x = x.view(h // c.merge, c.merge, c.patch, w // c.merge, c.merge, c.patch, 3)
-    x = x.permute(0, 3, 1, 4, 6, 2, 5).unsqueeze(5).expand(-1, -1, -1, -1, -1, c.frames, -1, -1)  # a still is its own next frame
-    return x.reshape(h * w, -1), (h, w)
-
-
-# ---------------------------------------------------------------------------------------------- the math of the decoder, too
-
-class RMSNorm(nn.Module):
-    """Qwen2.5-VL's: rounded to x's dtype before the gain, where nn.RMSNorm rounds after it; in bfloat16 the two differ."""
-
-    def __init__(self, dim, eps=1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        scale = x.float().pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
-        return self.weight * (x.float() * scale).to(x.dtype)
-
-
-def frequencies(n, theta, device):
-    """The n rotary frequencies theta^(-i/n). Computed when needed: a buffer would have no values on the meta device."""
-    return theta ** -(torch.arange(n, device=device).float() / n)
-
-
-def apply_rope(x, angle):
-    """Turns the channel pairs (i, i + K/2) of x (..., S, K) by angle (..., S, K/2), in float32."""
-    a, b = x.float().chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-
-
-def attention(q, k, v, mask):
-    """softmax(q k^T / sqrt(K)) v for q (B, H, S, K), k and v (B, G, T, K), mask (B, 1, S, T) or broadcastable, False = unseen.
-
-    Grouped queries: each of the G key heads serves H / G query heads, stacked along S, so that keys and values need not be repeated.
-    """
-    G, S = k.shape[1], q.shape[2]
-    q = q.unflatten(1, (G, -1)).flatten(2, 3) / math.sqrt(q.shape[-1])       # (B, G, H/G * S, K)
-    scores = q @ k.transpose(2, 3)                                           # (B, G, H/G * S, T)
-    scores = scores.unflatten(2, (-1, S)).masked_fill(~mask[:, :, None], -math.inf)
-    out = scores.softmax(-1).flatten(2, 3) @ v                               # (B, G, H/G * S, K)
-    return out.unflatten(2, (-1, S)).flatten(1, 2)                           # (B, H, S, K)
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, dim, hidden, bias):
-        super().__init__()
-        self.gate, self.up = nn.Linear(dim, hidden, bias), nn.Linear(dim, hidden, bias)
-        self.down = nn.Linear(hidden, dim, bias)
-
-    def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-# ----------------------------------------------------------------------------------------------------------------- ViT
 
 @dataclass(frozen=True)
 class ViTConfig:
+    """The defaults are those of Qwen2.5-VL-3B."""
     n_layer: int = 32
     dim: int = 1280
     n_head: int = 16
@@ -117,86 +37,227 @@ class ViTConfig:
     area: int = 256 * 28 * 28           # pixels; every picture is resized to about this area
 
 
-def window_order(grid, c):
-    """Merged units sorted window by window, for a picture of grid (h, w) patches.
+# ------------------------------------------------------------------------------------ pictures
 
-    -> order (windows, units per window), the row-major index of each unit, 0 where an edge window is not full, and
-    real (same shape), False there. A window covers window/merge/patch units a side.
+def smart_size(width: int, height: int, unit: int, area: int) -> tuple[int, int]:
+    """(width, height), both multiples of `unit`, near to `area` pixels and the aspect ratio given.
+    ValueError for an aspect ratio above 200."""
+    if max(width, height) > 200 * min(width, height):
+        raise ValueError(f"picture of {width}x{height} is too thin: aspect ratio above 200")
+    w, h = round(width / unit) * unit, round(height / unit) * unit
+    if w * h == area:
+        return w, h
+    # Never above the area when the picture is too large, nor below it when too small. (To divide
+    # by a scale and to multiply by its inverse round differently; this follows the public code.)
+    if w * h > area:
+        scale = math.sqrt(width * height / area)
+        w = max(unit, math.floor(width / scale / unit) * unit)
+        h = max(unit, math.floor(height / scale / unit) * unit)
+    else:
+        scale = math.sqrt(area / (width * height))
+        w = math.ceil(width * scale / unit) * unit
+        h = math.ceil(height * scale / unit) * unit
+    return w, h
+
+
+def patchify(image: Image.Image, c: ViTConfig) -> tuple[Tensor, tuple[int, int]]:
+    """PIL picture -> patches (P, 3 * frames * patch * patch) and their grid (h, w).
+
+    Order: unit by unit, so that merge^2 consecutive patches can later become one token.
     """
-    h, w, side = grid[0] // c.merge, grid[1] // c.merge, c.window // c.merge // c.patch
-    index = torch.arange(h * w).view(1, 1, h, w) + 1                                   # 0 will mean "outside the picture"
-    index = F.pad(index, (0, -w % side, 0, -h % side)).flatten(0, 1)                   # (1, h', w'), multiples of side
-    index = index.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)    # (1, rows, columns, side, side)
-    index = index.reshape(-1, side * side)                                             # (windows, side * side)
+    image = image.convert("RGB")
+    size = smart_size(*image.size, c.patch * c.merge, c.area)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.asarray(image, np.float32) / 255)          # (height, width, 3)
+    x = (x - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    h, w = size[1] // c.patch, size[0] // c.patch
+    x = x.view(h // c.merge, c.merge, c.patch, w // c.merge, c.merge, c.patch, 3)
+    x = x.permute(0, 3, 1, 4, 6, 2, 5)         # unit row, unit column, row, column, 3, patch, patch
+    # A still picture is its own next frame.
+    x = x.unsqueeze(5).expand(-1, -1, -1, -1, -1, c.frames, -1, -1)
+    return x.reshape(h * w, -1), (h, w)
+
+
+# ------------------------------------------------------------------ shared with the decoder
+
+class RMSNorm(nn.Module):
+    """Qwen2.5-VL's: rounds to x's dtype before the gain. nn.RMSNorm rounds after it, which differs
+    in bfloat16."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.float().pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return self.weight * (x.float() * scale).to(x.dtype)
+
+
+def frequencies(n: int, theta: float, device) -> Tensor:
+    """The n rotary frequencies theta^(-i/n). Computed when needed: a buffer would have no values
+    on the meta device."""
+    return theta ** -(torch.arange(n, device=device).float() / n)
+
+
+def apply_rope(x: Tensor, angle: Tensor) -> Tensor:
+    """Turns the channel pairs (i, i + K/2) of x (..., S, K) by angle (..., S, K/2), in float32."""
+    a, b = x.float().chunk(2, -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v for q (B, H, S, K), k and v (B, G, T, K) -> (B, H, S, K).
+    mask (B, 1, S, T) or broadcastable, False = not attended to.
+
+    Grouped queries: each of the G key heads serves H / G query heads. These are stacked along S,
+    so that keys and values need not be repeated.
+    """
+    G, S = k.shape[1], q.shape[2]
+    q = q.unflatten(1, (G, -1)).flatten(2, 3) / math.sqrt(q.shape[-1])  # (B, G, H/G * S, K)
+    scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, S))              # (B, G, H/G, S, T)
+    scores = scores.masked_fill(~mask[:, :, None], -math.inf)
+    out = scores.softmax(-1).flatten(2, 3) @ v                          # (B, G, H/G * S, K)
+    return out.unflatten(2, (-1, S)).flatten(1, 2)                      # (B, H, S, K)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x)"""
+
+    def __init__(self, dim: int, hidden: int, bias: bool):
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias)
+        self.up = nn.Linear(dim, hidden, bias)
+        self.down = nn.Linear(hidden, dim, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+# ------------------------------------------------------------------------------------- windows
+
+def window_index(grid: tuple[int, int], c: ViTConfig) -> tuple[Tensor, Tensor]:
+    """Which units each window holds, for a picture of grid (h, w) patches.
+
+    -> index (W, units per window), the row-major number of each unit, and valid (same shape):
+    False where an edge window reaches beyond the picture (the index there is 0).
+    """
+    h, w = grid[0] // c.merge, grid[1] // c.merge                      # in units
+    side = c.window // c.merge // c.patch                              # of a window, in units
+    index = torch.arange(h * w).view(1, 1, h, w) + 1                   # 0 will mean "outside"
+    index = F.pad(index, (0, -w % side, 0, -h % side)).flatten(0, 1)   # (1, h', w')
+    index = index.unflatten(2, (-1, side)).unflatten(1, (-1, side))    # (1, W_h, side, W_w, side)
+    index = index.transpose(2, 3).reshape(-1, side * side)             # (W, side * side)
     return (index - 1).clamp(min=0), index > 0
 
 
+def to_windows(x: Tensor, index: Tensor, unit: int) -> Tensor:
+    """x (B, P, n), `unit` patches for each unit in turn -> (B, W * S, n): the patches window by
+    window. What an edge window lacks is filled with copies of unit 0, to be masked."""
+    x = x.unflatten(1, (-1, unit))                                     # (B, U, unit, n)
+    x = x[:, index]                                                    # (B, W, units, unit, n)
+    return x.flatten(1, 3)
+
+
+def from_windows(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    """x (B, W * units, M), one token for each unit, window by window -> (B, U, M), row by row,
+    without what filled the edge windows."""
+    slots = valid.flatten().nonzero()[:, 0]                            # those that hold a unit
+    row_major = index.flatten()[slots].argsort()
+    return x[:, slots[row_major]]
+
+
+# ----------------------------------------------------------------------------------------- ViT
+
 class VisionAttention(nn.Module):
-    def __init__(self, dim, n_head):
+    def __init__(self, dim: int, n_head: int):
         super().__init__()
         self.n_head = n_head
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
 
-    def forward(self, x, angle, real):
-        """x (N, S, D) with N pictures or windows; angle (N, S, K/2); real (N, S), False for padding."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)           # 3 x (N, H, S, K)
-        q, k = apply_rope(q, angle[:, None]), apply_rope(k, angle[:, None])
-        x = attention(q, k, v, real[:, None, None])                                               # (N, H, S, K)
-        return self.out(x.transpose(1, 2).flatten(2))                                             # (N, S, D)
+    def forward(self, x: Tensor, angle: Tensor, valid: Tensor) -> Tensor:
+        """x (N, S, D) of N pictures or windows; angle (N, S, K/2); valid (N, S), False for what
+        fills an edge window."""
+        qkv = self.qkv(x).unflatten(2, (3, self.n_head, -1))           # (N, S, 3, H, K)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # (N, H, S, K) each
+        q = apply_rope(q, angle[:, None])
+        k = apply_rope(k, angle[:, None])
+        x = attention(q, k, v, valid[:, None, None])                   # (N, H, S, K)
+        return self.out(x.transpose(1, 2).flatten(2))                  # (N, S, D)
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c: ViTConfig):
         super().__init__()
-        self.norm1, self.attn = RMSNorm(c.dim), VisionAttention(c.dim, c.n_head)
-        self.norm2, self.mlp = RMSNorm(c.dim), SwiGLU(c.dim, c.mlp_dim, bias=True)
+        self.norm1 = RMSNorm(c.dim)
+        self.attn = VisionAttention(c.dim, c.n_head)
+        self.norm2 = RMSNorm(c.dim)
+        self.mlp = SwiGLU(c.dim, c.mlp_dim, bias=True)
 
-    def forward(self, x, angle, real):
-        x = x + self.attn(self.norm1(x), angle, real)
+    def forward(self, x: Tensor, angle: Tensor, valid: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), angle, valid)
         return x + self.mlp(self.norm2(x))
 
 
 class Merger(nn.Module):
-    """merge x merge neighbouring patches -> one token of the decoder's width."""
+    """The patches of a unit, merge x merge neighbours -> one token of the decoder's width."""
 
-    def __init__(self, c, out_dim):
+    def __init__(self, c: ViTConfig, out_dim: int):
         super().__init__()
         wide = c.merge ** 2 * c.dim
-        self.norm, self.fc1, self.fc2 = RMSNorm(c.dim), nn.Linear(wide, wide), nn.Linear(wide, out_dim)
+        self.norm = RMSNorm(c.dim)
+        self.fc1 = nn.Linear(wide, wide)
+        self.fc2 = nn.Linear(wide, out_dim)
 
-    def forward(self, x):                                          # (B, U, merge^2, D)
-        return self.fc2(F.gelu(self.fc1(self.norm(x).flatten(2))))  # (B, U, M)
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, U, merge^2, D) -> (B, U, M)"""
+        x = self.norm(x).flatten(2)
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class ViT(nn.Module):
-    def __init__(self, c, out_dim):
+    def __init__(self, c: ViTConfig, out_dim: int):
         super().__init__()
         self.config = c
         self.patch_embed = nn.Linear(3 * c.frames * c.patch ** 2, c.dim, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.n_layer))
         self.merger = Merger(c, out_dim)
 
-    def angles(self, grid, device):
-        """(P, K/2) rotary angles, half of the channels for the patch's row and half for its column, in merge order."""
+    def angles(self, grid: tuple[int, int], device) -> Tensor:
+        """(P, K/2) rotary angles in the order of patchify: half of the channels turn with the
+        patch's row, half with its column."""
         c, (h, w) = self.config, grid
-        rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-        place = torch.stack([rows, columns], -1).view(h // c.merge, c.merge, w // c.merge, c.merge, 2)
-        place = place.transpose(1, 2).reshape(h * w, 2, 1)
-        return (place * frequencies(c.dim // c.n_head // 4, 1e4, device)).flatten(1)
+        rows, columns = torch.meshgrid(torch.arange(h, device=device),
+                                       torch.arange(w, device=device), indexing="ij")
+        position = torch.stack([rows, columns], -1)                    # (h, w, 2)
+        position = position.view(h // c.merge, c.merge, w // c.merge, c.merge, 2)
+        position = position.transpose(1, 2).reshape(h * w, 2, 1)
+        return (position * frequencies(c.dim // c.n_head // 4, 1e4, device)).flatten(1)
 
-    def forward(self, patches, grid):
-        """patches (B, P, 3 * frames * patch^2) of B pictures that share one grid (h, w) in patches -> (B, U, M)."""
-        c, B, dev = self.config, len(patches), patches.device
-        order, real = window_order(grid, c)                                              # W windows of T units, `unit` patches each
-        W, unit, where = len(order), c.merge ** 2, real.flatten().nonzero()[:, 0]
-        back = where[order.flatten()[where].argsort()].to(dev)                           # of each unit the slot in which it stands now
-        order, real = order.to(dev), real.to(dev)
-        windowed = lambda x: x.unflatten(-2, (-1, unit))[..., order, :, :].flatten(-4, -2)         # (..., P, n) -> (..., W*T*unit, n)
-        x = windowed(self.patch_embed(patches))                                          # (B, W*T*unit, D), edge windows filled up
-        angle = windowed(self.angles(grid, dev)).expand(B, -1, -1)                       # (B, W*T*unit, K/2)
-        real_patch = real.flatten().repeat_interleave(unit).expand(B, -1)                # (B, W*T*unit)
-        split = lambda x: x.unflatten(1, (W, -1)).flatten(0, 1)                          # (B, W*T*unit, ...) -> (B*W, T*unit, ...)
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """patches (B, P, 3 * frames * patch^2) of B pictures with one grid (h, w) of patches
+        -> tokens (B, U, M), row by row."""
+        c, device = self.config, patches.device
+        B = len(patches)
+        unit = c.merge ** 2
+        index, valid = window_index(grid, c)                           # (W, units) each
+        x = to_windows(self.patch_embed(patches), index, unit)         # (B, W * S, D)
+        angle = to_windows(self.angles(grid, device)[None], index, unit)
+        angle = angle.expand(B, -1, -1)                                # (B, W * S, K/2)
+        valid_patch = valid.flatten().repeat_interleave(unit).to(device)
+        valid_patch = valid_patch.expand(B, -1)                        # (B, W * S)
+
+        W = len(index)
+        per_window = [t.unflatten(1, (W, -1)).flatten(0, 1) for t in (angle, valid_patch)]
         for i, block in enumerate(self.blocks):
-            whole = i in c.full_attention
-            x = block(x, angle, real_patch) if whole else block(split(x), split(angle), split(real_patch)).reshape(B, -1, c.dim)
-        return self.merger(x.unflatten(1, (-1, unit)))[:, back]                          # (B, U, M), row by row again
+            if i in c.full_attention:
+                x = block(x, angle, valid_patch)
+            else:
+                x = x.unflatten(1, (W, -1)).flatten(0, 1)              # (B * W, S, D)
+                x = block(x, *per_window)
+                x = x.unflatten(0, (B, W)).flatten(1, 2)               # (B, W * S, D)
+        x = self.merger(x.unflatten(1, (-1, unit)))                    # (B, W * units, M)
+        return from_windows(x, index, valid)                           # (B, U, M)

@@ -8,7 +8,8 @@ from tests.conftest import relative
 
 def test_shapes(tiny):
     assert tiny.dcae.encode(torch.zeros(2, 3, 8, 12)).shape == (2, 4, 2, 3)
-    six_stages = DCAE(DCAEConfig(widths=(8, 8, 16, 16, 32, 32), encoder_layers=(1,) * 6, decoder_layers=(1,) * 6, head_dim=8))
+    six_stages = DCAE(DCAEConfig(widths=(8, 8, 16, 16, 32, 32), encoder_layers=(1,) * 6,
+                                 decoder_layers=(1,) * 6, head_dim=8))
     assert six_stages.config.factor == DCAEConfig().factor == 32
     latents = six_stages.encode(torch.zeros(1, 3, 64, 32))
     assert latents.shape == (1, 32, 2, 1)
@@ -18,26 +19,31 @@ def test_shapes(tiny):
 def test_linear_attention_equals_its_quadratic_form(tiny):
     block = tiny.dcae.encoder.stages[2][0].attn
     seen = {}
-    handles = [module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0], out)}))
-               for name, module in block.named_children()]
+    handles = []
+    for name, module in block.named_children():
+        keep = lambda _, args, out, name=name: seen.update({name: (args[0], out)})
+        handles.append(module.register_forward_hook(keep))
     x = torch.randn(2, 64, 5, 7, generator=torch.Generator().manual_seed(0))
     block(x)
     for handle in handles:
         handle.remove()
-    qkv = torch.cat([seen["near"][0], seen["mix"][1]], dim=1).flatten(2).unflatten(1, (4, 3, 32))    # (B, 2H, 3, K, N)
-    q, k, v = qkv.unbind(2)
-    scores = k.relu().transpose(-1, -2) @ q.relu()                                                   # (B, 2H, N, N)
-    out = v @ (scores / (scores.sum(dim=2, keepdim=True) + 1e-15))                                   # (B, 2H, K, N)
-    assert relative(seen["out"][0], out.flatten(1, 2).transpose(1, 2)) < 1e-5
+    qkv = torch.cat([seen["near"][0], seen["mix"][1]], dim=1)          # (B, 6D, h, w)
+    q, k, v = qkv.flatten(2).unflatten(1, (4, 3, 32)).unbind(2)        # (B, 2H, K, N) each
+    scores = k.relu().transpose(-1, -2) @ q.relu()                     # (B, 2H, N, N)
+    weights = scores / (scores.sum(dim=2, keepdim=True) + 1e-15)       # (B, 2H, N, N)
+    out = (v @ weights).flatten(1, 2)                                  # (B, 2D, N)
+    assert relative(seen["out"][0], out.transpose(1, 2)) < 1e-5
 
 
 def test_pictures_are_encoded_a_few_at_a_time(tiny):
     """At most 512 x 512 pixels at once, in any memory layout, with the same result."""
-    x, sizes = torch.rand(3, 3, 512, 256, generator=torch.Generator().manual_seed(0)), []
+    x = torch.rand(3, 3, 512, 256, generator=torch.Generator().manual_seed(0))
+    sizes = []
     tiny.dcae.encoder.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
     together = tiny.dcae.encode(x)
     assert sizes == [2, 1]
-    assert relative(together, torch.cat([tiny.dcae.encoder(one[None]) for one in x]) * tiny.dcae.config.scaling_factor) < 1e-6
+    alone = torch.cat([tiny.dcae.encoder(one[None]) for one in x])
+    assert relative(together, alone * tiny.dcae.config.scaling_factor) < 1e-6
 
 
 def test_a_wrong_size_is_named(tiny):
