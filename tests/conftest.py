@@ -1,4 +1,5 @@
-"""Fixtures: the tiny checkpoint, converted once by the command line, and what the public implementations gave for it."""
+"""Fixtures: the tiny checkpoint, converted once by the command line, and what the public
+implementations gave for it."""
 import json
 import pathlib
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from engine import fast
 from tbac import TBAC
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,22 +22,32 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def run(script, *args):
-    script = ROOT / script if script.endswith(".py") else script
-    return subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+def run(*command):
+    """A script ("sample.py", ...) or a module ("-m", "lab.evaluate", ...) of this project, with its
+    arguments, in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          cwd=ROOT)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny") / "model"
-    done = run("weights_convert.py", "--qwen", TINY / "qwen", "--sana", TINY / "sana", "--tbac", TINY / "tbac", "--out", out)
+    sources = ["--qwen", TINY / "qwen", "--sana", TINY / "sana", "--tbac", TINY / "tbac"]
+    done = run("weights_convert.py", *sources, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture
 def tiny(tiny_folder):
+    """The tiny model on the plain path."""
     return TBAC.load(tiny_folder)
+
+
+@pytest.fixture(params=["plain", "fast"])
+def model(request, tiny):
+    """The tiny model, once on the plain path and once on the fast one."""
+    return fast.enable(tiny) if request.param == "fast" else tiny
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +57,16 @@ def golden():
 
 @pytest.fixture(scope="session")
 def recorded():
-    """case -> (prompts, None or lists of images); and the settings of the sampling runs."""
+    """case -> (prompts, None or lists of images); the settings of the sampling runs; and a function
+    that opens a picture by its name."""
     meta = json.loads((TINY / "golden.json").read_text())
-    picture = lambda name: Image.open(TINY / "images" / f"{name}.png").convert("RGB")
-    cases = {c: (meta["captions"][c], meta["images"][c] and [[picture(n) for n in row] for row in meta["images"][c]]) for c in CASES}
+
+    def picture(name):
+        return Image.open(TINY / "images" / f"{name}.png").convert("RGB")
+
+    cases = {}
+    for case in CASES:
+        names = meta["images"][case]
+        images = names and [list(map(picture, row)) for row in names]
+        cases[case] = meta["captions"][case], images
     return cases, meta["samples"], picture
