@@ -1,7 +1,9 @@
-"""Examples to learn from: of the toy world, or pictures with texts in tars or in a folder. One order of them for all processes. At the end,
-pictures as numbers: pixels, latents that are kept; and sheets to look at.
+"""Examples to learn from: where they come from (generated, or pictures with texts in tars or in a
+folder), in which order they come, how several processes share them, and how a run resumes.
 
-Every reader skips what is broken and says so. Nothing is extracted from a tar, and no more than a record at a time is held.
+A source has `locations(rng)`, which yields where its records are, and `read(location)`, which turns
+one into an Example. A broken record is skipped and reported. Nothing is extracted from a tar, and
+at most one record at a time is in memory.
 """
 import glob
 import hashlib
@@ -15,204 +17,261 @@ import re
 import shutil
 import signal
 import tarfile
-import textwrap
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-KINDS = ("jpg", "jpeg", "png", "webp")                                          # of pictures in real data
+from engine.pictures import open_image, to_pixels
+
+# Suffixes of pictures in tars.
+KINDS = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the pictures it speaks of (none: text to image), the picture to draw (or its latents), the record's name for logs and caches."""
+    """prompt: the text. images: the pictures it refers to (none: text to image). target: the
+    picture to draw, or its latents. name: the record's, for logs and caches; generated examples
+    have none."""
+
     prompt: str
     images: tuple
-    target: Image.Image
+    target: Image.Image | Tensor
     name: str = ""
 
 
-class Toy:
-    """An endless source: example i is make(rng, i), with an rng from (seed, i) alone, so there is nothing to shuffle."""
+# ------------------------------------------------------------------------------------- sources
+
+class Generated:
+    """An endless source: example i is make(rng, i). Its rng depends on (seed, i) alone, so there is
+    nothing to shuffle."""
+
     pool = 0
 
     def __init__(self, make, seed):
-        self.make, self.seed = make, seed
+        self.make = make
+        self.seed = seed
 
     def locations(self, rng):
         return itertools.count()
 
-    def read(self, i):
+    def read(self, i: int) -> Example:
         return self.make(random.Random(f"{self.seed} {i}"), i)
 
 
-def flat(image):
-    """RGB. What is transparent becomes white (its hidden colour is often black), 16 bits become 8."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("its values are floats, of which nobody says what is white")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def open_image(file, name=None):
-    """An upright RGB picture from a path or an open file. ValueError if it cannot be read, or is so large that it may be an attack."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return flat(ImageOps.exif_transpose(Image.open(file)))              # upright, as a viewer shows it
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"{name or file}: picture has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except Exception as e:                                                      # decoders raise all sorts of things on damaged bytes
-        raise ValueError(f"{name or file} is not a readable picture: {e}") from None
-
-
 class Pictures:
-    """What the two real sources share: records hold files, and every picture becomes a square, shorter side first, cut at the centre."""
-    pool = 10_000                                                               # records among which the next one is drawn
+    """What the two sources of real data share: records refer to files, and every picture becomes a
+    square, resized to its shorter side and cropped at the centre.
+
+    latents: a function from a record's name to the latents of its target, or to None; what it
+    returns takes the target's place."""
+
+    # Locations to shuffle among, see `shuffled`.
+    pool = 10_000
 
     def __init__(self, size, latents=None):
-        self.size, self.latents = size, latents                                 # latents(name) -> what to use instead of the target
+        self.size = size
+        self.latents = latents
 
-    def square(self, file, name):
-        return ImageOps.fit(open_image(file, name), (self.size, self.size), Image.Resampling.BICUBIC)
+    def square(self, file, name: str) -> Image.Image:
+        image = open_image(file, name)
+        return ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
 
-    def example(self, name, text, sources, target):
-        """text: str or UTF-8; sources: list of files; target: a file. ValueError where one of them is missing or broken."""
-        if not isinstance(text, str | bytes) or target is None:
-            raise ValueError(f"{name}: the record has no {'picture to draw' if isinstance(text, str | bytes) else 'text'}")
+    def example(self, name, text, sources, target) -> Example:
+        """text: str or UTF-8 bytes; sources: list of files; target: a file. ValueError where one of
+        them is missing or broken."""
+        if not isinstance(text, str | bytes):
+            raise ValueError(f"{name}: the record has no text")
+        if target is None:
+            raise ValueError(f"{name}: the record has no picture to draw")
         try:
-            text = (text.encode() if isinstance(text, str) else text).decode()  # JSON can hold what UTF-8 cannot: "\ud800"
+            # A str, too, is checked: JSON can hold what UTF-8 cannot, such as "\ud800".
+            encoded = text.encode() if isinstance(text, str) else text
+            text = encoded.decode()
         except UnicodeError:
             raise ValueError(f"{name}: the text is not UTF-8") from None
         known = self.latents(name) if self.latents else None
-        sources = tuple(self.square(f, f"{name}, source") for f in sources)
-        return Example(text, sources, self.square(target, f"{name}, target") if known is None else known, name)
+        images = tuple(self.square(file, f"{name}, source") for file in sources)
+        if known is None:
+            return Example(text, images, self.square(target, f"{name}, target"), name)
+        return Example(text, images, known, name)
 
 
-def key_suffix(name):
-    """'train/0001.source.jpg' -> ('train/0001', 'source.jpg'): a record's key, and which part of it this is."""
+def key_suffix(name: str) -> tuple[str, str]:
+    """'train/0001.source.jpg' -> ('train/0001', 'source.jpg'): a record's key, and which part of
+    the record this is."""
     folder, slash, file = name.rpartition("/")
     key, _, suffix = file.partition(".")
     return folder + slash + key, suffix.lower()
 
 
 class Tars(Pictures):
-    """webdataset tars: the members of a record share their name up to the first dot. `txt` and `jpg` (jpeg, png, webp); for editing `txt`,
-    `source.jpg` (or source0.jpg, source1.jpg, ...) and `target.jpg`. Read where they lie, nothing is ever extracted."""
+    """webdataset tars: the members of a record share their name up to the first dot. `txt` and
+    `jpg` (jpeg, png, webp); for editing `txt`, `source.jpg` (or source0.jpg, source1.jpg, ...) and
+    `target.jpg`. Read in place, nothing is ever extracted."""
 
-    def __init__(self, files, size, latents=None):
+    def __init__(self, files: list[str], size, latents=None):
         super().__init__(size, latents)
         self.files = files
 
     def locations(self, rng):
-        """(file, key, {suffix: (offset, bytes)}) of every record, tar by tar in random order; only headers are read."""
+        """(file, key, {suffix: (offset, bytes)}) of every record, tar by tar in random order; only
+        headers are read."""
         for file in rng.sample(self.files, len(self.files)):
             try:
                 with tarfile.open(file, "r:") as tar:
-                    for key, members in itertools.groupby(self.members(tar), lambda m: key_suffix(m.name)[0]):
-                        parts = {key_suffix(m.name)[1]: (m.offset_data, m.size) for m in members}
-                        yield file, f"{key}, byte {next(iter(parts.values()))[0]}", parts       # a key may come again
+                    for key, parts in self.records(tar):
+                        # A key may occur twice, so the name says where the record begins.
+                        start, _ = next(iter(parts.values()))
+                        yield file, f"{key}, byte {start}", parts
             except tarfile.TarError as e:
+                # A record without parts: reading it fails with this message.
                 yield file, f"damaged tar, the rest of it is lost: {e}", {}
+
+    def records(self, tar):
+        """(key, {suffix: (offset, bytes)}) of every record: neighbours with the same key."""
+        for key, members in itertools.groupby(self.members(tar), lambda m: key_suffix(m.name)[0]):
+            parts = {}
+            for member in members:
+                suffix = key_suffix(member.name)[1]
+                parts[suffix] = member.offset_data, member.size
+            yield key, parts
 
     @staticmethod
     def members(tar):
+        """The files in a tar. tarfile.TarError where it is damaged."""
         while member := tar.next():
-            tar.members.clear()                                                 # tarfile remembers all of them, in a stream too many
+            # tarfile remembers all members, which are too many in a long stream.
+            tar.members.clear()
             if member.isfile():
                 yield member
+        # tarfile takes a broken header for the end, but the end is a block of zeros.
         tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):     # tarfile takes a broken header for the end
-            raise tarfile.ReadError(f"at byte {tar.offset} is neither a header nor the mark of the end")
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"byte {tar.offset} begins neither a header nor the end mark")
 
-    def read(self, location):
+    def read(self, location) -> Example:
         file, key, parts = location
-        name, found = f"{file}: {key}", {}
+        text = None
+        pictures = {}
         with open(file, "rb") as f:
             for part, (offset, size) in parts.items():
                 f.seek(offset)
+                content = f.read(size)
+                # "source.jpg" is a picture with the role "source", "jpg" one with the role "".
                 role, _, kind = part.rpartition(".")
-                found[role if kind in KINDS else part] = f.read(size)
-        pictures = {role: io.BytesIO(content) for role, content in found.items() if role != "txt"}
-        sources = [pictures[role] for role in sorted(pictures, key=lambda r: (len(r), r)) if role.startswith("source")]      # source10 after source9
-        return self.example(name, found.get("txt"), sources, pictures.get("target", pictures.get("")))
+                if part == "txt":
+                    text = content
+                else:
+                    pictures[role if kind in KINDS else part] = io.BytesIO(content)
+        # By length first, so that source10 comes after source9.
+        roles = sorted(pictures, key=lambda role: (len(role), role))
+        sources = [pictures[role] for role in roles if role.startswith("source")]
+        target = pictures.get("target", pictures.get(""))
+        return self.example(f"{file}: {key}", text, sources, target)
 
 
 class Folder(Pictures):
-    """A folder with metadata.jsonl, as Hugging Face's imagefolder has it: `text` and `file_name`; for editing `text`, `source` (one or a list)
-    and `target`."""
+    """A folder with metadata.jsonl, like Hugging Face's imagefolder: `text` and `file_name`; for
+    editing `text`, `source` (one name or a list) and `target`."""
 
-    def __init__(self, folder, size, latents=None):
+    def __init__(self, folder: pathlib.Path, size, latents=None):
         super().__init__(size, latents)
         self.folder = folder
 
     def locations(self, rng):
-        """The offset of every line."""
-        offset = 0
+        """The byte at which each line begins."""
+        start = 0
         with open(self.folder / "metadata.jsonl", "rb") as f:
             for line in f:
                 if line.strip():
-                    yield offset
-                offset += len(line)
+                    yield start
+                start += len(line)
 
-    def read(self, offset):
+    def read(self, start: int) -> Example:
         file = self.folder / "metadata.jsonl"
         with open(file, "rb") as f:
-            f.seek(offset)
-            try:
-                row = dict(json.loads(f.readline()))
-                target, sources = row.get("target", row.get("file_name")), row.get("source", [])
-                sources = [sources] if isinstance(sources, str) else sources
-                if not all(isinstance(x, str) for x in (target, *sources)):
-                    raise ValueError("source, and target or file_name, must be names of files")
-            except (ValueError, TypeError) as e:
-                raise ValueError(f"{file}, byte {offset}: {e}") from None
-        return self.example(str(self.folder / target), row.get("text"), [self.folder / s for s in sources], self.folder / target)
+            f.seek(start)
+            line = f.readline()
+        try:
+            row = dict(json.loads(line))
+            target = row.get("target", row.get("file_name"))
+            sources = row.get("source", [])
+            if isinstance(sources, str):
+                sources = [sources]
+            if not all(isinstance(name, str) for name in (target, *sources)):
+                raise ValueError("source, and target or file_name, must be names of files")
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{file}, byte {start}: {e}") from None
+        target = self.folder / target
+        sources = [self.folder / name for name in sources]
+        return self.example(str(target), row.get("text"), sources, target)
 
 
-def source(spec, toys, seed, size, latents=None):
-    """What --data names: one of `toys`, a folder with metadata.jsonl, a folder of tars, a tar, 'shards-{000..123}.tar' or 'a*.tar'.
-    ValueError if it holds nothing that can be read."""
-    if spec in toys:
-        return Toy(toys[spec], seed)
-    path = pathlib.Path(spec)
-    if (path / "metadata.jsonl").is_file():
-        found = Folder(path, size, latents)
+def source(spec: str, makers: dict, seed: int, size: int, latents=None):
+    """What --data names: one of `makers` ({word: make(rng, i) -> Example}), a folder with
+    metadata.jsonl, a folder of tars, a tar, 'shards-{000..123}.tar' or 'a*.tar'. ValueError if no
+    record in it can be read."""
+    if spec in makers:
+        return Generated(makers[spec], seed)
+    if (pathlib.Path(spec) / "metadata.jsonl").is_file():
+        found = Folder(pathlib.Path(spec), size, latents)
     else:
-        files = [glob.escape(spec) + "/*.tar"] if path.is_dir() else [spec]
-        if span := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
-            first, last = span.groups()
-            files = [spec[:span.start()] + f"{i:0{len(first)}d}" + spec[span.end():] for i in range(int(first), int(last) + 1)]
-        every = {f: [f] if os.path.isfile(f) else sorted(glob.glob(f)) for f in files}
-        if missing := [f for f, there in every.items() if not there]:
-            raise ValueError(f"--data {spec}: no such files: {missing[:3]}; expected tars, a folder with metadata.jsonl, or one of {list(toys)}")
-        found = Tars(sum(every.values(), []), size, latents)
-    wrong = []
+        found = Tars(tar_files(spec, makers), size, latents)
+    check_readable(found, spec)
+    return found
+
+
+def tar_files(spec: str, makers: dict) -> list[str]:
+    """The tars that `spec` names, see `source`. ValueError where there are none."""
+    patterns = [spec]
+    if pathlib.Path(spec).is_dir():
+        patterns = [glob.escape(spec) + "/*.tar"]
+    # "{000..123}" counts, with as many digits as its first number has.
+    if span := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
+        first, last = span.groups()
+        numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+        patterns = [spec[:span.start()] + number + spec[span.end():] for number in numbers]
+    files = []
+    missing = []
+    for pattern in patterns:
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+        files += found
+        if not found:
+            missing.append(pattern)
+    if missing:
+        raise ValueError(f"--data {spec}: no such files: {missing[:3]}; expected tars, "
+                         f"a folder with metadata.jsonl, or one of {list(makers)}")
+    return files
+
+
+def check_readable(found, spec: str):
+    """ValueError with the first ten reasons if a source holds no record that can be read."""
+    reasons = []
     for location in found.locations(random.Random(0)):
         try:
             found.read(location)
-            return found
+            return
         except ValueError as e:
-            wrong.append(str(e))
-    raise ValueError("\n".join([f"--data {spec}: there is not one record in it that can be read", *wrong[:10]]))
+            reasons.append(str(e))
+    message = f"--data {spec}: not one record in it can be read"
+    raise ValueError("\n".join([message, *reasons[:10]]))
 
 
-# ---------------------------------------------------------------- one order of examples for all processes, and each one's share of it
+# --------------------------------------------------------------------------- one order for all
 
 def shuffled(source, seed):
-    """A source's locations without end, epoch after epoch, each through a pool that gives out one at random for one that enters. The pool
-    holds places, not pictures, so it can be deep, and to pass over a million examples only headers are read."""
+    """A source's locations without end, epoch after epoch. Each epoch passes through a pool: once
+    it is full, every location that enters pushes out one of them at random. The pool holds
+    locations, not pictures, so it can be deep, and skipping a million examples reads headers
+    only."""
     for epoch in itertools.count():
-        rng, pool = random.Random(f"{seed} epoch {epoch}"), []
+        rng = random.Random(f"{seed} epoch {epoch}")
+        pool = []
         for location in source.locations(rng):
             pool.append(location)
             if len(pool) > source.pool:
@@ -224,150 +283,173 @@ def shuffled(source, seed):
 
 
 def mixed(sources, weights, seed):
-    """(source, location) without end: each time one of the sources, as often as its weight says."""
-    rng, streams = random.Random(f"{seed} mixture"), [shuffled(s, f"{seed} {i}") for i, s in enumerate(sources)]
+    """(source, location) without end: each time from one of the sources, in proportion to the
+    weights."""
+    rng = random.Random(f"{seed} mixture")
+    streams = [shuffled(s, f"{seed} {i}") for i, s in enumerate(sources)]
     while True:
-        i, = rng.choices(range(len(sources)), weights)
+        i = rng.choices(range(len(sources)), weights)[0]
         yield sources[i], next(streams[i])
 
 
-def unread(stream, world, reached):
-    """What `world` processes left of a stream when each had come as far as `reached` says."""
-    return (x for i, x in enumerate(stream) if i >= reached[i % world])
+def skip_consumed(stream, world, offsets):
+    """What is left of a stream that `world` processes shared, once each has come to its offset."""
+    return (x for i, x in enumerate(stream) if i >= offsets[i % world])
 
 
 class Share(torch.utils.data.IterableDataset):
-    """One process's part of the one order of all examples: every `world`-th. Yields (place, number, example or what is wrong with it).
+    """One process's share of the one order of all examples: every `world`-th. Yields
+    (position, number, example), or instead of a broken example a str that says what is wrong.
 
-    past: [(world, [how far each process came]), ...], one entry for each number of processes so far, the last one for now: what was read
-    is left out, so nobody sees an example twice in an epoch, even if a run goes on with more or fewer processes. `number` is the
-    example's in the whole order, whoever reads it; `place` is its place in what was left when this number of processes began.
+    history: [(world, [offset of each process]), ...], one entry for each number of processes so
+    far, the last one for now. What was read before is left out, so no example is seen twice in an
+    epoch, even if a run resumes with more or fewer processes. `number` is the example's number in
+    the whole order, whichever process reads it; `position` is its position in what was left when
+    this number of processes began, and offsets are such positions.
     """
 
-    def __init__(self, sources, weights, seed, rank, past):
-        self.sources, self.weights, self.seed, self.rank, self.past = sources, weights, seed, rank, past
+    def __init__(self, sources, weights, seed, rank, history):
+        self.sources = sources
+        self.weights = weights
+        self.seed = seed
+        self.rank = rank
+        self.history = history
 
     def __iter__(self):
+        # All examples, each with its number, less those that earlier processes read.
         stream = enumerate(mixed(self.sources, self.weights, self.seed))
-        for world, reached in self.past[:-1]:
-            stream = unread(stream, world, reached)
-        world, reached = self.past[-1]
+        for world, offsets in self.history[:-1]:
+            stream = skip_consumed(stream, world, offsets)
+
+        # Every world-th of them, from this process's offset on.
+        world, offsets = self.history[-1]
         mine = itertools.islice(enumerate(stream), self.rank, None, world)
-        mine = itertools.dropwhile(lambda x: x[0] < reached[self.rank], mine)
-        worker = torch.utils.data.get_worker_info()                             # helpers of a process take turns
-        for place, (number, (source, location)) in itertools.islice(mine, worker.id if worker else 0, None, worker.num_workers if worker else 1):
+        mine = itertools.dropwhile(lambda x: x[0] < offsets[self.rank], mine)
+
+        # The worker processes of a DataLoader take turns.
+        worker = torch.utils.data.get_worker_info()
+        if worker:
+            mine = itertools.islice(mine, worker.id, None, worker.num_workers)
+
+        for position, (number, (origin, location)) in mine:
             try:
-                yield place, number, source.read(location)
+                yield position, number, origin.read(location)
             except (ValueError, OSError) as e:
-                yield place, number, str(e).encode(errors="backslashreplace").decode()          # names of files may be no text
+                # The name of a file may hold bytes that are no text; they could not be printed.
+                message = str(e).encode(errors="backslashreplace").decode()
+                yield position, number, message
 
 
-def deaf(worker):
-    """A signal to all processes at once is for the first one to answer: it needs its helpers until it has saved."""
+def ignore_signals(worker):
+    """For worker processes. A signal to all processes at once (Ctrl-C) is for the main one to
+    answer: it needs its workers until it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Reader:
-    """Yields (number, example), good ones only. A broken record is counted and named in `bad`. ValueError with the list after a thousand in a row,
-    or more than would come by chance if the part `max_bad` of all records were broken: three standard deviations above the mean, and two to
-    begin with. `reached` is the place to go on from."""
+    """Yields (number, example) of a Share, good ones only. Broken records are listed in `bad`.
+    `offset` is where to resume: the position after the last example read."""
 
     def __init__(self, share, workers=0, max_bad=0.01):
-        self.share, self.workers, self.max_bad, self.bad, self.seen = share, workers, max_bad, [], 0
-        self.reached = share.past[-1][1][share.rank]
+        self.share = share
+        self.workers = workers
+        self.max_bad = max_bad
+        self.bad = []
+        self.seen = 0
+        _, offsets = share.history[-1]
+        self.offset = offsets[share.rank]
 
-    def __iter__(self):
-        loader, in_a_row = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers, worker_init_fn=deaf), 0
-        for place, number, example in loader:
-            self.seen, self.reached = self.seen + 1, place + 1
-            if not isinstance(example, str):
-                in_a_row = 0
+    def __iter__(self) -> Iterator[tuple[int, Example]]:
+        """ValueError with the list of broken records if they are too many."""
+        loader = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers,
+                                             worker_init_fn=ignore_signals)
+        bad_in_a_row = 0
+        for position, number, example in loader:
+            self.seen += 1
+            self.offset = position + 1
+            if isinstance(example, str):
+                self.bad.append(example)
+                bad_in_a_row += 1
+                if bad_in_a_row == 1000 or self.too_many_bad():
+                    message = (f"{len(self.bad)} of {self.seen} records are broken, "
+                               "more than --max-bad allows:")
+                    raise ValueError("\n".join([message, *self.bad]))
+            else:
+                bad_in_a_row = 0
                 yield number, example
-                continue
-            self.bad.append(example)
-            in_a_row, mean = in_a_row + 1, self.max_bad * self.seen
-            if len(self.bad) > mean + 3 * mean ** 0.5 + 2 or in_a_row == 1000:
-                raise ValueError("\n".join([f"{len(self.bad)} of {self.seen} records are broken, more than --max-bad allows:", *self.bad]))
+
+    def too_many_bad(self) -> bool:
+        """More than chance explains if the fraction `max_bad` of all records were broken: beyond
+        three standard deviations above the mean, and two more for the beginning."""
+        mean = self.max_bad * self.seen
+        return len(self.bad) > mean + 3 * mean ** 0.5 + 2
 
 
-def noise(rngs, shape, device):
-    """Times (B,), uniform in (0, 1], and standard normal noise (B, *shape), each row from its own random.Random."""
-    t = torch.tensor([1 - r.random() for r in rngs])
-    eps = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.getrandbits(63))) for r in rngs])
-    return t.to(device), eps.to(device)
+# --------------------------------------------------------------------------- noise and latents
 
-
-# ---------------------------------------------------------------- pictures as numbers
-
-def to_pixels(images, device, dtype=torch.float32):
-    """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
-    x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2)
-    return (x.to(device) / 127.5 - 1).to(dtype)
-
-
-def to_images(pixels):
-    """(B, 3, H, W) in [-1, 1], or a little outside -> list of PIL images."""
-    pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(p) for p in pixels]
+def noise(rngs, shape, device) -> tuple[Tensor, Tensor]:
+    """Times (B,), uniform in (0, 1], and standard normal noise (B, *shape), each row from its own
+    random.Random."""
+    t = torch.tensor([1 - rng.random() for rng in rngs])
+    rows = []
+    for rng in rngs:
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        rows.append(torch.randn(shape, generator=generator))
+    return t.to(device), torch.stack(rows).to(device)
 
 
 class Latents(nn.Module):
-    """Pictures -> latents by the autoencoder; with --cache-latents once per picture, then from a file in --out/latents. The folder there is named
-    after size, dtype, autoencoder and its weights: where one of them changes, nothing old is found, and it is thrown away."""
+    """Pictures -> latents by the autoencoder. With --cache-latents it runs once per picture, and
+    the result is kept in --out/latents, in a folder named after size, dtype, autoencoder and its
+    weights: where one of them changes, the old folder no longer fits and is deleted."""
 
-    def __init__(self, model, a):
+    def __init__(self, model, args):
         super().__init__()
-        self.folder, self.device, self.dtype = None, a.device, getattr(torch, a.dtype)
-        if a.cache_latents:
-            digest = hashlib.sha256(f"{a.size} {a.dtype} {model.config.dcae}".encode())
-            for t in model.dcae.state_dict().values():
-                digest.update(t.float().cpu().numpy().tobytes())
-            self.folder = a.out / "latents" / digest.hexdigest()[:16]
+        self.device = args.device
+        self.dtype = getattr(torch, args.dtype)
+        self.folder = None
+        if args.cache_latents:
+            digest = hashlib.sha256(f"{args.size} {args.dtype} {model.config.dcae}".encode())
+            for weight in model.dcae.state_dict().values():
+                digest.update(weight.float().cpu().numpy().tobytes())
+            self.folder = args.out / "latents" / digest.hexdigest()[:16]
             self.folder.mkdir(parents=True, exist_ok=True)
             for old in self.folder.parent.iterdir():
                 if old != self.folder:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def file(self, name):
-        return self.folder / f"{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:32]}.safetensors"
+    def file(self, name: str) -> pathlib.Path:
+        digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()
+        return self.folder / f"{digest[:32]}.safetensors"
 
-    def known(self, name):
-        """The latents of a record's picture, or None."""
+    def known(self, name: str) -> Tensor | None:
+        """The latents of a record's picture, if they are cached."""
+        if not self.folder:
+            return None
         try:
-            return load_file(self.file(name))["x0"] if self.folder else None
-        except (OSError, SafetensorError):                                      # not there, or cut short by a crash
+            return load_file(self.file(name))["x0"]
+        # The file does not exist, or a crash cut it short.
+        except (OSError, SafetensorError):
             return None
 
+    def keep(self, name: str, x0: Tensor):
+        """Cache latents. The file gets its name once it is complete."""
+        file = self.file(name)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        save_file({"x0": x0.contiguous()}, unfinished)
+        os.replace(unfinished, file)
+
     @torch.no_grad()
-    def forward(self, model, examples):
-        """-> (B, C, h, w)"""
-        x0 = {i: e.target.to(self.device) for i, e in enumerate(examples) if isinstance(e.target, torch.Tensor)}
-        if new := [i for i in range(len(examples)) if i not in x0]:
-            fresh = model.dcae.encode(to_pixels([examples[i].target for i in new], self.device, self.dtype))
-            x0 |= dict(zip(new, fresh))
-            for i in (i for i in new if self.folder and examples[i].name):      # a toy example has no name: it never comes again
-                file = self.file(examples[i].name)
-                save_file({"x0": x0[i].contiguous()}, file.with_suffix(f".{os.getpid()}"))
-                os.replace(file.with_suffix(f".{os.getpid()}"), file)
-        return torch.stack([x0[i] for i in range(len(examples))])
-
-
-# ---------------------------------------------------------------- for the eye
-
-def sheet(images, labels=None, scale=1, columns=None):
-    """Pictures of one size in a grid, a small text under each; scale enlarges them without smoothing."""
-    width, height = (scale * s for s in images[0].size)
-    columns = columns or min(len(images), max(1, 1080 // (width + 8)))
-    font = ImageFont.load_default(10)
-    letters = max(1, int(width / font.getlength("n")))
-    texts = [textwrap.wrap(str(label), letters, max_lines=6, placeholder="...") for label in labels or [""] * len(images)]
-    tall = height + 8 + 12 * max(map(len, texts))
-    page = Image.new("RGB", (columns * (width + 8) + 8, -(-len(images) // columns) * tall + 8), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-        x, y = 8 + i % columns * (width + 8), 8 + i // columns * tall
-        page.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
-        draw.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgrey")  # many of the pictures are white, as the page is
-        draw.multiline_text((x, y + height), "\n".join(text), "black", font, spacing=1)
-    return page
+    def forward(self, model, examples: list[Example]) -> Tensor:
+        """-> latents (B, C, h, w) of the targets; a target may be latents already."""
+        targets = [example.target for example in examples]
+        new = [i for i, target in enumerate(targets) if not isinstance(target, Tensor)]
+        if new:
+            pixels = to_pixels([targets[i] for i in new], self.device, self.dtype)
+            for i, x0 in zip(new, model.dcae.encode(pixels)):
+                targets[i] = x0
+                # A generated example has no name and never comes again.
+                if self.folder and examples[i].name:
+                    self.keep(examples[i].name, x0)
+        return torch.stack([x0.to(self.device) for x0 in targets])

@@ -1,8 +1,11 @@
-"""What changes while training, and how it is kept: learning rate, guard, optimizer, running mean of the weights, checkpoints, the log.
+"""What changes while training, and how it is kept: spike guard, master weights, their running mean
+(EMA), counts, checkpoints.
 
-Under FSDP every tensor here is sharded; on the disk it is whole, so that a run goes on with another number of processes.
+Under FSDP every tensor here is sharded; on the disk it is whole, so that a run goes on with another
+number of processes.
 """
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -11,28 +14,23 @@ import shutil
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tbac import read_tensors, sync, weight_files, write_shards
-
-
-def learning_rate(step, a):
-    """Linear warm-up, then a cosine down to `floor` of the peak."""
-    if step < a.warmup:
-        return a.lr * (step + 1) / a.warmup
-    progress = (step - a.warmup) / max(1, a.steps - a.warmup)
-    return a.lr * (a.floor + (1 - a.floor) * (1 + math.cos(math.pi * progress)) / 2)
+from engine.files import read_tensors, sync, weight_files, write_shards
 
 
 class Guard:
-    """Decides *before* the optimizer step whether it is taken. The limits are the released code's, which compares after stepping, and with means
-    that hold the spike already; here skipped values do not enter the means."""
+    """Decides *before* the optimizer step whether it is taken. The limits are the released code's,
+    which compares after the step, and with means that hold the spike already; here skipped values
+    do not enter the means."""
 
     def __init__(self):
-        self.loss, self.norm, self.skipped, self.in_a_row = None, None, 0, 0    # running means (0.99), counts
+        self.loss, self.norm = None, None           # running means (0.99)
+        self.skipped, self.in_a_row = 0, 0          # counts
 
-    def reason(self, loss, norm):
+    def reason(self, loss: float, norm: float) -> str | None:
         """Why not to take this step, or None."""
         if not math.isfinite(loss) or not math.isfinite(norm) or norm > 1e6:
             return f"loss {loss:g}, gradient norm {norm:g}"
@@ -42,181 +40,246 @@ class Guard:
             return f"gradient norm {norm:g} is above 25 times its mean {self.norm:g}"
         return None
 
-    def refuses(self, loss, norm):
-        """Why a step is refused, or None. Keeps the means and the counts. Raises ValueError at the tenth refusal in a row."""
-        if reason := self.reason(loss, norm):
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            if self.in_a_row == 10:
-                raise ValueError(f"ten steps in a row were skipped, the last one for: {reason}. Look at the data of these steps in log.jsonl, then "
-                                 "--resume with a smaller --lr, a longer --warmup or a smaller --clip; --no-guard takes every step")
-            return reason
-        mean = lambda old, new: new if old is None else 0.99 * old + 0.01 * new
-        self.loss, self.norm, self.in_a_row = mean(self.loss, loss), mean(self.norm, norm), 0
-        return None
+    def refuses(self, loss: float, norm: float) -> str | None:
+        """Why a step is refused, or None. Keeps the means and the counts. ValueError at the tenth
+        refusal in a row."""
+        reason = self.reason(loss, norm)
+        if reason is None:
+            self.loss = running_mean(self.loss, loss)
+            self.norm = running_mean(self.norm, norm)
+            self.in_a_row = 0
+            return None
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row == 10:
+            raise ValueError(
+                f"ten steps in a row were skipped, the last one for: {reason}. Look at the data of "
+                "these steps in log.jsonl, then --resume with a smaller --lr, a longer --warmup or "
+                "a smaller --clip; --no-guard takes every step")
+        return reason
 
 
-class State:
-    """What changes while training, and what a checkpoint holds: weights, their running mean, AdamW's moments, the guard, counts."""
+def running_mean(old: float | None, new: float) -> float:
+    return new if old is None else 0.99 * old + 0.01 * new
 
-    def __init__(self, trained, a):
-        self.params, self.step, self.updates, self.seen, self.guard, self.past = trained, 0, 0, 0, Guard(), []
-        # updates: steps taken; seen: examples, on all processes; past: of data.Share
-        self.saved = None                                                       # the step of the last checkpoint
-        self.mean = {n: p.detach().clone() for n, p in trained.items()} if a.ema else trained
-        matrices, others = ([p for p in trained.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
-        groups = [dict(params=matrices, weight_decay=a.weight_decay), dict(params=others, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=a.lr, betas=tuple(a.betas), fused=True)
+
+# ------------------------------------------------------------------------------ mixed precision
+
+class MasterWeights:
+    """Mixed precision by hand. The model computes with `working` weights in `dtype`; the optimizer
+    steps on `params`, float32 copies. A gradient becomes float32 as soon as it is complete, and
+    several passes add up in float32. For dtype float32 the two are the same parameters.
+
+    working: {name: parameter of the model, float32 at the start}
+    """
+
+    def __init__(self, working: dict[str, nn.Parameter], dtype: torch.dtype = torch.float32):
+        self.working = self.params = working
+        self.dtype = dtype
+        if dtype != torch.float32:
+            self.params = {}
+            for name, p in working.items():
+                master = self.params[name] = nn.Parameter(p.detach().clone())
+                p.register_post_accumulate_grad_hook(functools.partial(hand_over, master))
+            self.publish(self.params)
 
     @torch.no_grad()
-    def update(self, a):
-        """One optimizer step, and the mean follows."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, a)
-        self.optimizer.step()
+    def publish(self, values: dict[str, Tensor]) -> None:
+        """Rounds these values, the masters' or their mean, into the working weights."""
+        for name, p in self.working.items():
+            if self.params is not self.working:
+                p.data = values[name].to(self.dtype)
+            elif p is not values[name]:
+                p.copy_(values[name])
+
+
+def hand_over(master: nn.Parameter, working: nn.Parameter) -> None:
+    """Moves a working weight's gradient to its master."""
+    grad = working.grad.float()
+    master.grad = grad if master.grad is None else master.grad + grad
+    working.grad = None
+    # Nothing needs its value any more, so its memory goes; the next `publish` brings it back.
+    working.data = working.data.new_empty(0)
+
+
+# ------------------------------------------------------------------------------------ the state
+
+class State:
+    """What changes while training, and what a checkpoint holds.
+
+    trained: {name: parameter of the model}, float32; make_optimizer: {name: parameter} ->
+    optimizer; ema: decay of the running mean, 0 for none; dtype: to compute in; model: what FSDP
+    may shard.
+
+    params: float32 weights that learn; ema: their running mean, which is what a saved model has;
+    step: steps so far; updates: those that were taken; seen: examples, on all processes; history:
+    of data.Share; saved: the step of the last checkpoint.
+    """
+
+    def __init__(self, trained: dict[str, nn.Parameter], make_optimizer, ema: float,
+                 dtype=torch.float32, model=None):
+        self.weights = MasterWeights(trained, dtype)
+        self.params = self.weights.params
+        self.optimizer = make_optimizer(self.params)
+        self.model = model
+        self.decay = ema
+        self.step = self.updates = self.seen = 0
+        self.saved = None
+        self.guard = Guard()
+        self.history = []
+        self.ema = self.params
+        if ema:
+            self.ema = {name: p.detach().clone() for name, p in self.params.items()}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After an optimizer step the running mean follows."""
         self.updates += 1
-        if a.ema:                                                               # a short memory at first, to forget the start
-            torch._foreach_lerp_(list(self.mean.values()), list(self.params.values()), 1 - min(a.ema, self.updates / (self.updates + 10)))
+        if self.decay:
+            # A short memory at first, to forget the start.
+            decay = min(self.decay, self.updates / (self.updates + 10))
+            torch._foreach_lerp_(list(self.ema.values()), list(self.params.values()), 1 - decay)
+
+    # ---- to and from a checkpoint
 
     def tensors(self):
         """Yields (name, whole tensor), on every process at once where they are sharded."""
-        for n, p in self.params.items():
-            mean = dict(mean=self.mean[n]) if self.mean is not self.params else {}
-            for kind, t in (dict(param=p) | mean | self.optimizer.state.get(p, {})).items():      # AdamW has none where there was no gradient yet
-                yield f"{kind}.{n}", whole(t)
+        for name, p in self.params.items():
+            kinds = {"param": p}
+            if self.ema is not self.params:
+                kinds["ema"] = self.ema[name]
+            # AdamW has no moments where there was no gradient yet.
+            kinds |= self.optimizer.state.get(p, {})
+            for kind, tensor in kinds.items():
+                yield f"{kind}.{name}", gather_full(tensor)
 
-    def facts(self):
+    def counters(self) -> dict:
         """What is not a tensor, for JSON."""
-        return dict(step=self.step, updates=self.updates, seen=self.seen, past=self.past, guard=vars(self.guard))
+        return dict(step=self.step, updates=self.updates, seen=self.seen, history=self.history,
+                    guard=vars(self.guard))
 
     @torch.no_grad()
-    def load(self, folder):
-        facts = json.loads((folder / "state.json").read_text())
-        self.step, self.updates, self.seen = facts["step"], facts["updates"], facts["seen"]
-        self.past = [(world, reached) for world, reached in facts["past"]]
-        self.guard.__dict__ |= facts["guard"]
-        self.saved, stored = self.step, set()
+    def load(self, folder) -> None:
+        """Goes on from a checkpoint. ValueError for one of other weights."""
+        counters = json.loads((folder / "state.json").read_text())
+        self.step = self.saved = counters["step"]
+        self.updates, self.seen = counters["updates"], counters["seen"]
+        self.history = [(world, offsets) for world, offsets in counters["history"]]
+        vars(self.guard).update(counters["guard"])
+        stored = set()
         for file in weight_files(folder):
-            for name, t in read_tensors(file):
-                kind, n = name.split(".", 1)
+            for name, tensor in read_tensors(file):
+                self.load_tensor(folder, name, tensor)
                 stored.add(name)
-                p = self.params.get(n)
-                if p is None or kind != "step" and t.shape != p.shape:
-                    raise ValueError(f"{folder} holds {name} {tuple(t.shape)}, which does not learn here: of another --stage or --model?")
-                if kind not in ("param", "mean"):
-                    moments = self.optimizer.state[p]
-                    moments[kind] = fill(torch.empty((), device=p.device) if kind == "step" else torch.empty_like(p), t)
-                elif kind == "param" or self.mean is not self.params:           # with --ema 0 a stored mean is left out
-                    fill({"param": p, "mean": self.mean[n]}[kind], t)
-        for n, p in self.params.items():
-            if f"param.{n}" not in stored:
-                raise ValueError(f"{folder} lacks {n}, which learns here: of another --stage or --model?")
-            if f"mean.{n}" not in stored:                                       # a run with --ema 0 so far
-                self.mean[n].copy_(p)
+        for name, p in self.params.items():
+            if f"param.{name}" not in stored:
+                raise ValueError(f"{folder} lacks {name}, which learns here: "
+                                 "of another --stage or --model?")
+            # A run with --ema 0 so far.
+            if f"ema.{name}" not in stored:
+                self.ema[name].copy_(p)
+        self.weights.publish(self.params)
+
+    def load_tensor(self, folder, stored_name: str, tensor: Tensor) -> None:
+        kind, name = stored_name.split(".", 1)
+        p = self.params.get(name)
+        if p is None or (kind != "step" and tensor.shape != p.shape):
+            raise ValueError(f"{folder} holds {stored_name} {tuple(tensor.shape)}, which does not "
+                             "learn here: of another --stage or --model?")
+        if kind == "param":
+            copy_sharded(p, tensor)
+        elif kind == "ema":
+            # With --ema 0 a stored mean is left out.
+            if self.ema is not self.params:
+                copy_sharded(self.ema[name], tensor)
+        else:
+            like = torch.empty((), device=p.device) if kind == "step" else torch.empty_like(p)
+            self.optimizer.state[p][kind] = copy_sharded(like, tensor)
 
 
-def whole(t):
-    t = t.detach()
-    return t.full_tensor() if isinstance(t, DTensor) else t
+def gather_full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def fill(into, t):
-    return into.copy_(distribute_tensor(t.to(into.device), into.device_mesh, into.placements) if isinstance(into, DTensor) else t)
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-def checkpoints(out):
-    """The whole ones, oldest first. One that was being written when the machine stopped has another name."""
-    return sorted((out / "checkpoints").glob("step-*"))
-
-
-def save(model, state, frozen, a, rank):
-    """A checkpoint, and the model with the mean weights. On every process (shards are put together), written by the first."""
-    new_step = state.step != state.saved                                        # else a resumed run had nothing left to do
-    tensors = state.tensors() if new_step else ()
-    weights = ((n, whole(state.mean[n]) if n in state.mean else frozen[n]) for n in [*frozen, *(n for n in state.mean if not n.startswith("extra."))])
-    if rank > 0:
-        for _ in itertools.chain(tensors, weights):
-            pass
-        return
-    folder = a.out / "checkpoints"
-    new = folder / ".new"
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        if new_step:
-            new.mkdir(parents=True)
-            write_shards(new, tensors)
-            (new / "state.json").write_text(json.dumps(state.facts()))
-            sync(new)
-            os.rename(new, folder / f"step-{state.step:08d}")
-            sync(folder)
-            for old in checkpoints(a.out)[:-a.keep]:
-                shutil.rmtree(old)
-        model.save(a.out, tensors=weights)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(new, ignore_errors=True)
-        last = checkpoints(a.out)
-        whole_one = f"{last[-1]} is whole, --resume goes on from it" if last else ""
-        raise ValueError(f"step {state.step} could not be saved: {e}. {whole_one}") from None
+def copy_sharded(into: Tensor, whole: Tensor) -> Tensor:
+    """Fills a tensor that may be sharded from a whole one."""
+    if isinstance(into, DTensor):
+        whole = distribute_tensor(whole.to(into.device), into.device_mesh, into.placements)
+    return into.copy_(whole)
 
 
 @contextlib.contextmanager
-def mean_weights(learner, state):
+def ema_weights(state: State):
     """The model with its mean weights, whole on every process."""
-    kept = {n: p.detach().clone() for n, p in state.params.items()}
-    with torch.no_grad():
-        for n, p in state.params.items():
-            p.copy_(state.mean[n])
-    if isinstance(learner, FSDPModule):
-        learner.unshard()
+    sharded = isinstance(state.model, FSDPModule)
+    kept = state.params
+    if kept is state.weights.working:
+        kept = {name: p.detach().clone() for name, p in kept.items()}
+    state.weights.publish(state.ema)
+    if sharded:
+        state.model.unshard()
     try:
         yield
     finally:
-        if isinstance(learner, FSDPModule):
-            learner.reshard()
-        with torch.no_grad():
-            for n, p in state.params.items():
-                p.copy_(kept[n])
+        if sharded:
+            state.model.reshard()
+        state.weights.publish(kept)
 
 
-# -------------------------------------------------------------------------------------------------------------- the log
+# ---------------------------------------------------------------------------------- checkpoints
 
-def logged(out):
-    """The steps in log.jsonl, in order. A run that was killed and resumed wrote some twice: the later row counts; a crash cut one in half."""
-    rows = {}
-    for line in (out / "log.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            rows |= {row["step"]: row} if "loss" in row else {}
-    return [rows[step] for step in sorted(rows)]
+def checkpoints(out) -> list:
+    """The complete ones, oldest first. One that was being written when the machine stopped has
+    another name."""
+    return sorted((out / "checkpoints").glob("step-*"))
 
 
-def curves(out):
-    """curves.png from log.jsonl: loss, loss by t, gradient norm with the skipped steps, learning rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = logged(out)
-    steps, n = [row["step"] for row in rows], max(1, len(rows) // 100)
+def save(model, state: State, frozen: dict[str, Tensor], args, rank: int) -> None:
+    """A checkpoint, and the model with the mean weights. Called on every process, since shards are
+    put together; written by the first.
 
-    def smooth(values):
-        """Means over the last n values that are there."""
-        parts = ([v for v in values[max(0, i - n + 1):i + 1] if v is not None and math.isfinite(v)] for i in range(len(values)))
-        return [sum(part) / len(part) if part else math.nan for part in parts]
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
-    loss, by_t, norm, rate = axes.flat
-    loss.plot(steps, [row["loss"] for row in rows], color="0.8", lw=0.5), loss.plot(steps, smooth([row["loss"] for row in rows]), color="C0")
-    loss.set(title=f"loss, and its mean over {n} steps", yscale="log")
-    if rows and rows[0].get("by_t"):
-        for i in range(10):
-            by_t.plot(steps, smooth([row["by_t"][i] for row in rows]), color=plt.cm.viridis(i / 9), label=f"{i / 10:.1f}-{(i + 1) / 10:.1f}")
-        by_t.legend(fontsize=7, ncols=2, title="t (1 is noise)")
-    by_t.set(title="loss by time", yscale="log")
-    norm.plot(steps, [row["norm"] for row in rows], color="0.8", lw=0.5), norm.plot(steps, smooth([row["norm"] for row in rows]), color="C1")
-    skipped = [row for row in rows if row["skipped"]]
-    norm.plot([row["step"] for row in skipped], [row["norm"] for row in skipped], "rx", label=f"{len(skipped)} skipped"), norm.legend()
-    norm.set(title="gradient norm", yscale="log")
-    rate.plot(steps, [row["lr"] for row in rows], color="C2"), rate.set(title="learning rate")
-    for axis in axes.flat:
-        axis.set(xlabel="step"), axis.grid(alpha=0.3)
-    figure.savefig(out / "curves.png", dpi=80), plt.close(figure)
+    frozen: {name: tensor of the model that does not learn, as stored}
+    """
+    # A resumed run may have had nothing left to do.
+    new_step = state.step != state.saved
+    tensors = state.tensors() if new_step else ()
+    weights = model_tensors(state, frozen)
+    if rank > 0:
+        for _ in itertools.chain(tensors, weights):
+            pass
+    else:
+        try:
+            if new_step:
+                write_checkpoint(args.out / "checkpoints", state, tensors, args.keep)
+            model.save(args.out, tensors=weights)
+        except (OSError, SafetensorError) as e:
+            shutil.rmtree(args.out / "checkpoints" / ".new", ignore_errors=True)
+            last = checkpoints(args.out)
+            intact = f"{last[-1]} is whole, --resume goes on from it" if last else ""
+            raise ValueError(f"step {state.step} could not be saved: {e}. {intact}") from None
+    state.saved = state.step
+
+
+def model_tensors(state: State, frozen: dict[str, Tensor]):
+    """Yields (name, whole tensor) of the model: frozen ones as they are, the mean of the others."""
+    yield from frozen.items()
+    for name, mean in state.ema.items():
+        # What only training needs stays in the checkpoint.
+        if not name.startswith("aux_head."):
+            yield name, gather_full(mean)
+
+
+def write_checkpoint(folder, state: State, tensors, keep: int) -> None:
+    """Written aside, then renamed; of the older ones the last `keep` - 1 stay."""
+    new = folder / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    write_shards(new, tensors)
+    (new / "state.json").write_text(json.dumps(state.counters()))
+    sync(new)
+    os.rename(new, folder / f"step-{state.step:08d}")
+    sync(folder)
+    for old in checkpoints(folder.parent)[:-keep]:
+        shutil.rmtree(old)

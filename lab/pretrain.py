@@ -1,261 +1,502 @@
-"""How the toy's parts were made: what stands in for the years of pretraining behind the real ones. `train.py` runs these stages.
+"""How the toy's parts are taught: what stands in for the years of pretraining behind the real ones.
 
-    vit    the MLLM's ViT learns to name what each of its tokens shows (a stand-in for its captions by the billion)
-    mllm   the whole MLLM learns to caption, to answer, to say what an edit would give, and to sum up what it has read
+    vit    the MLLM's ViT learns to name what each of its tokens shows (a stand-in for captions by
+           the billion)
+    mllm   the whole MLLM learns to caption, to answer, to say what an edit would give, and to sum
+           up what it has read
     dcae   the autoencoder learns to reconstruct
-    dit    the DiT learns to draw from a list of things (a stand-in for the captions that SANA was pretrained on)
+    dit    the DiT learns to draw from a list of things (a stand-in for the captions that SANA was
+           pretrained on)
 
-Each has examples of its own from toy.py, a loss, and perhaps a module that is thrown away afterwards. A loss takes the model, that module,
-rows of (example, its own random.Random) and the options, and gives the losses (B,) and the times t (B,) of these rows, or None.
+    python -m lab.pretrain --stage vit  --out runs/vit
+    python -m lab.pretrain --stage mllm --model runs/vit --out runs/mllm
+    python -m lab.pretrain --stage dcae --out runs/dcae
+    python -m lab.pretrain --stage dit  --model runs/dcae --out runs/dit
+
+Each stage has its own examples, a loss, and perhaps an auxiliary head that is thrown away at the
+end; the loop is train.py's. A stage without --model starts from a fresh toy. (The losses of vit,
+mllm and dcae are means over the rows of one process: with more processes they differ a little.)
+
+Dimension key: B rows, U units, S tokens, M MLLM width, N marked tokens.
 """
 import dataclasses
 import math
 import os
 import random
 
+import tokenizers
 import torch
 import torch.nn.functional as F
-from torch import nn
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
 
-from engine import data
-from toy import language, world
 from dcae import DCAEConfig
 from dit import DiTConfig
-from mllm import ASK, DRAW, SPECIAL, MLLMConfig, Row, Tokenizer, chat, mrope_positions
-from tbac import TBAC, TBACConfig
+from engine.data import noise
+from engine.options import parse
+from engine.pictures import to_pixels
+from mllm import ASK, DRAW, SPECIAL, MLLMConfig, Prompt, Tokenizer, chat, mrope_positions
+from tbac import TBAC, TBACConfig, flow_matching
+from toy import language, world
+from train import Task
+from train import main as run_stage
 from vit import ViTConfig, patchify
 
+# --------------------------------------------------------------------------- sizes and options
+
 TOY = TBACConfig(
-    mllm=MLLMConfig(vocab_size=640, n_layer=8, dim=128, n_head=4, n_kv_head=2, head_dim=32, mlp_dim=384, rope_theta=100.0, rope_sections=(2, 5, 9),
-                    vision=ViTConfig(n_layer=4, dim=96, n_head=3, mlp_dim=256, patch=8, window=32, full_attention=(1, 3), area=64 * 64)),
+    mllm=MLLMConfig(
+        vocab_size=640, n_layer=8, dim=128, n_head=4, n_kv_head=2, head_dim=32, mlp_dim=384,
+        rope_theta=100.0, rope_sections=(2, 5, 9),
+        vision=ViTConfig(n_layer=4, dim=96, n_head=3, mlp_dim=256, patch=8, window=32,
+                         full_attention=(1, 3), area=64 * 64)),
     dit=DiTConfig(n_layer=6, n_head=6, cross_n_head=6, channels=16, caption_dim=128),
-    dcae=DCAEConfig(widths=(16, 32, 64, 128), encoder_layers=(0, 1, 1, 1), decoder_layers=(1, 1, 1, 1), attention_stages=1, latent_channels=16),
-    n_query=16, size=64, image_guidance=3.0)                                    # 1.5 loses more of the picture: evaluate.py ablate settings
+    dcae=DCAEConfig(widths=(16, 32, 64, 128), encoder_layers=(0, 1, 1, 1),
+                    decoder_layers=(1, 1, 1, 1), attention_stages=1, latent_channels=16),
+    n_query=16, size=64,
+    # 1.5 loses more of the picture: python -m lab.ablate settings
+    image_guidance=3.0)
+
+COMMON = dict(lr=2e-3, batch=32, warmup=200, weight_decay=0.01, clip=1.0, ema=0.999, size=64,
+              save_every=250, sheet_every=0, data=["toy"])
+PRESETS = {"toy": {
+    "vit": COMMON | dict(steps=3000),
+    # AdamW's longer memory is too slow for this one.
+    "mllm": COMMON | dict(steps=8000, betas=[0.9, 0.98], ema=0.998),
+    "dcae": COMMON | dict(steps=2000),
+    "dit": COMMON | dict(steps=3000, batch=48, lr=1e-3),
+}}
 
 
-def toy_tokenizer(file):
+def options(argv=None):
+    return parse(argv, __doc__, PRESETS)
+
+
+def build(args) -> TBAC:
+    """The model in --model, what learns in float32, or a fresh toy."""
+    if args.fsdp or args.take or args.wiring or args.queries:
+        raise ValueError("--fsdp, --take, --wiring and --queries are for train.py")
+    if args.model:
+        learns = TASKS[args.stage].learns
+        dtype = {part.split(".")[0]: torch.float32 for part in learns}
+        model = TBAC.load(args.model, args.device, dtype)
+    else:
+        generator = torch.Generator().manual_seed(args.seed)
+        model = TBAC(TOY, toy_tokenizer(args.out / "tokenizer.json")).to(args.device)
+        for part in (model.mllm, model.ladder, model.dit):
+            part.init_weights(generator)
+    if args.stage == "dit":
+        # From now on it draws at the size that it learns at.
+        model.config = dataclasses.replace(model.config, size=args.size)
+    return model
+
+
+def toy_tokenizer(file) -> Tokenizer:
     """A byte-level BPE with Qwen's special tokens, trained on the toy world's own text."""
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
     t = tokenizers.Tokenizer(models.BPE())
-    t.normalizer, t.decoder = normalizers.NFC(), decoders.ByteLevel()
+    t.normalizer = normalizers.NFC()
+    t.decoder = decoders.ByteLevel()
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=TOY.mllm.vocab_size, special_tokens=[f"<|{n}|>" for n in SPECIAL], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in language.corpus(10000, 0)], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOY.mllm.vocab_size, special_tokens=[f"<|{name}|>" for name in SPECIAL],
+        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    corpus = language.corpus(10000, 0)
+    t.train_from_iterator([chat(text, (), system) for system in (ASK, DRAW) for text in corpus],
+                          trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(f".{os.getpid()}")                                   # several processes may do this at once
+    # Several processes may do this at once.
+    new = file.with_suffix(f".{os.getpid()}")
     t.save(str(new))
     os.replace(new, file)
     return Tokenizer(file)
 
 
-class Facts(nn.Module):
-    """Hidden states tell facts of a thing: which colour, which shape, how large, ... Each kind of fact has classes of its own, so that what is
-    learned of colours holds for all shapes, also for a pair never seen beside another thing."""
-    KINDS = {"colour": [*world.COLOURS, "nothing"], "shape": [*world.SHAPES, "nothing"], "size": [*world.SIZES], "spot": [*world.SPOTS],
-             "column": [*range(8)], "row": [*range(8)], "side": [*world.OPPOSITE, "none"], "background": [*world.BACKGROUNDS], "changed": [False, True]}
+# ------------------------------------------------------------------------ attributes of a thing
 
-    def __init__(self, config):
+class AttributeProbe(nn.Module):
+    """Hidden states tell the attributes of a thing: which colour, which shape, how large, ... Each
+    attribute has classes of its own, so that what is learnt of colours holds for all shapes, also
+    for a pair that was never seen beside another thing."""
+
+    CLASSES = {
+        "colour": [*world.COLOURS, "nothing"],
+        "shape": [*world.SHAPES, "nothing"],
+        "size": [*world.SIZES],
+        "spot": [*world.SPOTS],
+        "column": [*range(8)],
+        "row": [*range(8)],
+        "side": [*world.OPPOSITE, "none"],
+        "background": [*world.BACKGROUNDS],
+        "changed": [False, True],
+    }
+
+    def __init__(self, config: TBACConfig):
         super().__init__()
-        self.head = nn.Linear(config.mllm.dim, sum(map(len, self.KINDS.values())))
+        self.head = nn.Linear(config.mllm.dim, sum(map(len, self.CLASSES.values())))
 
     @staticmethod
-    def of(thing, scene, exact):
-        """-> {kind: class} of what is known of a thing, or of a bare place (colour and shape "nothing"). exact: in eighths of the side, too."""
-        known = dict(colour=thing.colour, shape=thing.shape, spot=world.spot(thing), background=scene.background)
-        known |= dict(column=int(8 * thing.x), row=int(8 * thing.y)) if exact else {}
-        return known | (dict(size=thing.size) if thing.size else {})
+    def of(thing, scene, exact: bool) -> dict:
+        """-> {attribute: class} of what is known of a thing, or of a bare place (colour and shape
+        "nothing"). exact: its place in eighths of the side, too."""
+        labels = dict(colour=thing.colour, shape=thing.shape, spot=world.spot(thing),
+                      background=scene.background)
+        if exact:
+            labels |= dict(column=int(8 * thing.x), row=int(8 * thing.y))
+        if thing.size:
+            labels["size"] = thing.size
+        return labels
 
-    def indices(self, told):
-        """[{kind: class}] -> (N, kinds) class indices, -100 for what is not known."""
-        return torch.tensor([[classes.index(t[kind]) if kind in t else -100 for kind, classes in self.KINDS.items()] for t in told])
+    def indices(self, labels: list[dict]) -> Tensor:
+        """[{attribute: class}] -> class indices (N, attributes), -100 for what is not known."""
+        rows = []
+        for known in labels:
+            rows.append([classes.index(known[attribute]) if attribute in known else -100
+                         for attribute, classes in self.CLASSES.items()])
+        return torch.tensor(rows)
 
-    def forward(self, hidden, told):
-        """hidden (depths, N, M), told: N times {kind: class} -> the mean over kinds of the mean cross-entropy of what is known."""
-        which = self.indices(told).to(hidden.device).expand(len(hidden), -1, -1)                      # (depths, N, kinds)
-        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float().split(list(map(len, self.KINDS.values())), -1)
+    def forward(self, hidden: Tensor, labels: list[dict]) -> Tensor:
+        """hidden (depths, N, M), labels: N times {attribute: class} -> the mean over attributes of
+        the mean cross-entropy of what is known."""
+        target = self.indices(labels).to(hidden.device)                # (N, attributes)
+        target = target.expand(len(hidden), -1, -1)                    # (depths, N, attributes)
+        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float()
+        logits = logits.split(list(map(len, self.CLASSES.values())), -1)
         losses = []
-        for x, k in zip(logits, which.unbind(-1)):                                                    # (depths, N, classes), (depths, N)
-            known = (k >= 0).sum().clamp(min=1)                                                       # of a kind that nobody knows the loss is 0
-            losses.append(F.cross_entropy(x.flatten(0, 1), k.flatten(), reduction="sum") / known)
+        for x, y in zip(logits, target.unbind(-1)):                    # (depths, N, classes)
+            total = F.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="sum")
+            # Of an attribute that is not known anywhere the loss is 0.
+            losses.append(total / (y >= 0).sum().clamp(min=1))
         return sum(losses) / len(losses)
 
 
-class Names(Facts):
-    """The stand-in for the captions that Qwen2.5-VL's ViT was pretrained on: every vision token tells which thing it shows, where in the picture
-    that is, and how large. From answers alone the ViT learns colours long before shapes and places."""
+# --------------------------------------------------------------------------------- stage vit
 
-    def shown(self, scene, h, w):
-        """Row by row, the nearest thing whose box reaches well into the unit, else the bare place. -> h * w times {kind: class}"""
-        for y, x in (((row + 0.5) / h, (column + 0.5) / w) for row in range(h) for column in range(w)):
-            distance = {t: max(abs(t.x - x), abs(t.y - y)) for t in scene.things}                      # below a thing's radius: in its box
-            near = [t for t in scene.things if distance[t] < t.radius + 0.35 / w]
-            yield self.of(min(near, key=distance.get) if near else world.Thing("nothing", "nothing", "", x, y), scene, exact=True)
+class PatchNames(AttributeProbe):
+    """The stand-in for the captions that Qwen2.5-VL's ViT was pretrained on: every vision token
+    tells which thing it shows, where in the picture that is, and how large. From answers alone the
+    ViT learns colours long before shapes and places."""
 
-
-def vit_loss(model, extra, rows, a):
-    """What each merged unit shows."""
-    c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
-    pictures = [patchify(world.render(s, a.size), c) for s in scenes]
-    h, w = (n // c.merge for n in pictures[0][1])
-    told = [facts for s in scenes for facts in extra.shown(s, h, w)]                                   # B * U
-    return extra(model.mllm.see(pictures)[None], told).expand(len(rows)), None
-
-
-def became(scene, target):
-    """What each thing of a scene is after an edit, column by column: itself, changed, or None; then what is new. Each with whether it is another
-    than before. So each keeps its place in the list, and who tells the facts of the third need not count how many before it have gone."""
-    kept = {t: t for t in target.things if t in scene.things}
-    after = kept if len(scene.things) != len(target.things) else dict(zip(scene.things, target.things))
-    return [(after.get(t), after.get(t) != t) for t in world.columns(scene)] + [(t, True) for t in target.things if t not in after.values()]
+    def shown(self, scene, h: int, w: int):
+        """Row by row, the nearest thing whose box reaches well into the unit, else the bare place.
+        Yields h * w times {attribute: class}."""
+        for row in range(h):
+            for column in range(w):
+                x, y = (column + 0.5) / w, (row + 0.5) / h
+                # Below a thing's radius: inside its box.
+                distance = {t: max(abs(t.x - x), abs(t.y - y)) for t in scene.things}
+                near = [t for t in scene.things if distance[t] < t.radius + 0.35 / w]
+                bare = world.Thing("nothing", "nothing", "", x, y)
+                yield self.of(min(near, key=distance.get, default=bare), scene, exact=True)
 
 
-def conversation(rng, i):
-    """-> (system prompt, scene to show or None, [(question, answer), ...], what a drawing of it shows, or None: its things, each with whether an
-    edit has changed it, and their scene). 96 with pictures, then 32 without: rows of a batch are alike."""
-    scene, kind = world.sample_scene(rng), rng.random()
-    if i // 32 % 4 == 3 and kind < 0.5:                                         # a caption, in any words -> what it says, in order
-        text, said = language.request(scene, rng)
-        things = [(t, False) for t in sorted(scene.things, key=lambda t: text.find(t.name))]          # as the text names them
-        return DRAW, None, [(text, f"{said}, on a {scene.background} background")], (things, scene)
-    if i // 32 % 4 == 3:                                                        # a scene in words, and questions about it
-        (question, answer), *turns = [language.question(scene, rng, seen=False)[:2] for _ in range(4)]
-        return ASK, None, [(f"{language.caption(scene, rng)}. {question}", answer), *turns], None
-    if kind < 0.35:                                                             # a picture, and questions about it
-        return ASK, scene, [language.question(scene, rng)[:2] for _ in range(5)], None
-    if kind < 0.4:
-        return DRAW, scene, [("", language.describe(scene))], (became(scene, scene), scene)
-    scene = world.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))              # a picture and an instruction -> what it would give
-    order, target, _ = language.edit(scene, rng)
-    return DRAW, scene, [(order, language.describe(target))], (became(scene, target), target)
-
-
-class Blanks(Facts):
-    """A large MLLM sums up what it has read in any token that follows; a small one learns it here. After a prompt to draw come tokens that mean
-    nothing, random vectors: four for each thing in turn. Each tells its thing's facts (a guess where the text does not say), at every depth
-    from DEPTH on: in a large MLLM the middle layers, too, know what they have read."""
-    DEPTH, n = 3, 16                                                            # entering layer 3 of 8; as many as the toy has queries
-
-    def shown(self, things, scene, exact):
-        """things: [(thing or None, changed)] of a scene. Yields for each blank {kind: class}, four for each thing, "nothing" for None and the
-        blanks left over."""
-        for i in range(self.n):
-            k = 4 * i // self.n
-            thing, changed = things[k] if k < len(things) else (None, False)
-            if not thing:
-                yield dict(colour="nothing", shape="nothing", background=scene.background, changed=changed)
-                continue
-            told, others = self.of(thing, scene, exact) | dict(changed=changed), [t for t in scene.things if t != thing]
-            if len(others) < 2 and thing.name not in (t.name for t in others):
-                told["side"] = (world.relation(thing, others[0]) if others else None) or "none"
-            yield told
-
-    def vectors(self, rng, n, like):
-        """(n, M), as small as queries are at their start."""
-        return 0.02 * torch.randn(n, like.shape[-1], generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(like)
-
-
-def mllm_loss(model, extra, rows, a):
-    """Cross-entropy of the answers, several questions per picture. Every answer counts the same, however long: the loss of "red" must not
-    drown in that of descriptions, since it alone asks which colour belongs to which shape. Of the prompts to draw two thirds are followed by
-    blanks instead of an answer, which tell facts; and so do words that point at a thing in the picture (grounding, as Qwen2.5-VL learns it from
-    boxes and points): "make the circle red" needs to know which of the things that is before any blank can ask whether it is its own."""
-    mllm, tok, c = model.mllm, model.mllm.tokenizer, model.config.mllm.vision
-    batch, weights, blank, pointing = [], [], [], []
-    for b, ((system, scene, turns, drawn), rng) in enumerate(rows):
-        patches = [patchify(world.render(scene, a.size), c)] if scene else []
-        grids, ids, weight = [(h // c.merge, w // c.merge) for _, (h, w) in patches], [], []
-        units, blanks = [h * w for h, w in grids], bool(drawn) and rng.random() < 2 / 3
-        for i, (question, answer) in enumerate(turns):
-            ask = chat(question, units, system) if i == 0 else f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-            for end, thing in language.mentions(question, scene) if scene else ():
-                before = len(tok.encode(ask[:ask.rindex(question) + end]))
-                pointing.append((b, len(ids) + before - 1, extra.of(thing, scene, exact=True)))
-            for text, counts in ((ask, 0), ("<|vision_start|>" if blanks else answer + "<|im_end|>", 0 if blanks else 1)):
-                piece = tok.encode(text)
-                ids, weight = ids + piece, weight + [counts / len(piece)] * len(piece)
-        if blanks:
-            told = extra.shown(*drawn, exact=bool(scene))
-            blank += [(b, len(ids) + i, facts) for i, facts in enumerate(told)]
-            ids, weight = ids + [tok.special["endoftext"]] * extra.n, weight + [0] * extra.n
-        batch.append(Row(ids, mrope_positions(ids, tok.special["image_pad"], grids), patches)), weights.append(weight)
-    lengths, batch = [len(row.ids) for row in batch], mllm.pad(batch)
-    S = batch.ids.shape[1]
-    place = lambda marks: ([b for b, _, _ in marks], [S - lengths[b] + at for b, at, _ in marks])      # padding is on the left
-    x = mllm.read(batch).clone()                                                                      # (B, S, M)
-    if blank:
-        x[place(blank)] = extra.vectors(rows[0][1], len(blank), x)
-    states = mllm(x, batch.positions, batch.real)                                                     # of each depth (B, S, M)
-    weight = torch.tensor([[0] * (S - len(w)) + w for w in weights], device=a.device)[:, 1:]          # (B, S - 1) of the tokens to predict
-    logits = mllm.logits(states[-1][:, :-1][weight > 0]).float()                                      # (answer tokens, vocab)
-    losses = F.cross_entropy(logits, batch.ids[:, 1:][weight > 0], reduction="none") * weight[weight > 0]
-    loss = losses.sum() / weight.sum().clamp(min=1)                                                   # all rows may end in blanks
-    for marks in (blank, pointing):
-        if marks:
-            loss = loss + extra(torch.stack([state[place(marks)] for state in states[extra.DEPTH:]]), [facts for *_, facts in marks])
-    return loss.expand(len(rows)), None
-
-
-def dcae_loss(model, extra, rows, a):
-    """L1 + L2 on pixels and L1 on their differences to the next pixel (edges); a little noise makes near latents mean near pictures."""
-    scenes, rngs = zip(*rows)
-    x = data.to_pixels([world.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype))
-    z = model.dcae.encode(x)
-    z = z + 0.1 * z.detach().std() * data.noise(rngs, z.shape[1:], a.device)[1].to(z.dtype)
-    miss = (model.dcae.decode(z) - x).float()
-    mean = lambda x: x.flatten(1).mean(1)
-    edges = mean(miss.diff(dim=2).abs()) + mean(miss.diff(dim=3).abs())
-    return mean(miss.abs()) + mean(miss.pow(2)) + edges / 2, None
-
-
-def unit_latents(folder, a):
-    """Afterwards gives the autoencoder the scaling factor at which its latents have a standard deviation of 1, as SANA's have."""
-    model, rng = TBAC.load(folder, a.device), random.Random(a.seed)
-    x = data.to_pixels([world.render(world.sample_scene(rng), a.size) for _ in range(256)], a.device)
-    with torch.no_grad():
-        std = model.dcae.encode(x).std().item() / model.config.dcae.scaling_factor
-    model.config = dataclasses.replace(model.config, dcae=dataclasses.replace(model.config.dcae, scaling_factor=1 / std))
-    model.save(folder)
-
-
-class Things(nn.Module):
-    """The stand-in for SANA's own text encoder: one vector per thing, with colour + shape + size + place added up, and one for
-    the background."""
-
-    def __init__(self, config):
-        super().__init__()
-        width = config.dit.caption_dim
-        words = [*world.COLOURS, *world.SHAPES, *world.SIZES, *world.BACKGROUNDS, "nothing"]
-        self.index = {w: i for i, w in enumerate(words)}
-        self.table, self.place = nn.Embedding(len(words), width), nn.Linear(16, width)
-
-    def forward(self, scenes):                                                  # list of scenes or None -> (B, 5, width)
-        dev, ids, xy = self.table.weight.device, [], []
-        for s in scenes:
-            things = s.things if s else ()
-            row = [[self.index[w] for w in (t.colour, t.shape, t.size)] for t in things]
-            row += [[self.index[s.background if s else "nothing"]] * 3] + [[self.index["nothing"]] * 3] * (4 - len(things))
-            ids.append(row), xy.append([(t.x, t.y) for t in things] + [(0, 0)] * (5 - len(things)))
-        angle = torch.tensor(xy, device=dev)[..., None] * math.pi * 2 ** torch.arange(4, device=dev)         # (B, 5, 2, 4)
-        place = torch.cat([angle.sin(), angle.cos()], -1).flatten(2).to(self.table.weight.dtype)            # (B, 5, 16)
-        return self.table(torch.tensor(ids, device=dev)).sum(2) + self.place(place)
-
-
-def dit_loss(model, extra, rows, a):
-    """Flow matching on what the things say, the same for every block; a tenth hears nothing, which guidance needs."""
-    scenes, rngs = zip(*rows)
-    with torch.no_grad():
-        x0 = model.dcae.encode(data.to_pixels([world.render(s, a.size) for s in scenes], a.device, getattr(torch, a.dtype)))
-    rungs = extra([None if r.random() < a.drop else s for s, r in rows]).expand(model.config.dit.n_layer, -1, -1, -1)
-    t, eps = data.noise(rngs, x0.shape[1:], a.device)
-    return model.flow_losses(x0, rungs, t, eps), t
-
-
-def scene(rng, number):
+def sample_scene(rng: random.Random, number: int, size: int):
     return world.sample_scene(rng)
 
 
-LOSS = {"vit": vit_loss, "mllm": mllm_loss, "dcae": dcae_loss, "dit": dit_loss}
-EXTRA = {"vit": Names, "mllm": Blanks, "dit": Things}                         # thrown away afterwards
-EXAMPLE = dict.fromkeys(LOSS, scene) | {"mllm": conversation}
+def vit_loss(model: TBAC, aux_head: PatchNames, rows: list, args):
+    """What each unit shows."""
+    c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
+    pictures = [patchify(world.render(scene, args.size), c) for scene in scenes]
+    h, w = (n // c.merge for n in pictures[0][1])
+    labels = [known for scene in scenes for known in aux_head.shown(scene, h, w)]   # B * U
+    tokens = model.mllm.encode_images(pictures)                                     # (B * U, M)
+    return aux_head(tokens[None], labels).expand(len(rows)), None
+
+
+# -------------------------------------------------------------------------------- stage mllm
+
+@dataclasses.dataclass
+class Conversation:
+    """system: the system prompt; scene: the one shown, or None; turns: [(question, answer)];
+    drawn: what a drawing of it shows, or None: [(thing or None, has an edit changed it?)]; target:
+    the scene of these things."""
+    system: str
+    scene: world.Scene | None
+    turns: list[tuple[str, str]]
+    drawn: list | None = None
+    target: world.Scene | None = None
+
+
+def after_edit(scene, target) -> list:
+    """What each thing of a scene is after an edit, column by column: itself, changed, or None; then
+    what is new. Each with whether it has changed. So each keeps its place in the list, and to tell
+    the attributes of the third one need not count how many before it have gone."""
+    after = {thing: thing for thing in target.things if thing in scene.things}
+    if len(scene.things) == len(target.things):
+        after = dict(zip(scene.things, target.things))
+    kept = [(after.get(thing), after.get(thing) != thing) for thing in world.columns(scene)]
+    return kept + [(thing, True) for thing in target.things if thing not in after.values()]
+
+
+def conversation(rng: random.Random, number: int, size: int) -> Conversation:
+    """96 with pictures, then 32 without: rows of a batch are alike."""
+    scene, kind = world.sample_scene(rng), rng.random()
+    if number // 32 % 4 == 3:
+        return about_words(scene, rng, kind)
+    if kind < 0.35:
+        turns = [language.question(scene, rng)[:2] for _ in range(5)]
+        return Conversation(ASK, scene, turns)
+    if kind < 0.4:
+        turns = [("", language.describe(scene))]
+        return Conversation(DRAW, scene, turns, after_edit(scene, scene), scene)
+    # A picture and an instruction -> what it would give.
+    scene = world.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
+    order, target, _ = language.edit(scene, rng)
+    turns = [(order, language.describe(target))]
+    return Conversation(DRAW, scene, turns, after_edit(scene, target), target)
+
+
+def about_words(scene, rng: random.Random, kind: float) -> Conversation:
+    if kind < 0.5:
+        # A caption, in any words -> what it says, its things in the order of the text.
+        text, said = language.request(scene, rng)
+        things = sorted(scene.things, key=lambda t: text.find(t.name))
+        turns = [(text, f"{said}, on a {scene.background} background")]
+        return Conversation(DRAW, None, turns, [(thing, False) for thing in things], scene)
+    # A scene in words, and questions about it.
+    asked = [language.question(scene, rng, seen=False)[:2] for _ in range(4)]
+    (question, answer), *turns = asked
+    first = f"{language.caption(scene, rng)}. {question}", answer
+    return Conversation(ASK, None, [first, *turns])
+
+
+class SummaryTokens(AttributeProbe):
+    """A large MLLM sums up what it has read in any token that follows; a small one learns it here.
+    After a prompt to draw come tokens without a meaning, random vectors: four for each thing in
+    turn. Each tells its thing's attributes (a guess where the text does not say), at every depth
+    from DEPTH on: in a large MLLM the middle layers, too, know what they have read."""
+
+    DEPTH = 3                           # the state that enters layer 3 of 8
+    n = 16                              # as many as the toy has queries
+
+    def shown(self, drawn: list, scene, exact: bool):
+        """Yields for each token {attribute: class}, four for each thing; "nothing" for None and the
+        tokens left over."""
+        for i in range(self.n):
+            k = 4 * i // self.n
+            thing, changed = drawn[k] if k < len(drawn) else (None, False)
+            if thing is None:
+                yield dict(colour="nothing", shape="nothing", background=scene.background,
+                           changed=changed)
+            else:
+                yield self.of(thing, scene, exact) | self.side(thing, scene) | dict(changed=changed)
+
+    @staticmethod
+    def side(thing, scene) -> dict:
+        """At which side of the only other thing it stands; nothing where that is not clear."""
+        others = [t for t in scene.things if t != thing]
+        if len(others) > 1 or thing.name in (t.name for t in others):
+            return {}
+        relation = world.relation(thing, others[0]) if others else None
+        return dict(side=relation or "none")
+
+    def vectors(self, rng: random.Random, n: int, like: Tensor) -> Tensor:
+        """(n, M), as small as queries are at their start."""
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        return 0.02 * torch.randn(n, like.shape[-1], generator=generator).to(like)
+
+
+@dataclasses.dataclass
+class Marked:
+    """A row of a batch, tokenized: a weight for each token to predict; marks: [(its place among the
+    row's tokens, {attribute: class})] of summary tokens and of words that point at a thing."""
+    prompt: Prompt
+    weight: list[float]
+    summary: list
+    pointing: list
+
+
+def tokenize_conversation(model: TBAC, aux_head: SummaryTokens, talk: Conversation,
+                          rng: random.Random, size: int) -> Marked:
+    """Of the conversations that end in a drawing two thirds are followed by summary tokens in place
+    of the answer."""
+    tok, c = model.mllm.tokenizer, model.config.mllm.vision
+    pictures = [patchify(world.render(talk.scene, size), c)] if talk.scene else []
+    grids = [(h // c.merge, w // c.merge) for _, (h, w) in pictures]
+    units = [h * w for h, w in grids]
+    summed_up = bool(talk.drawn) and rng.random() < 2 / 3
+    ids, weight, pointing = [], [], []
+    for i, (question, answer) in enumerate(talk.turns):
+        text = next_turn(question) if i else chat(question, units, talk.system)
+        pointing += mark_words(tok, aux_head, talk.scene, question, text, len(ids))
+        asked = tok.encode(text)
+        said = tok.encode("<|vision_start|>" if summed_up else answer + "<|im_end|>")
+        ids += asked + said
+        # Every answer counts the same, however long.
+        weight += [0.0] * len(asked) + [0.0 if summed_up else 1 / len(said)] * len(said)
+    summary = []
+    if summed_up:
+        labels = aux_head.shown(talk.drawn, talk.target, exact=bool(talk.scene))
+        summary = [(len(ids) + i, known) for i, known in enumerate(labels)]
+        ids += [tok.special["endoftext"]] * aux_head.n
+        weight += [0.0] * aux_head.n
+    positions = mrope_positions(ids, tok.special["image_pad"], grids)
+    return Marked(Prompt(ids, positions, pictures), weight, summary, pointing)
+
+
+def next_turn(question: str) -> str:
+    return f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def mark_words(tok: Tokenizer, aux_head, scene, question: str, text: str, offset: int) -> list:
+    """Words that point at a thing in the picture tell its attributes (grounding, as Qwen2.5-VL
+    learns it from boxes and points): marks at the tokens in which they end. "Make the circle red"
+    needs to know which thing that is before any summary token can ask whether it is its own."""
+    marks = []
+    for end, thing in language.mentions(question, scene) if scene else ():
+        before = len(tok.encode(text[:text.rindex(question) + end]))
+        marks.append((offset + before - 1, aux_head.of(thing, scene, exact=True)))
+    return marks
+
+
+def mllm_loss(model: TBAC, aux_head: SummaryTokens, rows: list, args):
+    """Cross-entropy of the answers, several questions per picture, plus that of the attributes at
+    the marked tokens. Every answer counts the same: the loss of "red" must not drown in that of
+    descriptions, since it alone asks which colour belongs to which shape."""
+    mllm = model.mllm
+    marked = [tokenize_conversation(model, aux_head, talk, rng, args.size) for talk, rng in rows]
+    batch = mllm.left_pad([row.prompt for row in marked])
+    S = batch.ids.shape[1]
+    summary, summary_labels = places(marked, "summary", S)
+    pointing, pointing_labels = places(marked, "pointing", S)
+
+    x = mllm.embed(batch).clone()                                      # (B, S, M)
+    if summary_labels:
+        x[summary] = aux_head.vectors(rows[0][1], len(summary_labels), x)
+    states = mllm(x, batch.positions, batch.attention_mask)            # of each depth (B, S, M)
+
+    padded = [[0.0] * (S - len(row.weight)) + row.weight for row in marked]
+    weight = torch.tensor(padded, device=args.device)[:, 1:]           # (B, S - 1), to predict
+    counts = weight > 0
+    logits = mllm.logits(states[-1][:, :-1][counts]).float()           # (answer tokens, vocab)
+    losses = F.cross_entropy(logits, batch.ids[:, 1:][counts], reduction="none")
+    # All rows may end in summary tokens.
+    loss = (losses * weight[counts]).sum() / weight.sum().clamp(min=1)
+    for place, labels in ((summary, summary_labels), (pointing, pointing_labels)):
+        if labels:
+            deep = torch.stack([state[place] for state in states[aux_head.DEPTH:]])
+            loss = loss + aux_head(deep, labels)
+    return loss.expand(len(rows)), None
+
+
+def places(marked: list[Marked], kind: str, S: int) -> tuple[tuple[list, list], list[dict]]:
+    """The marks of all rows -> their rows and columns in the padded batch (padding is on the left),
+    and their labels."""
+    rows, columns, labels = [], [], []
+    for b, row in enumerate(marked):
+        for place, known in getattr(row, kind):
+            rows.append(b)
+            columns.append(S - len(row.prompt.ids) + place)
+            labels.append(known)
+    return (rows, columns), labels
+
+
+# -------------------------------------------------------------------------------- stage dcae
+
+def dcae_loss(model: TBAC, aux_head: nn.Module, rows: list, args):
+    """L1 + L2 on pixels and L1 on their differences to the next pixel (edges); a little noise makes
+    near latents mean near pictures."""
+    def mean(x: Tensor) -> Tensor:
+        return x.flatten(1).mean(1)
+
+    scenes, rngs = zip(*rows)
+    pictures = [world.render(scene, args.size) for scene in scenes]
+    x = to_pixels(pictures, args.device, getattr(torch, args.dtype))
+    z = model.dcae.encode(x)
+    _, eps = noise(rngs, z.shape[1:], args.device)
+    z = z + 0.1 * z.detach().std() * eps.to(z.dtype)
+    error = (model.dcae.decode(z) - x).float()
+    edges = mean(error.diff(dim=2).abs()) + mean(error.diff(dim=3).abs())
+    return mean(error.abs()) + mean(error.pow(2)) + edges / 2, None
+
+
+def unit_latents(args) -> None:
+    """Afterwards gives the autoencoder the scaling factor at which its latents have a standard
+    deviation of 1, as SANA's have."""
+    model, rng = TBAC.load(args.out, args.device), random.Random(args.seed)
+    pictures = [world.render(world.sample_scene(rng), args.size) for _ in range(256)]
+    c = model.config.dcae
+    with torch.no_grad():
+        std = model.dcae.encode(to_pixels(pictures, args.device)).std().item() / c.scaling_factor
+    dcae = dataclasses.replace(c, scaling_factor=1 / std)
+    model.config = dataclasses.replace(model.config, dcae=dcae)
+    model.save(args.out)
+
+
+# --------------------------------------------------------------------------------- stage dit
+
+class SceneEncoder(nn.Module):
+    """The stand-in for SANA's own text encoder: one vector per thing, with colour + shape + size +
+    place added up, and one for the background."""
+
+    def __init__(self, config: TBACConfig):
+        super().__init__()
+        width = config.dit.caption_dim
+        words = [*world.COLOURS, *world.SHAPES, *world.SIZES, *world.BACKGROUNDS, "nothing"]
+        self.index = {word: i for i, word in enumerate(words)}
+        self.table = nn.Embedding(len(words), width)
+        self.place = nn.Linear(16, width)
+
+    def forward(self, scenes: list) -> Tensor:
+        """Scenes, or None for one that is not told -> (B, 5, width)"""
+        device = self.table.weight.device
+        ids = torch.tensor([self.words(scene) for scene in scenes], device=device)  # (B, 5, 3)
+        xy = torch.tensor([self.places(scene) for scene in scenes], device=device)  # (B, 5, 2)
+        angle = xy[..., None] * math.pi * 2 ** torch.arange(4, device=device)       # (B, 5, 2, 4)
+        waves = torch.cat([angle.sin(), angle.cos()], -1).flatten(2)                # (B, 5, 16)
+        waves = waves.to(self.table.weight.dtype)
+        return self.table(ids).sum(2) + self.place(waves)
+
+    def words(self, scene) -> list[list[int]]:
+        things = scene.things if scene else ()
+        nothing = self.index["nothing"]
+        rows = [[self.index[word] for word in (t.colour, t.shape, t.size)] for t in things]
+        rows.append([self.index[scene.background] if scene else nothing] * 3)
+        return rows + [[nothing] * 3] * (5 - len(rows))
+
+    def places(self, scene) -> list[tuple]:
+        things = scene.things if scene else ()
+        return [(t.x, t.y) for t in things] + [(0, 0)] * (5 - len(things))
+
+
+def dit_loss(model: TBAC, aux_head: SceneEncoder, rows: list, args):
+    """Flow matching on what the scene holds, the same for every block; some rows are told nothing,
+    which guidance needs."""
+    scenes, rngs = zip(*rows)
+    pictures = [world.render(scene, args.size) for scene in scenes]
+    with torch.no_grad():
+        pixels = to_pixels(pictures, args.device, getattr(torch, args.dtype))
+        x0 = model.dcae.encode(pixels).float()                         # (B, C, h, w)
+    told = [None if rng.random() < args.cond_drop else scene for scene, rng in rows]
+    rungs = aux_head(told).expand(model.config.dit.n_layer, -1, -1, -1)
+    t, eps = noise(rngs, x0.shape[1:], args.device)
+    x_t, v = flow_matching(x0, t, eps)
+    error = model.velocity(x_t, t, rungs).float() - v
+    return error.pow(2).flatten(1).mean(1), t
+
+
+# ------------------------------------------------------------------------------------- stages
+
+def task(learns: str, loss, aux_head=None, make=sample_scene) -> Task:
+    """Heads live on the model's device and are thrown away at the end."""
+    def head(model: TBAC, args) -> nn.Module:
+        return aux_head(model.config).to(args.device) if aux_head else nn.Module()
+
+    return Task((learns,), loss, {"toy": make}, build, head, draws=False)
+
+
+TASKS = {
+    "vit": task("mllm.vision", vit_loss, PatchNames),
+    "mllm": task("mllm", mllm_loss, SummaryTokens, conversation),
+    "dcae": task("dcae", dcae_loss),
+    "dit": task("dit", dit_loss, SceneEncoder),
+}
+
+
+def main() -> None:
+    args = options()
+    run_stage(args, TASKS[args.stage], unit_latents if args.stage == "dcae" else None)
+
+
+if __name__ == "__main__":
+    main()

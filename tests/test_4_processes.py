@@ -1,4 +1,5 @@
-"""Two processes take the steps that one takes: copies (DDP) and shards (FSDP2), and checkpoints pass between them."""
+"""Two processes take the steps that one takes: copies and shards (FSDP2), and checkpoints pass
+between them."""
 import argparse
 import json
 import os
@@ -10,35 +11,46 @@ import time
 
 import pytest
 
-import train as training
+from engine import distributed
 from tests.conftest import ROOT
 
-# at the paper's rate: AdamW's first steps are as large for a gradient of rounding errors as for any other
-COMMON = ("--stage", "mix", "--lr", 1e-4, "--warmup", 1, "--sheet-every", 0, "--dtype", "float32", "--save-every", 2)
+# At the paper's rate: AdamW's first steps are as large for a gradient of rounding errors as for any
+# other.
+COMMON = ("--stage", "mix", "--lr", 1e-4, "--warmup", 1, "--sheet-every", 0, "--dtype", "float32",
+          "--save-every", 2)
 
 
 def command(processes, *args):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    launch = launch if processes > 1 else ()
     return [sys.executable, *map(str, (*launch, ROOT / "train.py", *args))]
 
 
 def train(processes, out, *args):
-    done = subprocess.run(command(processes, *COMMON, "--out", out, *args), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(processes, *COMMON, "--out", out, *args), capture_output=True,
+                          text=True, env=env)
     assert done.returncode == 0, done.stderr
-    rows = {row["step"]: row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
+    lines = (out / "log.jsonl").read_text().splitlines()
+    rows = {row["step"]: row for row in map(json.loads, lines)}
     return [rows[step]["loss"] for step in sorted(rows)]
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"])                          # cuda:0 stands in options.json, which --resume reads
+# "cuda:0" stands in options.json, which --resume reads.
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_each_process_takes_the_gpu_of_its_own(monkeypatch, device):
-    monkeypatch.setenv("RANK", "5"), monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     taken = []
-    for where, fake in (("torch.cuda.is_available", lambda: True), ("torch.cuda.set_device", taken.append),
-                        ("torch.distributed.init_process_group", taken.append), ("torch.distributed.get_rank", lambda: 5),
+    for where, fake in (("torch.cuda.is_available", lambda: True),
+                        ("torch.cuda.set_device", taken.append),
+                        ("torch.distributed.init_process_group", taken.append),
+                        ("torch.distributed.get_rank", lambda: 5),
                         ("torch.distributed.get_world_size", lambda: 8)):
         monkeypatch.setattr(where, fake)
-    a = argparse.Namespace(device=device, fsdp=False)
-    assert training.processes(a) == (5, 8) and a.device == "cuda:1" and taken == ["cuda:1", "nccl"]
+    args = argparse.Namespace(device=device, fsdp=False)
+    assert distributed.start_processes(args) == (5, 8)
+    assert args.device == "cuda:1" and taken == ["cuda:1", "nccl"]
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +61,32 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [(), ("--fsdp",), ("--fsdp", "--grad-checkpoint")])
 def test_the_same_global_batch_gives_the_same_losses(alone, tmp_path, mode):
-    assert train(2, tmp_path, "--steps", 4, "--batch", 2, *mode) == pytest.approx(alone, rel=1e-5)
+    found = train(2, tmp_path, "--steps", 4, "--batch", 2, *mode)
+    assert found == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_accumulated_passes_are_one_batch(alone, tmp_path):
-    assert train(1, tmp_path / "1", "--steps", 4, "--batch", 1, "--accumulate", 4) == pytest.approx(alone, rel=1e-5)
-    assert train(2, tmp_path / "2", "--steps", 4, "--batch", 1, "--accumulate", 2) == pytest.approx(alone, rel=1e-5)
+    one = train(1, tmp_path / "1", "--steps", 4, "--batch", 1, "--accumulate", 4)
+    two = train(2, tmp_path / "2", "--steps", 4, "--batch", 1, "--accumulate", 2)
+    assert one == pytest.approx(alone, rel=1e-5) and two == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [(), ("--fsdp",)])
 def test_from_two_processes_to_one_and_back(alone, tmp_path, mode):
     for processes, steps, batch in ((2, 1, 2), (1, 2, 4), (2, 4, 2)):
-        told = train(processes, tmp_path, "--steps", steps, "--batch", batch, "--resume", *(mode if processes > 1 else ("--no-fsdp",)))
-    assert told == pytest.approx(alone, rel=1e-5)
+        how = mode if processes > 1 else ("--no-fsdp",)
+        found = train(processes, tmp_path, "--steps", steps, "--batch", batch, "--resume", *how)
+    assert found == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_whole_job(tmp_path):
     job = command(2, *COMMON, "--out", tmp_path, "--steps", 10_000, "--batch", 1)
     job = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "log.jsonl").is_file() or len((tmp_path / "log.jsonl").read_text().splitlines()) < 3:
+    log = tmp_path / "log.jsonl"
+    while not log.is_file() or len(log.read_text().splitlines()) < 3:
         time.sleep(0.1)
         assert job.poll() is None, job.communicate()[1]
     children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()

@@ -1,4 +1,5 @@
-"""Real data: tars and folders give the same examples, everybody sees each record once an epoch, and what is broken is named."""
+"""Real data: tars and folders give the same examples, the processes together see each record once
+an epoch, and what is broken is named."""
 import argparse
 import io
 import itertools
@@ -10,8 +11,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from engine import data
 import train
+from engine import data, pictures, stream
 
 
 def jpeg(colour, size=(80, 60)):
@@ -20,14 +21,18 @@ def jpeg(colour, size=(80, 60)):
     return f.getvalue()
 
 
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
 def tar(file, records):
     """records: {key: {suffix: bytes}}"""
     with tarfile.open(file, "w") as t:
         for key, parts in records.items():
             for suffix, content in parts.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                t.addfile(member, io.BytesIO(content))
+                add(t, f"{key}.{suffix}", content)
 
 
 @pytest.fixture
@@ -35,7 +40,10 @@ def shards(tmp_path):
     """Three tars of 10, 7 and 1 records; the text is the record's number."""
     numbers = iter(range(18))
     for i, n in enumerate((10, 7, 1)):
-        tar(tmp_path / f"s-{i:03d}.tar", {f"a/{k:04d}": {"png": jpeg((k, 0, 0)), "txt": str(k).encode()} for k in itertools.islice(numbers, n)})
+        records = {}
+        for k in itertools.islice(numbers, n):
+            records[f"a/{k:04d}"] = {"png": jpeg((k, 0, 0)), "txt": str(k).encode()}
+        tar(tmp_path / f"s-{i:03d}.tar", records)
     return tmp_path
 
 
@@ -43,9 +51,18 @@ def source(spec, size=32):
     return data.source(str(spec), {}, 0, size)
 
 
-def texts(sources, n, rank=0, past=((1, [0]),), weights=None, workers=0):
-    share = data.Share(sources, weights or [1] * len(sources), 0, rank, list(past))
-    return [e.prompt for _, e in itertools.islice(data.Reader(share, workers), n)]
+def read(source, **options):
+    """The Reader of a single process, from the beginning."""
+    return data.Reader(data.Share([source], [1], 0, 0, [(1, [0])]), **options)
+
+
+def prompts(reader, n):
+    return [example.prompt for _, example in itertools.islice(reader, n)]
+
+
+def texts(sources, n, rank=0, history=((1, [0]),), weights=None, workers=0):
+    share = data.Share(sources, weights or [1] * len(sources), 0, rank, list(history))
+    return prompts(data.Reader(share, workers), n)
 
 
 @pytest.mark.parametrize("spec", ["s-{000..002}.tar", "s-*.tar", "."])
@@ -53,7 +70,9 @@ def test_tars_by_range_pattern_and_folder(shards, spec):
     found = source(shards / spec)
     assert sorted(texts([found], 18), key=int) == [str(i) for i in range(18)]
     example = found.read(next(found.locations(random.Random(0))))
-    assert example.target.size == (32, 32) and example.images == () and example.target.getpixel((3, 3)) == (int(example.prompt), 0, 0)
+    assert example.target.size == (32, 32)
+    assert example.images == ()
+    assert example.target.getpixel((3, 3)) == (int(example.prompt), 0, 0)
 
 
 def test_shorter_side_then_centre_crop(tmp_path):
@@ -61,136 +80,186 @@ def test_shorter_side_then_centre_crop(tmp_path):
     picture.paste("blue", (30, 0, 60, 30))
     picture.save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps(dict(file_name="a.png", text="x")))
-    example, = (e for _, e in itertools.islice(data.Reader(data.Share([source(tmp_path, 30)], [1], 0, 0, [(1, [0])])), 1))
-    assert example.target.size == (30, 30) and example.target.getcolors() == [(900, (0, 0, 255))]
-    x = data.to_pixels([example.target], "cpu")
-    assert x.shape == (1, 3, 30, 30) and x.min() == -1 and x.max() == 1
+    _, example = next(iter(read(source(tmp_path, 30))))
+    assert example.target.size == (30, 30)
+    assert example.target.getcolors() == [(900, (0, 0, 255))]
+    x = pictures.to_pixels([example.target], "cpu")
+    assert x.shape == (1, 3, 30, 30)
+    assert x.min() == -1
+    assert x.max() == 1
 
 
 def test_editing_records_in_tars_and_folders_are_the_same(tmp_path):
-    (tmp_path / "tars").mkdir(), (tmp_path / "folder").mkdir()
-    pictures = {"source0.png": jpeg("red"), "source1.png": jpeg("green"), "target.png": jpeg("blue")}
-    tar(tmp_path / "tars" / "a.tar", {"one": pictures | {"txt": b"mix them"}})
-    for name, content in pictures.items():
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "folder").mkdir()
+    files = {"source0.png": jpeg("red"), "source1.png": jpeg("green"), "target.png": jpeg("blue")}
+    tar(tmp_path / "tars" / "a.tar", {"one": files | {"txt": b"mix them"}})
+    for name, content in files.items():
         (tmp_path / "folder" / name).write_bytes(content)
-    (tmp_path / "folder" / "metadata.jsonl").write_text(json.dumps(dict(source=["source0.png", "source1.png"], text="mix them", target="target.png")))
-    a, b = (next(iter(data.Reader(data.Share([source(tmp_path / f)], [1], 0, 0, [(1, [0])]))))[1] for f in ("tars", "folder"))
-    assert a.prompt == b.prompt == "mix them" and [i.getpixel((0, 0)) for i in a.images] == [(255, 0, 0), (0, 128, 0)]
-    assert [i.tobytes() for i in (*a.images, a.target)] == [i.tobytes() for i in (*b.images, b.target)]
+    row = dict(source=["source0.png", "source1.png"], text="mix them", target="target.png")
+    (tmp_path / "folder" / "metadata.jsonl").write_text(json.dumps(row))
+    _, a = next(iter(read(source(tmp_path / "tars"))))
+    _, b = next(iter(read(source(tmp_path / "folder"))))
+    assert a.prompt == b.prompt == "mix them"
+    assert [i.getpixel((0, 0)) for i in a.images] == [(255, 0, 0), (0, 128, 0)]
+    assert [i.tobytes() for i in (*a.images, a.target)] == \
+           [i.tobytes() for i in (*b.images, b.target)]
 
 
 def test_an_epoch_is_shuffled_and_the_next_one_otherwise(shards):
     seen = texts([source(shards)], 36)
-    assert sorted(seen[:18]) == sorted(seen[18:]) and len(set(seen[:18])) == 18
-    assert seen[:18] != seen[18:] and seen[:18] != sorted(seen[:18], key=int)
+    assert sorted(seen[:18]) == sorted(seen[18:])
+    assert len(set(seen[:18])) == 18
+    assert seen[:18] != seen[18:]
+    assert seen[:18] != sorted(seen[:18], key=int)
 
 
 @pytest.mark.parametrize("world, workers", [(1, 2), (2, 0), (3, 0), (2, 2)])
 def test_processes_and_workers_share_an_epoch_without_overlap(shards, world, workers):
-    whole, past = texts([source(shards)], 18), [(world, [0] * world)]
-    parts = [texts([source(shards)], 18 // world, rank, past, workers=workers) for rank in range(world)]
+    whole = texts([source(shards)], 18)
+    history = [(world, [0] * world)]
+    parts = [texts([source(shards)], 18 // world, rank, history, workers=workers)
+             for rank in range(world)]
     assert [parts[i % world][i // world] for i in range(18)] == whole
 
 
 def test_going_on_with_another_number_of_processes_loses_and_repeats_nothing(shards):
     """Two processes, one of them further than the other; then one; then three."""
     first = [texts([source(shards)], n, rank, [(2, [0, 0])]) for rank, n in ((0, 3), (1, 2))]
-    past = [(2, [5, 4]), (1, [0])]
-    second = texts([source(shards)], 4, 0, past)
-    past = [(2, [5, 4]), (1, [4]), (3, [0, 0, 0])]
-    third = [texts([source(shards)], 3, rank, past) for rank in range(3)]
+    second = texts([source(shards)], 4, 0, [(2, [5, 4]), (1, [0])])
+    history = [(2, [5, 4]), (1, [4]), (3, [0, 0, 0])]
+    third = [texts([source(shards)], 3, rank, history) for rank in range(3)]
     assert len(set(sum(first + third, second))) == 18
 
 
 def test_a_reader_says_where_to_go_on(shards):
     whole = texts([source(shards)], 12)
-    reader = data.Reader(data.Share([source(shards)], [1], 0, 0, [(1, [0])]), workers=2)
-    assert [e.prompt for _, e in itertools.islice(reader, 5)] == whole[:5] and reader.reached == 5
-    assert texts([source(shards)], 7, past=[(1, [5])], workers=1) == whole[5:]
+    reader = read(source(shards), workers=2)
+    assert prompts(reader, 5) == whole[:5]
+    assert reader.offset == 5
+    assert texts([source(shards)], 7, history=[(1, [5])], workers=1) == whole[5:]
 
 
 def test_mixtures_follow_their_weights(shards, tmp_path):
-    toy = data.Toy(lambda rng, i: train.draw_example(rng, i, 32), 0)
+    makers = {"toy": lambda rng, i: train.draw_example(rng, i, 32),
+              "toy-edit": lambda rng, i: train.edit_example(rng, i, 32)}
+    toy = data.Generated(makers["toy"], 0)
     seen = Counter(t.isdigit() for t in texts([source(shards), toy], 1000, weights=[0.3, 0.7]))
     assert 250 < seen[True] < 350
-    a = argparse.Namespace(stage="t2i", data=[f"{shards}=0.3", "toy=0.7", "toy-edit"], seed=0, size=32)
-    assert train.sources(a, None, {})[1] == [0.3, 0.7, None]
+    args = argparse.Namespace(data=[f"{shards}=0.3", "toy=0.7", "toy-edit"], seed=0, size=32)
+    _, weights = stream.open_sources(args, makers, None)
+    assert weights == [0.3, 0.7, None]
 
 
 @pytest.mark.parametrize("given, weights", [("", [6, 2]), ("=1", [1, 1])])
 def test_in_epochs_sizes_count_unless_weights_are_given(tmp_path, given, weights):
     """Equal ones, too."""
+    line = json.dumps(dict(file_name="a.jpg", text="x")) + "\n"
     for name, n in (("many", 6), ("few", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").write_bytes(jpeg("red"))
-        (tmp_path / name / "metadata.jsonl").write_text(n * (json.dumps(dict(file_name="a.jpg", text="x")) + "\n"))
-    a = argparse.Namespace(stage="t2i", data=[f"{tmp_path / name}{given}" for name in ("many", "few")], seed=0, size=32, overfit=False, epochs=1,
-                           batch=1, accumulate=1, workers=0, max_bad=0)
-    reader = train.reader_of(a, argparse.Namespace(past=[], step=0, seen=0), 0, 1, None, {})
-    assert reader.share.weights == weights and a.steps == 8
-    train.reader_of(a, argparse.Namespace(past=[(1, [4])], step=4, seen=4), 0, 2, None, {})         # half of it done alone, the rest by two
-    assert a.steps == 4 + 2
+        (tmp_path / name / "metadata.jsonl").write_text(n * line)
+    args = argparse.Namespace(seed=0, size=32, overfit=False, epochs=1, batch=1, accumulate=1,
+                              workers=0, max_bad=0,
+                              data=[f"{tmp_path / name}{given}" for name in ("many", "few")])
+    state = argparse.Namespace(history=[], step=0, seen=0)
+    reader = stream.open_reader(args, state, 0, 1, {}, None)
+    assert reader.share.weights == weights
+    assert args.steps == 8
+
+    # Half of it done by one process, the rest by two.
+    state = argparse.Namespace(history=[(1, [4])], step=4, seen=4)
+    stream.open_reader(args, state, 0, 2, {}, None)
+    assert args.steps == 4 + 2
 
 
 def broken(tmp_path):
     good = {"png": jpeg("red"), "txt": b"fine"}
     bomb = io.BytesIO()
     Image.new("1", (20000, 20000)).save(bomb, "png")
-    tar(tmp_path / "a.tar", {"good": good, "cut": good | {"png": jpeg("red")[:40]}, "no-text": {"png": jpeg("red")}, "no-picture": {"txt": b"x"},
-                             "huge": good | {"png": bomb.getvalue()}, "latin": good | {"txt": b"\xff\xfe\xfa"}, "good2": good})
+    tar(tmp_path / "a.tar", {
+        "good": good,
+        "cut": good | {"png": jpeg("red")[:40]},
+        "no-text": {"png": jpeg("red")},
+        "no-picture": {"txt": b"x"},
+        "huge": good | {"png": bomb.getvalue()},
+        "latin": good | {"txt": b"\xff\xfe\xfa"},
+        "good2": good,
+    })
     return tmp_path / "a.tar"
 
 
 def test_what_is_broken_is_skipped_counted_and_named(tmp_path):
-    reader = data.Reader(data.Share([source(broken(tmp_path))], [1], 0, 0, [(1, [0])]), max_bad=1)
-    assert [e.prompt for _, e in itertools.islice(reader, 4)] == ["fine"] * 4
+    reader = read(source(broken(tmp_path)), max_bad=1)
+    assert prompts(reader, 4) == ["fine"] * 4
     named = " ".join(reader.bad)
-    assert all(word in named for word in ("cut", "no-text", "no-picture", "huge", "latin", "a.tar")) and "more than" in named
-    assert not list(tmp_path.glob("*.png"))                                     # nothing was extracted
+    for word in ("cut", "no-text", "no-picture", "huge", "latin", "a.tar", "more than"):
+        assert word in named
+    # Nothing was extracted.
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_too_much_that_is_broken_stops_the_run_with_the_list(tmp_path):
-    reader = data.Reader(data.Share([source(broken(tmp_path))], [1], 0, 0, [(1, [0])]))
-    with pytest.raises(ValueError, match=r"3 of \d+ records are broken.*--max-bad(.|\n)*a.tar"):
-        list(itertools.islice(reader, 100))
+    message = r"3 of \d+ records are broken.*--max-bad(.|\n)*a.tar"
+    with pytest.raises(ValueError, match=message):
+        prompts(read(source(broken(tmp_path))), 100)
 
 
-def test_chance_does_not_stop_good_data_and_what_is_all_broken_stops():
-    class Some(data.Toy):
-        def __init__(self, broken):
-            self.rng, self.broken = random.Random(0), broken
+class Unreliable(data.Generated):
+    """Each record is broken with a given probability."""
 
-        def read(self, i):
-            if self.rng.random() < self.broken:
-                raise ValueError(f"record {i}")
-            return data.Example("x", (), None)
-    reader = lambda broken, max_bad: data.Reader(data.Share([Some(broken)], [1], 0, 0, [(1, [0])]), max_bad=max_bad)
-    assert len(list(itertools.islice(reader(0.008, 0.01), 20_000))) == 20_000
-    for broken, max_bad, words in ((0.02, 0.01, r"of \d+ records"), (1, 1, "1000 of 1000 records"), (1, 0.01, "3 of 3 records")):
-        with pytest.raises(ValueError, match=words):
-            list(itertools.islice(reader(broken, max_bad), 20_000))
+    def __init__(self, broken):
+        self.rng = random.Random(0)
+        self.broken = broken
+
+    def read(self, i):
+        if self.rng.random() < self.broken:
+            raise ValueError(f"record {i}")
+        return data.Example("x", (), None)
+
+
+def test_chance_does_not_stop_good_data():
+    assert len(prompts(read(Unreliable(0.008), max_bad=0.01), 20_000)) == 20_000
+
+
+@pytest.mark.parametrize("broken, max_bad, message", [
+    (0.02, 0.01, r"of \d+ records"),
+    (1, 1, "1000 of 1000 records"),
+    (1, 0.01, "3 of 3 records"),
+])
+def test_more_than_chance_stops_and_what_is_all_broken_stops(broken, max_bad, message):
+    with pytest.raises(ValueError, match=message):
+        prompts(read(Unreliable(broken), max_bad=max_bad), 20_000)
 
 
 def test_a_tar_that_is_cut_short_loses_its_end_only(shards):
     file = shards / "s-000.tar"
     file.write_bytes(file.read_bytes()[:4000])
-    reader = data.Reader(data.Share([source(shards)], [1], 0, 0, [(1, [0])]), max_bad=1)
-    seen = [e.prompt for _, e in itertools.islice(reader, 20)]
-    assert {str(i) for i in range(10, 18)} < set(seen) and any("s-000.tar" in bad for bad in reader.bad)
+    reader = read(source(shards), max_bad=1)
+    seen = prompts(reader, 20)
+    assert {str(i) for i in range(10, 18)} < set(seen)
+    assert any("s-000.tar" in bad for bad in reader.bad)
 
 
 @pytest.mark.parametrize("harm", ["header", "cut in a header", "cut between members"])
 def test_a_tar_with_a_broken_header_or_without_an_end_is_a_broken_record(shards, harm):
     file = shards / "s-000.tar"
     with tarfile.open(file) as t:
-        offset = t.getmembers()[10].offset                                      # of the sixth record
+        # Of the sixth record.
+        offset = t.getmembers()[10].offset
     content = bytearray(file.read_bytes())
-    content[offset] ^= 1                                                        # the checksum is wrong now
-    file.write_bytes(content[:{"header": None, "cut in a header": offset + 100, "cut between members": offset}[harm]])
-    reader = data.Reader(data.Share([source(shards)], [1], 0, 0, [(1, [0])]), max_bad=1)
-    seen = [e.prompt for _, e in itertools.islice(reader, 30)]
-    assert set(seen) == {str(i) for i in (*range(4), *range(10, 18))}             # the fifth may have had more members
-    assert all("s-000.tar: damaged tar" in bad and f"byte {offset}" in bad for bad in reader.bad) and reader.bad
+    # The checksum is wrong now.
+    content[offset] ^= 1
+    ends = {"header": None, "cut in a header": offset + 100, "cut between members": offset}
+    file.write_bytes(content[:ends[harm]])
+    reader = read(source(shards), max_bad=1)
+    seen = prompts(reader, 30)
+    # The fifth record is lost, too: it may have had more members.
+    assert set(seen) == {str(i) for i in (*range(4), *range(10, 18))}
+    assert reader.bad
+    for bad in reader.bad:
+        assert "s-000.tar: damaged tar" in bad
+        assert f"byte {offset}" in bad
 
 
 def test_a_tar_that_is_gone_stops_the_run(shards):
@@ -201,37 +270,59 @@ def test_a_tar_that_is_gone_stops_the_run(shards):
 
 
 def test_two_records_of_one_key_have_two_names_and_sources_come_by_number(tmp_path):
-    pictures = {f"source{i}.png": jpeg((i, 0, 0)) for i in (10, 9, 2)} | {"target.png": jpeg("blue"), "txt": b"mix them"}
-    tar(tmp_path / "a.tar", {"one": pictures, "two": pictures})
+    files = {f"source{i}.png": jpeg((i, 0, 0)) for i in (10, 9, 2)}
+    files |= {"target.png": jpeg("blue"), "txt": b"mix them"}
+    tar(tmp_path / "a.tar", {"one": files, "two": files})
     with tarfile.open(tmp_path / "a.tar", "a") as t:
-        for suffix, content in pictures.items():
-            member = tarfile.TarInfo(f"one.{suffix}")
-            member.size = len(content)
-            t.addfile(member, io.BytesIO(content))
+        for suffix, content in files.items():
+            add(t, f"one.{suffix}", content)
     found = source(tmp_path / "a.tar")
     examples = [found.read(where) for where in found.locations(random.Random(0))]
-    assert len({e.name for e in examples}) == 3 and [i.getpixel((0, 0))[0] for i in examples[0].images] == [2, 9, 10]
+    assert len({e.name for e in examples}) == 3
+    assert [i.getpixel((0, 0))[0] for i in examples[0].images] == [2, 9, 10]
 
 
 def test_a_missing_picture_or_a_bad_line_is_one_broken_record(tmp_path):
     (tmp_path / "a.png").write_bytes(jpeg("red"))
-    lines = [dict(file_name="a.png", text="fine"), dict(file_name="b.png", text="gone"), dict(file_name="a.png"), dict(text="no picture")]
     fine = dict(text="x", target="a.png")
-    lines += [fine | dict(source=None), fine | dict(source=[1]), fine | dict(target=5), fine | dict(text="\ud800"), fine | dict(text=5),
-              fine | dict(target="\ud800"), fine | dict(source={"a": [1]})]
-    (tmp_path / "metadata.jsonl").write_text("\n".join([*map(json.dumps, lines), "{not json", "[]", ""]))
-    reader = data.Reader(data.Share([source(tmp_path)], [1], 0, 0, [(1, [0])]), max_bad=1)
-    assert [e.prompt for _, e in itertools.islice(reader, 2)] == ["fine"] * 2
-    assert len(set(reader.bad)) == 11 and all(str(tmp_path) in bad for bad in reader.bad)         # two are called a.png without a text
-    "".join(reader.bad).encode()                                                # can be printed
+    rows = [
+        dict(file_name="a.png", text="fine"),
+        dict(file_name="b.png", text="gone"),
+        dict(file_name="a.png"),
+        dict(text="no picture"),
+        fine | dict(source=None),
+        fine | dict(source=[1]),
+        fine | dict(target=5),
+        fine | dict(text="\ud800"),
+        fine | dict(text=5),
+        fine | dict(target="\ud800"),
+        fine | dict(source={"a": [1]}),
+    ]
+    lines = [*map(json.dumps, rows), "{not json", "[]", ""]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    reader = read(source(tmp_path), max_bad=1)
+    assert prompts(reader, 2) == ["fine"] * 2
+    # Twelve are broken; two of them are called a.png and have no text.
+    assert len(set(reader.bad)) == 11
+    assert all(str(tmp_path) in bad for bad in reader.bad)
+    # All of it can be printed.
+    "".join(reader.bad).encode()
 
 
-@pytest.mark.parametrize("spec, message", [("nothing", "no such files"), ("a-{0..2}.tar", "a-0.tar"), ("empty", "no such files"),
-                                           ("empty.tar", "not one record"), ("zero.tar", "not one record"), ("text.tar", "not one record"),
-                                           ("broken.tar", "not one record(.|\n)*broken.tar: a, byte 512: the record has no text")])
+@pytest.mark.parametrize("spec, message", [
+    ("nothing", "no such files"),
+    ("a-{0..2}.tar", "a-0.tar"),
+    ("empty", "no such files"),
+    ("empty.tar", "not one record"),
+    ("zero.tar", "not one record"),
+    ("text.tar", "not one record"),
+    ("broken.tar", "not one record(.|\n)*broken.tar: a, byte 512: the record has no text"),
+])
 def test_an_empty_source_is_an_error_at_once(tmp_path, spec, message):
     (tmp_path / "empty").mkdir()
-    tar(tmp_path / "empty.tar", {}), tar(tmp_path / "broken.tar", {"a": {"png": jpeg("red")}})
-    (tmp_path / "zero.tar").write_bytes(b""), (tmp_path / "text.tar").write_bytes(b"no tar" * 1000)
+    tar(tmp_path / "empty.tar", {})
+    tar(tmp_path / "broken.tar", {"a": {"png": jpeg("red")}})
+    (tmp_path / "zero.tar").write_bytes(b"")
+    (tmp_path / "text.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(ValueError, match=message):
         source(tmp_path / spec)

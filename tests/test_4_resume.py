@@ -1,4 +1,5 @@
-"""Checkpoints: a run that was stopped, killed, or had no room goes on as if nothing had happened."""
+"""Checkpoints: a run that was stopped, killed, or had no room goes on as if nothing had
+happened."""
 import argparse
 import json
 import os
@@ -13,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import tbac
 import train
-from engine.state import State, checkpoints, logged
+from engine.files import write_shards
+from engine.log import read_log
+from engine.state import State, checkpoints
 from tests.conftest import ROOT, run
 
 TOY = ("--stage", "mix", "--batch", 2, "--warmup", 2, "--sheet-every", 0, "--dtype", "float32")
@@ -26,7 +28,8 @@ def toy_run(out, *args):
 
 
 def losses(out):
-    return {row["step"]: row["loss"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())}
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows}
 
 
 def state_of(out):
@@ -34,7 +37,8 @@ def state_of(out):
     return load_file(last / "model.safetensors"), json.loads((last / "state.json").read_text())
 
 
-@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--accumulate", 2, "--workers", 2)])
+@pytest.mark.parametrize("more", [
+    (), ("--dtype", "bfloat16", "--accumulate", 2, "--workers", 2)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, more):
     whole, half = tmp_path / "whole", tmp_path / "half"
     for out, steps in ((whole, 5), (half, 2), (half, 5)):
@@ -47,29 +51,33 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, more):
                 break
         first.save()
     assert losses(whole) == losses(half) and len(losses(whole)) == 5
-    (a, facts), (b, again) = state_of(whole), state_of(half)
-    assert facts == again and a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert {n.split(".")[0] for n in a} == {"param", "mean", "exp_avg", "exp_avg_sq", "step"}
+    (a, counters), (b, again) = state_of(whole), state_of(half)
+    assert counters == again and a.keys() == b.keys()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert {n.split(".")[0] for n in a} == {"param", "ema", "exp_avg", "exp_avg_sq", "step"}
 
 
 def test_the_last_ones_stay_and_a_half_written_one_is_never_picked_up(tmp_path):
     done = run("train.py", *TOY, "--steps", 4, "--save-every", 1, "--keep", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert [f.name for f in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
-    (tmp_path / "checkpoints" / ".new").mkdir()
-    (tmp_path / "checkpoints" / ".new" / "model.safetensors").write_bytes(b"half")
+    new = tmp_path / "checkpoints" / ".new"
+    new.mkdir()
+    (new / "model.safetensors").write_bytes(b"half")
     done = run("train.py", "--resume", "--steps", 5, "--out", tmp_path)
     assert done.returncode == 0 and list(losses(tmp_path)) == [1, 2, 3, 4, 5], done.stderr
-    assert not (tmp_path / "checkpoints" / ".new").exists()
+    assert not new.exists()
 
 
 def start(out, *args):
     command = [sys.executable, str(ROOT / "train.py"), *map(str, (*TOY, "--out", out, *args))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
 
 
 def wait_for_steps(out, n):
-    while not (out / "log.jsonl").is_file() or len((out / "log.jsonl").read_text().splitlines()) < n:
+    log = out / "log.jsonl"
+    while not log.is_file() or len(log.read_text().splitlines()) < n:
         time.sleep(0.05)
 
 
@@ -84,39 +92,56 @@ def test_a_signal_saves_first(tmp_path, number):
     assert state_of(tmp_path)[1]["step"] == max(losses(tmp_path))
 
 
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_whole(tmp_path, monkeypatch):
     first = toy_run(tmp_path, "--steps", 3, "--save-every", 1)
     reports = first.steps()
-    next(reports), first.save()
+    next(reports)
+    first.save()
     before = state_of(tmp_path)
     model = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr("tbac.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("engine.files.save_file", full_disk)
     next(reports)
-    with pytest.raises(ValueError, match="step 2 could not be saved: .*No space left.*step-00000001 is whole"):
+    message = "step 2 could not be saved: .*No space left.*step-00000001 is whole"
+    with pytest.raises(ValueError, match=message):
         first.save()
     after = state_of(tmp_path)
-    assert before[1] == after[1] and all(torch.equal(before[0][n], after[0][n]) for n in before[0])
-    assert (tmp_path / "model.safetensors").read_bytes() == model and len(list((tmp_path / "checkpoints").iterdir())) == 1
+    assert before[1] == after[1]
+    assert all(torch.equal(before[0][n], after[0][n]) for n in before[0])
+    assert (tmp_path / "model.safetensors").read_bytes() == model
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 def main(monkeypatch, out, *args):
     monkeypatch.setattr(sys, "argv", [str(x) for x in ("train.py", *TOY, "--out", out, *args)])
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)                # pytest keeps its own
-    monkeypatch.setattr(train, "curves", lambda out: None)                      # seconds
+    # pytest keeps its own handlers; curves take seconds.
+    monkeypatch.setattr("engine.distributed.signal.signal", lambda *_: None)
+    monkeypatch.setattr(train, "plot_curves", lambda out: None)
     train.main()
 
 
 @pytest.mark.parametrize("where, error, args", [
-    ("train.open", OSError(28, "No space left on device"), ()), ("pathlib.Path.write_text", OSError(28, "No space left on device"), ()),
-    ("train.sheet", OSError(28, "No space left on device"), ("--sheet-every", 1)), ("data.save_file", SafetensorError("No space left"), ())])
-def test_a_full_disk_is_a_clear_error_wherever_it_strikes(tmp_path, monkeypatch, where, error, args):
+    ("engine.log.open", OSError(28, "No space left on device"), ()),
+    ("pathlib.Path.write_text", OSError(28, "No space left on device"), ()),
+    ("train.contact_sheet", OSError(28, "No space left on device"), ("--sheet-every", 1)),
+    ("engine.data.save_file", SafetensorError("No space left"), ()),
+])
+def test_a_full_disk_is_a_clear_error_wherever_it_strikes(tmp_path, monkeypatch, where, error,
+                                                          args):
     def full(*_, **__):
         raise error
-    (tmp_path / "a.png").write_bytes((ROOT / "tests" / "fixtures" / "tiny" / "images").glob("*.png").__next__().read_bytes())
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(dict(source="a.png", text="x", target="a.png")))
+
+    images = ROOT / "tests" / "fixtures" / "tiny" / "images"
+    (tmp_path / "a.png").write_bytes(next(images.glob("*.png")).read_bytes())
+    record = json.dumps(dict(source="a.png", text="x", target="a.png"))
+    (tmp_path / "metadata.jsonl").write_text(record)
     monkeypatch.setattr(where, full, raising=False)
     with pytest.raises(SystemExit, match="error: .*No space left"):
-        main(monkeypatch, tmp_path / "out", "--steps", 1, "--cache-latents", "--data", tmp_path, *args)
+        main(monkeypatch, tmp_path / "out", "--steps", 1, "--cache-latents", "--data", tmp_path,
+             *args)
 
 
 def test_a_half_line_at_the_end_of_the_log_spoils_nothing(tmp_path, monkeypatch):
@@ -124,12 +149,14 @@ def test_a_half_line_at_the_end_of_the_log_spoils_nothing(tmp_path, monkeypatch)
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 2, "lo')
     main(monkeypatch, tmp_path, "--steps", 2, "--resume")
-    assert [row["step"] for row in logged(tmp_path)] == [1, 2] and len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_folder_that_holds_a_run_is_not_begun_anew(tmp_path):
     first = toy_run(tmp_path, "--steps", 2)
-    next(first.steps()), first.save()
+    next(first.steps())
+    first.save()
     with pytest.raises(ValueError, match="holds a run already: --resume, or another --out"):
         toy_run(tmp_path, "--steps", 2)
 
@@ -137,59 +164,77 @@ def test_a_folder_that_holds_a_run_is_not_begun_anew(tmp_path):
 def test_a_resume_with_nothing_left_to_do_writes_the_model(tmp_path, monkeypatch, capsys):
     main(monkeypatch, tmp_path, "--steps", 1, "--resume")
     assert f"no checkpoint in {tmp_path}" in capsys.readouterr().out
-    model, (weights, facts) = (tmp_path / "model.safetensors").read_bytes(), state_of(tmp_path)
-    (tmp_path / "model.safetensors").unlink()                                   # as if it had been killed between checkpoint and model
-    (tmp_path / ".new-1").mkdir(), (tmp_path / ".new-1" / "part-0").write_bytes(b"half")
+    model, (weights, counters) = (tmp_path / "model.safetensors").read_bytes(), state_of(tmp_path)
+    # As if it had been killed between checkpoint and model.
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / ".new-1").mkdir()
+    (tmp_path / ".new-1" / "part-0").write_bytes(b"half")
     main(monkeypatch, tmp_path, "--steps", 1, "--resume")
     assert f"goes on from {tmp_path}/checkpoints/step-00000001" in capsys.readouterr().out
-    assert (tmp_path / "model.safetensors").read_bytes() == model and not (tmp_path / ".new-1").exists()
-    assert state_of(tmp_path)[1] == facts and all(torch.equal(t, weights[n]) for n, t in state_of(tmp_path)[0].items())
+    assert (tmp_path / "model.safetensors").read_bytes() == model
+    assert not (tmp_path / ".new-1").exists()
+    after, counters_after = state_of(tmp_path)
+    assert counters_after == counters
+    assert all(torch.equal(t, weights[n]) for n, t in after.items())
 
+
+# ---- the state by itself
 
 def state(ema=0.9, names=("a", "b")):
-    a = argparse.Namespace(ema=ema, weight_decay=0.1, lr=0.1, betas=[0.9, 0.999], warmup=0, steps=10, floor=0.1)
-    return State({n: torch.nn.Parameter(torch.ones(2)) for n in names}, a), a
+    args = argparse.Namespace(weight_decay=0.1, lr=0.1, betas=[0.9, 0.999], warmup=0, steps=10,
+                              min_lr_ratio=0.1)
+    trained = {n: torch.nn.Parameter(torch.ones(2)) for n in names}
+    return State(trained, lambda params: train.adamw(params, args), ema), args
 
 
 def stored(s, folder):
     folder.mkdir()
-    tbac.write_shards(folder, s.tensors())
-    (folder / "state.json").write_text(json.dumps(s.facts()))
+    write_shards(folder, s.tensors())
+    (folder / "state.json").write_text(json.dumps(s.counters()))
     return folder
 
 
-def steps(s, a, *which):
+def steps(s, args, *which):
     """Steps in which only these parameters have a gradient."""
     for names in which:
         for n, p in s.params.items():
             p.grad = torch.full_like(p, 1 + s.step) if n in names else None
-        s.update(a)
+        for group in s.optimizer.param_groups:
+            group["lr"] = train.learning_rate(s.step, args)
+        s.optimizer.step()
+        s.follow()
         s.step += 1
 
 
 def test_a_parameter_without_a_gradient_in_some_steps_goes_on_exactly(tmp_path):
-    s, a = state()
-    steps(s, a, "a", "a")                                                       # nothing of b is there to be stored
+    s, args = state()
+    # Nothing of b is there to be stored.
+    steps(s, args, "a", "a")
     t, _ = state()
     t.load(stored(s, tmp_path / "1"))
-    steps(s, a, "ab", "a"), steps(t, a, "ab", "a")
+    steps(s, args, "ab", "a")
+    steps(t, args, "ab", "a")
     u, _ = state()
     u.load(stored(t, tmp_path / "2"))
-    steps(s, a, "ab"), steps(u, a, "ab")
-    assert all(torch.equal(s.params[n], u.params[n]) and torch.equal(s.mean[n], u.mean[n]) for n in "ab")
+    steps(s, args, "ab")
+    steps(u, args, "ab")
+    assert all(torch.equal(s.params[n], u.params[n]) for n in "ab")
+    assert all(torch.equal(s.ema[n], u.ema[n]) for n in "ab")
     assert [u.optimizer.state[u.params[n]]["step"].item() for n in "ab"] == [5, 2]
 
 
 def test_a_mean_begins_and_ends_where_a_run_goes_on(tmp_path):
-    without, a = state(ema=0)
-    steps(without, a, "ab")
+    without, args = state(ema=0)
+    steps(without, args, "ab")
     s, _ = state()
     s.load(stored(without, tmp_path / "without"))
-    assert all(torch.equal(s.mean[n], without.params[n]) for n in "ab")         # not from the weights that the run once began with
-    steps(s, argparse.Namespace(**vars(a) | dict(ema=0.9)), "ab")
+    # Not from the weights that the run once began with.
+    assert all(torch.equal(s.ema[n], without.params[n]) for n in "ab")
+    steps(s, args, "ab")
     back, _ = state(ema=0)
     back.load(stored(s, tmp_path / "with"))
-    assert all(torch.equal(back.params[n], s.params[n]) and not torch.equal(s.mean[n], s.params[n]) for n in "ab")
+    assert all(torch.equal(back.params[n], s.params[n]) for n in "ab")
+    assert not any(torch.equal(s.ema[n], s.params[n]) for n in "ab")
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path):
@@ -203,15 +248,21 @@ def test_overfit_goes_on_with_its_batch(tmp_path):
     seen = []
     for _ in range(2):
         started = toy_run(tmp_path, "--steps", 9, "--overfit", "--resume")
-        forward = started.learner.forward
-        started.learner.forward = lambda rows, forward=forward: seen.append([example.prompt for example, _ in rows]) or forward(rows)
-        next(started.steps()), started.save()
+
+        def spy(rows, loss=started.loss):
+            seen.append([example.prompt for example, _ in rows])
+            return loss(rows)
+
+        started.loss = spy
+        next(started.steps())
+        started.save()
     assert seen[0] == seen[1] and started.state.step == 2
 
 
 @pytest.mark.slow
 def test_kill_at_fifty_random_moments(tmp_path):
-    """Each time the run comes back, from the last checkpoint, to the very numbers of a run that was left alone."""
+    """Each time the run comes back, from the last checkpoint, to the very numbers of a run that was
+    left alone."""
     rng, steps, kills = random.Random(0), 400, 0
     undisturbed = {}
     reference = toy_run(tmp_path / "reference", "--steps", steps)
@@ -222,10 +273,12 @@ def test_kill_at_fifty_random_moments(tmp_path):
         process = start(out, "--steps", steps, "--save-every", 2, "--resume")
         time.sleep(rng.uniform(0.5, 6))
         assert process.poll() is None or process.returncode == 0, process.communicate()[1]
-        process.kill(), process.communicate()
+        process.kill()
+        process.communicate()
         kills += 1
         seen = losses(out) if (out / "log.jsonl").is_file() else {}
         assert all(undisturbed[step] == loss for step, loss in seen.items())
-        if (last := checkpoints(out)) and seen:
+        last = checkpoints(out)
+        if last and seen:
             assert max(seen) - int(last[-1].name[5:]) <= 2
     assert max(seen) > 20

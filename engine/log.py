@@ -1,0 +1,184 @@
+"""The log of a run: a progress bar, a line of JSON for each step, curves drawn from them."""
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+
+import torch
+from matplotlib import cm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+def peak_memory(device: str) -> float:
+    """GB, of the GPU or of this process; NaN where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # Windows has no such module.
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def mean_loss(results: list) -> float:
+    """results: [(losses (B,), times (B,) or None)] of each pass"""
+    return torch.cat([losses for losses, _ in results]).mean().item()
+
+
+def loss_by_time(results: list) -> list | None:
+    """The mean loss in ten bins of t, of this process's rows; None where a bin has no row."""
+    losses, times = zip(*results)
+    if times[0] is None:
+        return None
+    losses, times = torch.cat(losses), torch.cat(times)
+    bins = (times * 10).clamp(max=9.99).long()
+    found = [losses[bins == i] for i in range(10)]
+    return [part.mean().item() if len(part) else None for part in found]
+
+
+def example_names(passes) -> list[str]:
+    """What the log calls the examples of a step: a record's name, else its text."""
+    examples = [example for rows in passes for example, _ in rows]
+    found = [getattr(e, "name", "") or getattr(e, "prompt", e) for e in examples]
+    return [str(name)[:200] for name in found]
+
+
+def json_line(row: dict) -> str:
+    """NaN and infinity are not JSON: null."""
+    row = json.loads(json.dumps(row), parse_constant=lambda _: None)
+    return json.dumps(row) + "\n"
+
+
+class Log:
+    """Writes log.jsonl and the bar while a run goes on: `with Log(run) as log`, `log.write(report)`
+    after each step. The first process writes the steps, each process names its own broken records.
+    """
+
+    def __init__(self, run):
+        self.run = run
+        self.args = run.args
+        self.mean = None                    # of the loss, for the bar
+        self.named = 0                      # broken records that are in the log
+        self.timer = None
+
+    def __enter__(self):
+        args, rank = self.args, self.run.rank
+        path = args.out / "log.jsonl"
+        self.file = open(path, "a")
+        # A crash may have left half a line.
+        if rank == 0 and path.read_bytes()[-1:] not in (b"", b"\n"):
+            self.file.write("\n")
+        self.bar = tqdm(total=args.steps, initial=self.run.state.step, desc=args.stage,
+                        mininterval=1, disable=rank > 0)
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        self.bar.close()
+
+    def write(self, report, seconds: float) -> None:
+        args, run = self.args, self.run
+        rate = args.batch * args.accumulate * run.world / seconds       # pictures a second
+        memory = peak_memory(args.device)
+        self.name_broken(report.step)
+        if run.rank == 0:
+            row = dataclasses.asdict(report)
+            row |= dict(images_per_second=round(rate, 2), memory_gb=round(memory, 3))
+            self.file.write(json_line(row))
+            if report.skipped:
+                self.bar.write(f"step {report.step} not taken: {report.skipped}")
+        elif report.skipped:
+            row = dict(step=report.step, process=run.rank, examples=report.examples)
+            self.file.write(json_line(row))
+        self.file.flush()
+        self.show(report, rate, memory)
+
+    def name_broken(self, step: int) -> None:
+        bad = self.run.reader.bad[self.named:]
+        if bad:
+            self.named += len(bad)
+            self.file.write(json_line(dict(step=step, process=self.run.rank, bad=bad)))
+            self.bar.write("\n".join(f"skipped: {what}" for what in bad))
+
+    def show(self, report, rate: float, memory: float) -> None:
+        if self.mean is None or not math.isfinite(self.mean):
+            self.mean = report.loss
+        else:
+            self.mean = 0.98 * self.mean + 0.02 * report.loss
+        self.bar.update()
+        text = (f"loss {self.mean:.4f}, norm {report.norm:.2f}, lr {report.lr:.1e}, "
+                f"{rate:.1f} images/s, {memory:.1f} GB")
+        self.bar.set_postfix_str(text, refresh=False)
+
+
+# --------------------------------------------------------------------------------------- curves
+
+def read_log(out) -> list[dict]:
+    """The steps in log.jsonl, in order. A run that was killed and resumed has written some twice:
+    the later row counts; a crash has cut one in half."""
+    rows = {}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if "loss" in row:
+                rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def smooth(values: list, n: int) -> list[float]:
+    """Means over the last n values that are there."""
+    means = []
+    for i in range(len(values)):
+        window = values[max(0, i - n + 1):i + 1]
+        window = [v for v in window if v is not None and math.isfinite(v)]
+        means.append(sum(window) / len(window) if window else math.nan)
+    return means
+
+
+def plot_curves(out) -> None:
+    """curves.png from log.jsonl: loss, loss by t, gradient norm with skipped steps, learning rate.
+    """
+    rows = read_log(out)
+    n = max(1, len(rows) // 100)
+    figure = Figure((12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, by_time, norm, rate = figure.subplots(2, 2).flat
+    plot_smoothed(loss, rows, "loss", n, "C0")
+    loss.set(title=f"loss, and its mean over {n} steps", yscale="log")
+    plot_by_time(by_time, rows, n)
+    plot_smoothed(norm, rows, "norm", n, "C1")
+    skipped = [row for row in rows if row["skipped"]]
+    norm.plot([row["step"] for row in skipped], [row["norm"] for row in skipped], "rx",
+              label=f"{len(skipped)} skipped")
+    norm.legend()
+    norm.set(title="gradient norm", yscale="log")
+    rate.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="C2")
+    rate.set(title="learning rate")
+    for axis in (loss, by_time, norm, rate):
+        axis.set(xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.savefig(out / "curves.png", dpi=80)
+
+
+def plot_smoothed(axis, rows: list[dict], key: str, n: int, color: str) -> None:
+    steps = [row["step"] for row in rows]
+    values = [row[key] for row in rows]
+    axis.plot(steps, values, color="0.8", lw=0.5)
+    axis.plot(steps, smooth(values, n), color=color)
+
+
+def plot_by_time(axis, rows: list[dict], n: int) -> None:
+    axis.set(title="loss by time", yscale="log")
+    if not rows or not rows[0].get("by_t"):
+        return
+    steps = [row["step"] for row in rows]
+    for i in range(10):
+        values = smooth([row["by_t"][i] for row in rows], n)
+        label = f"{i / 10:.1f}-{(i + 1) / 10:.1f}"
+        axis.plot(steps, values, color=cm.viridis(i / 9), label=label)
+    axis.legend(fontsize=7, ncols=2, title="t (1 is noise)")

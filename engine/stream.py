@@ -1,0 +1,76 @@
+"""From --data to the examples of this process: sources, their weights, one order, batches."""
+import itertools
+import math
+import random
+
+from tqdm import tqdm
+
+from engine.data import Generated, Reader, Share, source
+
+
+def split_weight(spec: str) -> tuple[str, float | None]:
+    """"a=0.7" -> ("a", 0.7); without a weight None."""
+    name, equals, weight = spec.rpartition("=")
+    if equals and weight.replace(".", "", 1).isdigit():
+        return name, float(weight)
+    return spec, None
+
+
+def open_sources(args, makers: dict, latents) -> tuple[list, list]:
+    """--data -> sources and their weights, None where none was given. makers: {word: make(rng, i)
+    -> Example} of sources that are made as they are asked for."""
+    specs = [split_weight(spec) for spec in args.data]
+    sources = [source(name, makers, args.seed, args.size, latents) for name, _ in specs]
+    return sources, [weight for _, weight in specs]
+
+
+def open_reader(args, state, rank: int, world: int, makers: dict, latents) -> Reader:
+    """The examples of this process, from where the run has come to; --epochs becomes --steps."""
+    sources, weights = open_sources(args, makers, latents)
+    if args.overfit:
+        # Always the first batch.
+        state.history = []
+    if not state.history or state.history[-1][0] != world:
+        state.history.append((world, [0] * world))
+    if args.epochs:
+        records = count_records(sources, rank)
+        left = args.epochs * sum(records) - state.seen
+        args.steps = state.step + math.ceil(left / (args.batch * args.accumulate * world))
+        # An epoch has all of each source, unless weights say otherwise.
+        if set(weights) == {None}:
+            weights = records
+    weights = [1.0 if weight is None else weight for weight in weights]
+    return Reader(Share(sources, weights, args.seed, rank, state.history), args.workers,
+                  args.max_bad)
+
+
+def count_records(sources, rank: int) -> list[int]:
+    if any(isinstance(s, Generated) for s in sources):
+        raise ValueError("--epochs: the toy world has no end, give --steps")
+    counts = []
+    for s in sources:
+        locations = tqdm(s.locations(random.Random(0)), "count records", disable=rank > 0)
+        counts.append(sum(1 for _ in locations))
+    return counts
+
+
+def first_examples(reader: Reader, n: int) -> list:
+    """The first n examples of the whole order, the same on every process and at every time."""
+    share = reader.share
+    fresh = Share(share.sources, share.weights, share.seed, 0, [(1, [0])])
+    examples = itertools.islice(Reader(fresh, max_bad=reader.max_bad), n)
+    return [example for _, example in examples]
+
+
+def batches(reader: Reader, state, args):
+    """Yields the rows of one pass, [(example, random.Random of its own), ...]. What is random about
+    an example depends on (seed, step, its number), not on who reads it."""
+    examples, kept = iter(reader), None
+    while True:
+        batch = kept or list(itertools.islice(examples, args.batch))
+        if args.overfit:
+            kept = batch
+        rows = []
+        for number, example in batch:
+            rows.append((example, random.Random(f"{args.seed} {state.step} {number}")))
+        yield rows
