@@ -1,24 +1,28 @@
-"""The benchmark on the toy world: does a model draw, change and say what it was asked?
+"""The benchmark on the toy world: does a model draw, change and say what it is asked for?
 
-    python evaluate.py                                  # the shipped weights; under 5 minutes on two CPU cores
-    python evaluate.py --quick                          # under one; rough
-    python evaluate.py --model runs/edit --out runs/scores
-    python evaluate.py ablate wirings                   # the study of the ladder: bench/ablate.py
+    python -m lab.evaluate                              # the shipped weights; under 5 minutes
+    python -m lab.evaluate --quick                      # under a minute, but rough
+    python -m lab.evaluate --model runs/edit --out runs/scores
+
+The times are those of two CPU cores. There are three tasks:
 
 draw   the six categories of GenEval (arXiv 2310.11513), several pictures per prompt
-edit   the actions of ImgEdit (arXiv 2505.20275) that this world has: was the order followed, and is everything else as it was?
-ask    every kind of question, about pictures and about scenes in words; only the exact answer counts
+edit   the actions of ImgEdit (arXiv 2505.20275) that exist in this world:
+       is the instruction followed, and is everything else unchanged?
+ask    every kind of question, about pictures and about scenes in words;
+       only the exact answer counts
 
-"Never seen" are scenes in which a pair of colour and shape that training drew only alone (world.HELD_OUT) stands beside another thing.
-Pictures are read by grader.py, from pixels alone. What it makes of pictures that are right for certain is reported, too: as
-rendered (its own error) and as the autoencoder gives them back (the ceiling for any model that paints with it).
+"Never seen" are scenes in which a thing has a colour and shape (world.HELD_OUT) that training
+draws only alone, and stands beside another thing. Pictures are graded by toy/grader.py, from
+their pixels. The grader's results on correct pictures are reported too: on rendered ones (its own
+error), and on the autoencoder's reconstructions (the ceiling for any model that paints with it).
 """
 import argparse
 import json
 import pathlib
 import random
-import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -28,357 +32,564 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from engine import data
-from toy import grader
 import sample
-from toy import language, world
+from engine import fast
+from engine.data import noise
+from engine.pictures import contact_sheet, to_pixels
 from tbac import TBAC
+from toy import grader, language, world
+from toy.world import Scene, Thing
 
-GENEVAL = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
-ALONE = ("single object", "colours")                                            # training has drawn every pair alone: no list of never-seen ones
+GENEVAL = (
+    "single object", "two objects", "counting", "colours", "position", "colour attribution",
+)
+# Training draws every colour and shape alone: these two have no prompts that are never seen.
+ALONE = ("single object", "colours")
 TASKS = ("draw", "edit", "ask")
+# held_out -> its name in the tables
 PAIRS = {False: "seen", True: "never seen"}
 OPENINGS = ("draw ", "paint ", "show me ", "a picture of ", "an image of ")
 QUICK = dict(n=8, pictures=2, steps=10)
 
+# {(task, category, what is judged, pairs): [a number of each prompt]}
+Scores = dict[tuple[str, str, str, str], list[float]]
+
 
 @dataclass(frozen=True)
 class Case:
+    """One prompt. target: a scene that is right, or the right answer; source: the scene that is
+    to be changed or asked about."""
     category: str
     pairs: str
     prompt: str
-    target: object = field(compare=False)                                       # a scene that is right, or the right answer
-    source: world.Scene | None = None                                            # what is changed or asked about
+    target: Scene | str = field(compare=False)
+    source: Scene | None = None
 
-    def images(self, size):
+    def images(self, size: int) -> list[Image.Image]:
         return [world.render(self.source, size)] if self.source else []
+
+
+# A row is a case and which of its pictures this is; a painter (or answerer) yields one picture
+# (or text) for each of a list of rows.
+Row = tuple[Case, int]
+Response = Image.Image | str
+Failure = tuple[Case, Response, str]
 
 
 # ---------------------------------------------------------------- fixed lists of prompts
 
-def plain_scene(rng, n, held_out=False):
-    """A scene that its plain text describes fully: medium sizes on white, two things in a clear relation."""
+def plain_scene(rng: random.Random, n: int, held_out: bool = False) -> Scene:
+    """A scene that its plain text describes fully: medium sizes, on white, and if there are two
+    things, in a clear relation."""
     while True:
-        s = world.sample_scene(rng, n, held_out)
-        s = world.Scene(tuple(replace(t, size="medium") for t in s.things))
-        if world.valid(s, held_out) and (n != 2 or world.sides(s)):
-            return s
-
-
-def scene_for(category, rng, held_out):
-    """One thing, or two to four of one name, or two of different shapes (and colours, so that they can be mistaken for each other's)."""
-    if category in ALONE:
-        return plain_scene(rng, 1)
-    while True:
-        number = rng.choice((2, 3, 4)) if category == "counting" else 2
-        scene = plain_scene(rng, 2 if category != "counting" else max(3, number), held_out)
-        names, shapes, colours = ({getattr(t, part) for t in scene.things} for part in ("name", "shape", "colour"))
-        if category == "counting" and len(names) == 1:
-            return replace(scene, things=scene.things[:number])                 # two of one name have no sides
-        if category != "counting" and len(shapes) == 2 and (category != "colour attribution" or len(colours) == 2):
+        scene = world.sample_scene(rng, n, held_out)
+        scene = Scene(tuple(replace(t, size="medium") for t in scene.things))
+        if world.valid(scene, held_out) and (n != 2 or world.sides(scene)):
             return scene
 
 
-def draw_case(category, held_out, rng):
-    """Half of the prompts in the plain form, half in varied wording."""
+def scene_for(category: str, rng: random.Random, held_out: bool) -> Scene:
+    """One thing; or two to four things of one name; or two things of different shapes (and
+    colours, where these could be mixed up)."""
+    if category in ALONE:
+        return plain_scene(rng, 1)
+    if category == "counting":
+        return scene_to_count(rng, held_out)
+    while True:
+        scene = plain_scene(rng, 2, held_out)
+        first, second = scene.things
+        shapes_differ = first.shape != second.shape
+        colours_differ = first.colour != second.colour
+        if shapes_differ and (colours_differ or category != "colour attribution"):
+            return scene
+
+
+def scene_to_count(rng: random.Random, held_out: bool) -> Scene:
+    """Two to four things of one name."""
+    while True:
+        number = rng.choice((2, 3, 4))
+        # plain_scene never gives two of one name, which are in no relation: take two of three
+        scene = plain_scene(rng, max(3, number), held_out)
+        if len({t.name for t in scene.things}) == 1:
+            return replace(scene, things=scene.things[:number])
+
+
+def draw_case(category: str, held_out: bool, rng: random.Random) -> Case:
+    """Half of the prompts are in the plain form, half in varied wording."""
     scene = scene_for(category, rng, held_out)
     varied = rng.random() < 0.5
     if category == "position":
         prompt = language.varied(scene, rng) if varied else language.plain(scene)
-    else:                                                                       # 'a red circle and a blue square': no sides
-        prompt = (rng.choice(OPENINGS) if varied else "") + language.listing(scene.things)
+    else:
+        # 'a red circle and a blue square': no relation is stated
+        opening = rng.choice(OPENINGS) if varied else ""
+        prompt = opening + language.listing(scene.things)
     return Case(category, PAIRS[held_out], prompt, scene)
 
 
-def edit_case(action, held_out, rng):
-    """ValueError where this action is impossible in the scene that came up, or where doing nothing would do."""
-    scene = world.sample_scene(rng, rng.choice((2, 2, 3) if held_out else (1, 1, 2, 2, 2, 3)), held_out)
-    order, target, _ = language.edit(scene, rng, action, held_out)
-    case = Case(action, PAIRS[held_out], order, target, scene)
-    if edited(scene, case)["followed"]:                                         # hardly left of it is left of it to the grader already
-        raise ValueError(order)
+def edit_case(action: str, held_out: bool, rng: random.Random) -> Case:
+    """Raises ValueError where the action is impossible in the scene that is drawn, or where
+    doing nothing would count as following the instruction."""
+    n = rng.choice((2, 2, 3) if held_out else (1, 1, 2, 2, 2, 3))
+    scene = world.sample_scene(rng, n, held_out)
+    instruction, target, _ = language.edit(scene, rng, action, held_out)
+    case = Case(action, PAIRS[held_out], instruction, target, scene)
+    # the grader's limit for 'left of' is wider than the one that scenes are made with
+    if edited(scene, case)["followed"]:
+        raise ValueError(instruction)
     return case
 
 
-def ask_case(kind, held_out, rng, seen=True):
-    """ValueError where there is no such question about the scene that came up."""
+def ask_case(kind: str, held_out: bool, rng: random.Random, seen: bool = True) -> Case:
+    """About a picture, or with seen=False about a scene in words.
+
+    Raises ValueError where there is no such question about the scene that is drawn.
+    """
     scene = world.sample_scene(rng, held_out=held_out)
     question, answer, _ = language.question(scene, rng, kind, seen)
-    return Case(kind, PAIRS[held_out], question if seen else f"{language.caption(scene, rng)}. {question}", answer, scene if seen else None)
+    if seen:
+        return Case(kind, PAIRS[held_out], question, answer, scene)
+    return Case(kind, PAIRS[held_out], f"{language.caption(scene, rng)}. {question}", answer)
 
 
-def first(n, make, category, held_out):
-    """The first n different cases of a list that is the same for every n; fewer where there are no more (counting never-seen pairs: 36)."""
-    rng, found, waited = random.Random(f"{category} {held_out}"), {}, 0
-    while len(found) < n and waited < 300:                                      # so many without a new one: there is none
-        waited += 1
+def first(n: int, make: Callable[..., Case], category: str, held_out: bool) -> list[Case]:
+    """The first n different cases of a list that is the same for every n.
+
+    Fewer where there are no more (never-seen pairs to count: 36).
+    """
+    rng = random.Random(f"{category} {held_out}")
+    found = {}
+    # after 300 tries without a new case there is none left
+    tries = 0
+    while len(found) < n and tries < 300:
+        tries += 1
         with suppress(ValueError):
             case = make(category, held_out, rng)
-            waited = waited if case in found else 0
-            found[case] = None
+            if case not in found:
+                found[case] = None
+                tries = 0
     return list(found)
 
 
 @cache
-def cases(task, n):
-    """-> the cases of a task, n for each category and for seen and never-seen pairs apart."""
-    make, categories = {"draw": (draw_case, GENEVAL), "edit": (edit_case, language.EDITS), "ask": (ask_case, language.QUESTIONS)}[task]
-    lists = [(make, c, held_out) for c in categories for held_out in PAIRS if not (held_out and c in ALONE)]
-    if task == "ask":                                                           # a scene in words is its own description
-        lists += [(partial(ask_case, seen=False), c, held_out) for _, c, held_out in lists if c != "describe"]
-    return [case for which in lists for case in first(n, *which)]
+def cases(task: str, n: int) -> list[Case]:
+    """The cases of a task: n for each category, for seen and never-seen pairs separately."""
+    makers = {
+        "draw": (draw_case, GENEVAL),
+        "edit": (edit_case, language.EDITS),
+        "ask": (ask_case, language.QUESTIONS),
+    }
+    make, categories = makers[task]
+    lists = []
+    for category in categories:
+        lists.append((make, category, False))
+        if category not in ALONE:
+            lists.append((make, category, True))
+    if task == "ask":
+        # the same about scenes in words; to describe one would be to repeat it
+        in_words = partial(ask_case, seen=False)
+        lists += [(in_words, c, held_out) for _, c, held_out in lists if c != "describe"]
+    return [case for arguments in lists for case in first(n, *arguments)]
 
 
 # ---------------------------------------------------------------- right or wrong
 
-def drawn(found, case):
-    """The category's own question: are there things of these shapes, with the colours or the sides where these are the category? Stricter
-    than GenEval: a thing too many is always wrong. And: is all of the prompt right, with the white background that goes without saying?"""
-    listed = lambda scene, part: sorted(getattr(t, part) for t in scene.things)
-    right = {part: listed(found, part) == listed(case.target, part) for part in ("shape", "name")}
+def drawn(found: Scene, case: Case) -> dict[str, bool]:
+    """category: what the category is about. The shapes are right, and the colours or the relation
+    where the category asks for these. Stricter than GenEval: one thing too many is always wrong.
+    whole prompt: everything is right, and the background, which goes without saying, is white."""
+    target = case.target
+    shapes = sorted(t.shape for t in found.things) == sorted(t.shape for t in target.things)
+    names = sorted(t.name for t in found.things) == sorted(t.name for t in target.things)
     sides = True
-    if case.category == "position" and right["shape"]:
-        one, other = ([f for f in found.things if f.shape == t.shape][0] for t in case.target.things)
-        sides = world.relation(one, other, ratio=1.2) == world.relation(*case.target.things)
-    asked = right["name" if "colour" in case.category else "shape"]
-    return {"category": asked and sides, "whole prompt": right["name"] and sides and found.background == case.target.background}
+    if case.category == "position" and shapes:
+        by_shape = {t.shape: t for t in found.things}
+        first, second = (by_shape[t.shape] for t in target.things)
+        sides = world.relation(first, second, ratio=1.2) == world.relation(*target.things)
+    asked = names if "colour" in case.category else shapes
+    return {
+        "category": asked and sides,
+        "whole prompt": names and sides and found.background == target.background,
+    }
 
 
-def in_place(thing, wanted, found, case):
-    """Does a thing stand where the order says: at a side of another thing, or at a spot? Where it says neither, any place will do."""
-    order, source = case.prompt, case.source
+def in_place(thing: Thing, wanted: Thing, found: Scene, case: Case) -> bool:
+    """Is a thing where the instruction says: at a side of another thing, or at a spot?
+
+    Where the instruction says neither, a new thing may be anywhere; others stay in place.
+    """
+    instruction = case.prompt
+    source = case.source
     for side in world.OPPOSITE:
-        if f" {language.side(side)} the " in order:
-            other = next(t for t in source.things if any(order.endswith(words) for words in language.references(t, source)))
-            return any(world.relation(thing, f, ratio=1.2) == side for f in found.things if f.name == other.name)
-    anywhere = case.category == "add" and not any(order.endswith(language.at(spot)) for spot in world.SPOTS)
-    return anywhere or grader.near(thing, wanted)
+        if f" {language.side(side)} the " in instruction:
+            other = next(t for t in source.things if is_named_last(t, instruction, source))
+            others = [t for t in found.things if t.name == other.name]
+            return any(world.relation(thing, t, ratio=1.2) == side for t in others)
+    at_spot = any(instruction.endswith(language.at(spot)) for spot in world.SPOTS)
+    if case.category == "add" and not at_spot:
+        return True
+    return grader.near(thing, wanted)
 
 
-def edited(found, case):
-    """followed: the thing (or background) in question is as ordered. unchanged: all other things stand where they stood, at most one more beside
-    them, on the same background. both: for a model that does nothing leaves all unchanged, and one that ignores the picture often removes what it
-    should. things kept: of the other things, where there are any, the part that stand where they stood."""
-    before, after = case.source, case.target
-    gone, new = set(before.things) - set(after.things), set(after.things) - set(before.things)
-    kept = set(before.things) & set(after.things)
-    count = lambda scene, name: sum(t.name == name for t in scene.things)
-    followed = all(count(found, t.name) == count(after, t.name) for t in gone | new) and all(
-        any(in_place(f, t, found, case) for f in found.things if f.name == t.name) for t in new)
-    stayed = [any(grader.near(f, t) for f in found.things) for t in kept]
-    others = all(stayed) and len(found.things) <= len(kept) + (len(gone | new) > 0)
-    ground = found.background == after.background
+def is_named_last(thing: Thing, instruction: str, scene: Scene) -> bool:
+    """Does the instruction end with words that refer to this thing?"""
+    return any(instruction.endswith(words) for words in language.references(thing, scene))
+
+
+def edited(found: Scene, case: Case) -> dict[str, bool | float]:
+    """followed: the thing (or background) that the instruction is about is as it asks.
+    unchanged: all other things are where they were, nothing is there besides, and the background
+    is the same.
+    both: the two together, since a model that does nothing leaves everything unchanged, and one
+    that ignores the picture often removes what it should.
+    objects kept: the fraction of the other things, if there are any, that are where they were."""
+    before, after = set(case.source.things), set(case.target.things)
+    removed, new = before - after, after - before
+    kept = before & after
+
+    followed = all(count(found, t.name) == count(case.target, t.name) for t in removed | new)
+    for thing in new:
+        same_name = [t for t in found.things if t.name == thing.name]
+        followed = followed and any(in_place(t, thing, found, case) for t in same_name)
+
+    stayed = [is_near_any(thing, found) for thing in kept]
+    # besides the other things, at most the one that the instruction is about
+    n_max = len(kept) + 1 if removed or new else len(kept)
+    unchanged = all(stayed) and len(found.things) <= n_max
+
+    same_background = found.background == case.target.background
     if case.category == "background":
-        followed, ground = ground, True
-    verdict = {"followed": followed, "unchanged": others and ground, "both": followed and others and ground}
-    return verdict | ({"things kept": sum(stayed) / len(kept)} if kept else {})
+        followed = same_background
+    else:
+        unchanged = unchanged and same_background
+
+    verdict = {"followed": followed, "unchanged": unchanged, "both": followed and unchanged}
+    if kept:
+        verdict["objects kept"] = sum(stayed) / len(kept)
+    return verdict
 
 
-def answered(said, case):
-    return {"a picture" if case.source else "words": said == case.target}
+def is_near_any(thing: Thing, found: Scene) -> bool:
+    return any(grader.near(t, thing) for t in found.things)
 
 
-def read(found, case):
+def count(scene: Scene, name: str) -> int:
+    return sum(t.name == name for t in scene.things)
+
+
+def answered(answer: str, case: Case) -> dict[str, bool]:
+    return {"a picture" if case.source else "words": answer == case.target}
+
+
+def read(found: Scene, case: Case) -> dict[str, bool]:
     return {"everything": grader.matches(found, case.target, places=True)}
 
 
 JUDGES = {"draw": drawn, "edit": edited, "ask": answered, "read": read}
 
 
-# ---------------------------------------------------------------- scores: {(task, category, what, pairs): [of each prompt]}
+# ---------------------------------------------------------------- the benchmark
 
-def paint(model, rows, seed, batch, **settings):
-    """rows: (case, which of its pictures) -> yields a picture for each. Its noise has a seed of its own, so it depends neither on the other
-    pictures nor on the batch (but for rounding)."""
-    c = model.config
-    shape = c.dit.channels, c.size // c.dcae.factor, c.size // c.dcae.factor
+def paint(model: TBAC, rows: list[Row], seed: int, batch: int, **settings) -> Iterator[Image.Image]:
+    """Yields a picture for each row. The noise of each has a seed of its own, so that (but for
+    rounding) a picture depends neither on the other ones nor on the batch size."""
+    config = model.config
+    side = config.size // config.dcae.factor
+    device = model.ladder.queries.device
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         rngs = [random.Random(f"{seed} {case.category} {case.prompt} {k}") for case, k in part]
-        eps = data.noise(rngs, shape, model.ladder.queries.device)[1]
-        yield from sample.generate(model, [case.prompt for case, _ in part], [case.images(c.size) for case, _ in part], eps=eps, **settings)
+        _, eps = noise(rngs, (config.dit.channels, side, side), device)  # (B, C, h, w)
+        prompts = [case.prompt for case, _ in part]
+        images = [case.images(config.size) for case, _ in part]
+        yield from sample.generate(model, prompts, images, eps=eps, **settings)
 
 
-def answer(model, rows, batch):
-    """Yields a text for each row."""
+def answer(model: TBAC, rows: list[Row], batch: int) -> Iterator[str]:
+    """Yields an answer for each row."""
     for i in range(0, len(rows), batch):
         part = [case for case, _ in rows[i:i + batch]]
-        yield from model.ask_all([case.prompt for case in part], [case.images(model.config.size) for case in part])
+        images = [case.images(model.config.size) for case in part]
+        yield from model.ask_all([case.prompt for case in part], images)
 
 
-def score(task, every, k, respond):
-    """every: cases, each answered k times by respond(rows), a generator of pictures or texts -> scores, failures [(case, response, label)]"""
-    rows, hits, failures = [(case, i) for case in every for i in range(k)], {}, []
+def score(
+    task: str, prompts: list[Case], k: int, respond: Callable[[list[Row]], Iterator[Response]]
+) -> tuple[Scores, list[Failure]]:
+    """Judges k responses to each prompt; respond(rows) yields a picture or a text for each row.
+
+    -> scores, and the failures as (case, response, label)
+    """
+    rows = [(case, i) for case in prompts for i in range(k)]
+    verdicts = {}
+    failures = []
     for (case, _), response in tqdm(zip(rows, respond(rows)), task, len(rows), leave=False):
         found = response if task == "ask" else grader.grade(response)
         verdict = JUDGES[task](found, case)
         for what, right in verdict.items():
-            hits.setdefault((task, case.category, what, case.pairs), {}).setdefault(case, []).append(right)
+            by_case = verdicts.setdefault((task, case.category, what, case.pairs), {})
+            by_case.setdefault(case, []).append(right)
         if min(verdict.values()) < 1:
-            seen = found if task == "ask" else ", ".join(t.name for t in found.things) or "nothing"
-            failures.append((case, response, f"{case.category}: {case.prompt} -> {seen}"))
-    return {key: [float(np.mean(right)) for right in each.values()] for key, each in hits.items()}, failures
+            if task != "ask":
+                found = ", ".join(t.name for t in found.things) or "nothing"
+            label = f"{case.category}: {case.prompt} -> {found}"
+            failures.append((case, response, label))
 
-
-@torch.no_grad()
-def benchmark(model, tasks=TASKS, n=24, pictures=4, batch=32, seed=0, **settings):
-    """n prompts of every category: with several pictures each when drawing, one when editing; and as many questions as there are pictures of a
-    category. seed: of the noise; settings: of `sample.denoise` -> scores, failures."""
-    scores, failures = {}, []
-    painter = partial(paint, model, seed=seed, batch=batch, **settings)
-    plans = {"draw": (n, pictures, painter), "edit": (n, 1, painter), "ask": (n * pictures, 1, partial(answer, model, batch=batch))}
-    for task in tasks:
-        many, k, respond = plans[task]
-        found, wrong = score(task, cases(task, many), k, respond)
-        scores, failures = scores | found, failures + wrong
+    # for each prompt the mean over its pictures
+    scores = {}
+    for key, by_case in verdicts.items():
+        scores[key] = [float(np.mean(right)) for right in by_case.values()]
     return scores, failures
 
 
 @torch.no_grad()
-def ceilings(model, n=24, batch=32):
-    """The grader on pictures that are right for certain: those that the benchmark asks for, and scenes of every sort (all of it right, places
-    too); as rendered, and as the autoencoder gives them back -> scores."""
-    size, device, dtype = model.config.size, model.ladder.queries.device, model.dit.proj_out.weight.dtype
+def benchmark(
+    model: TBAC, tasks: Sequence[str] = TASKS, n: int = 24, pictures: int = 4, batch: int = 32,
+    seed: int = 0, **settings,
+) -> tuple[Scores, list[Failure]]:
+    """-> scores and failures over n prompts of every category.
+
+    Each prompt is drawn `pictures` times, each edit once, and there are n * pictures questions
+    of a kind. seed: of the noise; settings: those of `sample.denoise`.
+    """
+    painter = partial(paint, model, seed=seed, batch=batch, **settings)
+    answerer = partial(answer, model, batch=batch)
+    plans = {
+        "draw": (n, pictures, painter),
+        "edit": (n, 1, painter),
+        "ask": (n * pictures, 1, answerer),
+    }
+    scores = {}
+    failures = []
+    for task in tasks:
+        n_case, k, respond = plans[task]
+        new_scores, new_failures = score(task, cases(task, n_case), k, respond)
+        scores |= new_scores
+        failures += new_failures
+    return scores, failures
+
+
+@torch.no_grad()
+def ceilings(model: TBAC, n: int = 24, batch: int = 32) -> Scores:
+    """The grader's scores on correct pictures, rendered and as reconstructed by the autoencoder.
+
+    The pictures are the targets of the benchmark, and scenes of every kind, of which everything
+    must be right, places too.
+    """
+    size = model.config.size
+    device, dtype = model.ladder.queries.device, model.dit.proj_out.weight.dtype
 
     def rendered(rows):
         return (world.render(case.target, size) for case, _ in rows)
 
     def reconstructed(rows):
         for i in range(0, len(rows), batch):
-            x = data.to_pixels(list(rendered(rows[i:i + batch])), device, dtype)
-            yield from sample.decode(model, model.dcae.encode(x))
+            pixels = to_pixels(list(rendered(rows[i:i + batch])), device, dtype)
+            yield from model.decode(model.dcae.encode(pixels))
 
-    rng, sorts, scores = random.Random("every sort"), [], {}
-    for scene in [world.sample_scene(rng, held_out=held_out) for held_out in PAIRS for _ in range(5 * n)]:
-        sorts.append(Case("scene", "", "", scene, scene))
-    for task, every in (("draw", cases("draw", n)), ("edit", cases("edit", n)), ("read", sorts)):
+    rng = random.Random("every sort")
+    scenes = [world.sample_scene(rng, held_out=h) for h in PAIRS for _ in range(5 * n)]
+    every_kind = [Case("scene", "", "", scene, scene) for scene in scenes]
+    lists = {"draw": cases("draw", n), "edit": cases("edit", n), "read": every_kind}
+    result = {}
+    for task, of_task in lists.items():
         for painter in (rendered, reconstructed):
-            for (_, _, what, _), values in score(task, every, 1, painter)[0].items():
-                scores.setdefault(("grader", f"{task}: {what}", "right pictures", painter.__name__), []).extend(values)
-    return scores
+            scores, _ = score(task, of_task, 1, painter)
+            # one number for all categories
+            for (_, _, what, _), values in scores.items():
+                key = ("grader", f"{task}: {what}", "right pictures", painter.__name__)
+                result.setdefault(key, []).extend(values)
+    return result
 
 
-def interval(*groups, seed=0, resamples=1000):
-    """95 % bootstrap interval of the mean of the means of some lists, each resampled by itself. What is resampled are prompts, one number each
-    whatever the number of pictures: pictures of one prompt are right or wrong together. With n prompts all right (or all wrong) the interval
-    has no width, though the truth may be 3 / n away."""
-    rng, means = np.random.default_rng(seed), 0
-    for v in (np.asarray(values, float) for values in groups):
-        means = means + v[rng.integers(0, len(v), (resamples, len(v)))].mean(1) / len(groups)
+# ---------------------------------------------------------------- means and intervals
+
+def interval(*groups: list[float], seed: int = 0, resamples: int = 1000) -> list[float]:
+    """95 % bootstrap interval of the mean of the groups' means, each group resampled by itself.
+
+    The numbers are one a prompt, whatever the number of pictures, since pictures of one prompt
+    tend to be right or wrong together. If all n prompts are right (or all wrong) the interval has
+    no width, though the truth may be 3 / n away.
+    """
+    rng = np.random.default_rng(seed)
+    means = 0
+    for group in groups:
+        values = np.asarray(group, float)
+        resampled = values[rng.integers(0, len(values), (resamples, len(values)))]
+        means = means + resampled.mean(1) / len(groups)
     return [float(x) for x in np.percentile(means, (2.5, 97.5))]
 
 
-def measure(*groups):
-    return dict(mean=float(np.mean([np.mean(values) for values in groups])), interval=interval(*groups), prompts=sum(map(len, groups)))
+def measure(*groups: list[float]) -> dict:
+    """The mean of the groups' means, its interval, and the number of prompts."""
+    return dict(
+        mean=float(np.mean([np.mean(values) for values in groups])),
+        interval=interval(*groups),
+        prompts=sum(len(values) for values in groups),
+    )
 
 
-def percent(measured):
-    return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (measured["mean"], *measured["interval"])))
+def percent(measured: dict) -> str:
+    """'92 [87, 96]'"""
+    low, high = measured["interval"]
+    return f"{100 * measured['mean']:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def layout(scores, task):
-    """-> the categories of a task, and its columns (what, pairs): what was judged side by side for seen and never-seen pairs."""
-    categories, whats, pairs = (list(dict.fromkeys(key[i] for key in scores if key[0] == task)) for i in (1, 2, 3))
+def layout(scores: dict, task: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """-> the categories of a task, and the columns (what, pairs) of its table."""
+    keys = [key for key in scores if key[0] == task]
+    categories, whats, pairs = (list(dict.fromkeys(key[i] for key in keys)) for i in (1, 2, 3))
     columns = [(what, pair) for what in whats for pair in pairs]
-    return categories, [c for c in columns if any((task, name) + c in scores for name in categories)]
+    used = {key[2:] for key in keys}
+    return categories, [column for column in columns if column in used]
 
 
-def summary(scores):
-    """-> {key: its mean, interval and number of prompts}, and the same for means over categories: all of them, for columns that have all, and
-    those that every column has."""
+def summary(scores: Scores) -> dict[tuple[str, str, str, str], dict]:
+    """-> {key: its mean, interval and number of prompts}, with means over categories.
+
+    There is a mean over all categories, for the columns that have all of them; and where not all
+    columns do, another one over the categories that every column has.
+    """
     rows = {key: measure(values) for key, values in scores.items()}
     for task in TASKS:
         categories, columns = layout(scores, task)
-        common = [name for name in categories if all((task, name) + c in scores for c in columns)]
-        for some in [categories] + [common] * (len(common) < len(categories)):
-            title = f"mean of {len(some)}" + " in all columns" * (some is common)
-            for c in columns:
-                if all((task, name) + c in scores for name in some):
-                    rows[(task, title) + c] = measure(*(scores[(task, name) + c] for name in some))
+        common = [c for c in categories if all((task, c, *column) in scores for column in columns)]
+        means = {f"mean of {len(categories)}": categories}
+        if len(common) < len(categories):
+            means[f"mean of {len(common)} in all columns"] = common
+        for title, names in means.items():
+            for column in columns:
+                keys = [(task, name, *column) for name in names]
+                if all(key in scores for key in keys):
+                    rows[(task, title, *column)] = measure(*(scores[key] for key in keys))
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------- tables, pictures, files
 
-def show(rows, task):
-    """One task's table, in percent: categories down, what was judged and the pairs across."""
+def show(rows: dict, task: str) -> None:
+    """Prints the table of a task, in percent: a line for each category, a column for each thing
+    that is judged and each kind of pairs."""
     categories, columns = layout(rows, task)
-    wide = max(map(len, categories)) + 2
+    width = max(len(name) for name in categories) + 2
     print()
-    for label, line in zip((task, ""), zip(*columns)):
-        print(f"{label:{wide}}" + "".join(f"{text:16}" for text in line).rstrip())
+    for label, i in ((task, 0), ("", 1)):
+        print_line(label, width, [column[i] for column in columns])
     for name in categories:
-        cells = [rows.get((task, name) + c) for c in columns]
-        print(f"{name:{wide}}" + "".join(f"{percent(c) if c else '':16}" for c in cells).rstrip())
+        cells = [rows.get((task, name, *column)) for column in columns]
+        print_line(name, width, [percent(cell) if cell else "" for cell in cells])
 
 
-def failures_sheet(failures, size, each=4):
-    """A contact sheet: of every category, seen and never-seen pairs apart, the first prompts that failed; edits beside what was to be changed."""
+def print_line(label: str, width: int, texts: list[str]) -> None:
+    cells = "".join(f"{text:16}" for text in texts)
+    print(f"{label:{width}}" + cells.rstrip())
+
+
+def failures_sheet(failures: list[Failure], size: int, each: int = 4) -> Image.Image | None:
+    """A contact sheet of the first prompts of every category that failed, for seen and never-seen
+    pairs separately; edits are shown beside the picture that was to be changed."""
     groups = {}
     for case, response, label in failures:
-        group, shown = groups.setdefault((case.category, case.pairs), {}), case.images(size) + [response] * isinstance(response, Image.Image)
-        if shown and len(group) < each:                                         # a question about words has no picture
-            group.setdefault(case, [(image, "before") for image in shown[:-1]] + [(shown[-1], label)])
-    # pairs come first: in rows of 8 they stay together
-    tiles = sorted((tiles for group in groups.values() for tiles in group.values()), key=len, reverse=True)
-    return data.sheet(*zip(*sum(tiles, [])), scale=max(1, 128 // size), columns=8) if tiles else None
+        tiles = [(image, "before") for image in case.images(size)]
+        if isinstance(response, Image.Image):
+            tiles.append((response, label))
+        elif tiles:
+            # of a question there is only the picture that it is about
+            tiles[-1] = (tiles[-1][0], label)
+        group = groups.setdefault((case.category, case.pairs), {})
+        if tiles and case not in group and len(group) < each:
+            group[case] = tiles
+    shown = [tiles for group in groups.values() for tiles in group.values()]
+    if not shown:
+        return None
+
+    # two tiles of one edit come first: so they stay together in rows of 8
+    shown.sort(key=len, reverse=True)
+    images = [image for tiles in shown for image, _ in tiles]
+    labels = [label for tiles in shown for _, label in tiles]
+    return contact_sheet(images, labels, scale=max(1, 128 // size), columns=8)
 
 
-def options(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default=str(pathlib.Path(__file__).parent.parent / "toy" / "weights"), help="folder (default: the toy)")
-    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/evaluate"), help="folder for scores.json and failures.png")
-    p.add_argument("--quick", action="store_true", help=f"{QUICK['n']} prompts, {QUICK['pictures']} pictures each, {QUICK['steps']} steps")
-    p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    p.add_argument("--n", type=int, default=24, help="prompts per category, the first of lists that never change (default: 24)")
-    p.add_argument("--pictures", type=int, default=4, help="per prompt, when drawing (default: 4, as in GenEval)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--steps", type=int, default=20, help="(default: 20)")
-    p.add_argument("--guidance", type=float, default=4.5, help="(default: 4.5)")
-    p.add_argument("--image-guidance", type=float, help="(default: the model's)")
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
-    if p.parse_args(argv).quick:
-        p.set_defaults(**QUICK)                                                 # what is said on the command line still counts
-    a = p.parse_args(argv)
-    if min(a.n, a.pictures, a.batch) < 1:
-        p.error(f"--n {a.n} --pictures {a.pictures} --batch {a.batch}: expected at least 1")
-    return a
-
-
-def save(a, rows, sheet, seconds):
-    nested = {}
-    for (task, category, *column), row in rows.items():
-        nested.setdefault(task, {}).setdefault(category, {})[", ".join(filter(None, column))] = row
-    record = dict(options=vars(a), torch=torch.__version__, seconds=round(seconds), scores=nested)
-    (a.out / "scores.json").write_text(json.dumps(record, indent=1, default=str))
-    (a.out / "failures.png").unlink(missing_ok=True)                            # of a run before
+def save(args: argparse.Namespace, rows: dict, sheet: Image.Image | None, seconds: float) -> None:
+    """scores.json, and failures.png if there are any."""
+    scores = {}
+    for (task, category, what, pairs), row in rows.items():
+        of_category = scores.setdefault(task, {}).setdefault(category, {})
+        of_category[f"{what}, {pairs}"] = row
+    record = dict(
+        options=vars(args), torch=torch.__version__, seconds=round(seconds), scores=scores,
+    )
+    (args.out / "scores.json").write_text(json.dumps(record, indent=1, default=str))
+    # not one of an earlier run
+    (args.out / "failures.png").unlink(missing_ok=True)
     if sheet:
-        sheet.save(a.out / "failures.png")
+        sheet.save(args.out / "failures.png")
 
 
-def main(argv=None):
-    a, start = options(argv), time.time()
+# ---------------------------------------------------------------- command line
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.evaluate", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default=str(sample.TOY_FOLDER), help="folder of the model (default: the toy)")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs/evaluate"),
+        help="folder for scores.json and failures.png")
+    add("--quick", action="store_true",
+        help="{n} prompts, {pictures} pictures each, {steps} steps".format(**QUICK))
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
+    add("--n", type=int, default=24,
+        help="prompts per category, the first of lists that never change (default: 24)")
+    add("--pictures", type=int, default=4,
+        help="pictures per prompt, when drawing (default: 4, as in GenEval)")
+    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--steps", type=int, default=20, help="(default: 20)")
+    add("--guidance", type=float, default=4.5, help="(default: 4.5)")
+    add("--image-guidance", type=float, help="(default: the model's)")
+    add("--batch", type=int, default=32, help="prompts at a time (default: 32)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: a GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
+    add("--plain", action="store_true", help="the plain path only: leave engine.fast out")
+    # --quick changes defaults only: what is given on the command line still counts
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    if min(args.n, args.pictures, args.batch) < 1:
+        said = f"--n {args.n} --pictures {args.pictures} --batch {args.batch}"
+        parser.error(f"{said}: expected at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = options(argv)
+    start = time.time()
     try:
-        a.out.mkdir(parents=True, exist_ok=True)
-        model = TBAC.load(a.model, a.device, a.dtype and getattr(torch, a.dtype))
-        a.image_guidance = model.config.image_guidance if a.image_guidance is None else a.image_guidance
-        scores, failures = benchmark(model, a.tasks, a.n, a.pictures, a.batch, seed=a.seed, steps=a.steps, guidance=a.guidance,
-                                     image_guidance=a.image_guidance)
+        args.out.mkdir(parents=True, exist_ok=True)
+        model = TBAC.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
+        if not args.plain:
+            fast.enable(model)
+        if args.image_guidance is None:
+            args.image_guidance = model.config.image_guidance
+        scores, failures = benchmark(
+            model, args.tasks, args.n, args.pictures, args.batch, args.seed, steps=args.steps,
+            guidance=args.guidance, image_guidance=args.image_guidance,
+        )
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from None
-    rows = summary(scores | ceilings(model, a.n, a.batch))
+
+    rows = summary(scores | ceilings(model, args.n, args.batch))
     for task in dict.fromkeys(key[0] for key in rows):
         show(rows, task)
-    save(a, rows, failures_sheet(failures, model.config.size), time.time() - start)
-    print(f"\nPercent right with 95 % bootstrap intervals over prompts: {a.n} a category, or all that there are; {a.pictures} pictures each when "
-          f"drawing, {a.n * a.pictures} questions.\nWhere an interval has no width, the truth may still be 300 / prompts away. Wrote {a.out}")
+    save(args, rows, failures_sheet(failures, model.config.size), time.time() - start)
+    print("\nPercent right, with 95 % bootstrap intervals over prompts.")
+    print(f"A category has {args.n} prompts, each drawn {args.pictures} times, {args.n} edits or "
+          f"{args.n * args.pictures} questions, or all that exist.")
+    print("Where an interval has no width, the truth may still be 300 / prompts away.")
+    print(f"Wrote {args.out}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["ablate"]:
-        from lab import ablate                                                # only now, since it imports this file
-        ablate.main(sys.argv[2:])
-    else:
-        main()
+    main()

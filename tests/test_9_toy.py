@@ -5,15 +5,16 @@ import random
 import pytest
 import torch
 
-from engine import data
-from lab import evaluate
-from toy import grader
 import sample
-from toy import language, world
-from engine.options import TOY_FOLDER
+from engine.pictures import to_pixels
+from lab import evaluate
+from sample import TOY_FOLDER
 from tbac import TBAC
+from toy import grader, language, world
 
-ANSWERED, DRAWN = 0.9, 0.8
+# the least fractions of right answers and right pictures
+ANSWERED = 0.9
+DRAWN = 0.8
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,9 @@ def test_it_fits_in_16_megabytes_and_says_how_it_was_made():
 
 
 def test_the_autoencoder_keeps_colours(model):
-    """Mean error of a reconstruction well under that of a blank page."""
-    x = data.to_pixels([world.render(world.sample_scene(random.Random(i))) for i in range(32)], "cpu")
+    """The mean error of a reconstruction is well under that of a blank page."""
+    scenes = [world.sample_scene(random.Random(i)) for i in range(32)]
+    x = to_pixels([world.render(scene) for scene in scenes], "cpu")
     with torch.no_grad():
         back = model.dcae.decode(model.dcae.encode(x))
     assert (back - x).pow(2).mean() < 0.1 * (x - x.median()).pow(2).mean()
@@ -37,21 +39,30 @@ def test_the_autoencoder_keeps_colours(model):
 
 def test_it_understands(model):
     """Exact answers about pictures and about scenes in words that training never saw."""
-    rng, asked = random.Random("test"), []
-    while len(asked) < 200:
-        scene, seen = world.sample_scene(rng), rng.random() < 0.6
+    rng = random.Random("test")
+    questions, images, answers = [], [], []
+    while len(questions) < 200:
+        scene = world.sample_scene(rng)
+        seen = rng.random() < 0.6
         question, answer, kind = language.question(scene, rng, seen=seen)
-        if kind != "describe":
-            asked.append((question, [world.render(scene)], answer) if seen else (f"{language.plain(scene)}. {question}", [], answer))
-    questions, images, answers = zip(*asked)
+        if kind == "describe":
+            continue
+        questions.append(question if seen else f"{language.plain(scene)}. {question}")
+        images.append([world.render(scene)] if seen else [])
+        answers.append(answer)
     said = model.ask_all(questions, images, max_new_tokens=12)
-    assert sum(map(str.__eq__, said, answers)) >= ANSWERED * len(asked)
+    right = sum(s == answer for s, answer in zip(said, answers))
+    assert right >= ANSWERED * len(questions)
 
 
 def test_it_draws_what_it_is_asked_for(model):
-    """Two things, named and placed by a plain prompt that training never saw; a picture counts when everything in it is right."""
+    """Two things, named and placed by a plain prompt that training never saw; a picture counts
+    when everything in it is right."""
     rng = random.Random("test")
     scenes = [evaluate.plain_scene(rng, 2) for _ in range(40)]
-    pictures = sample.generate(model, [language.plain(s) for s in scenes], steps=10, generator=torch.Generator().manual_seed(0))
-    right = sum(grader.matches(grader.grade(p), s) for p, s in zip(pictures, scenes))
+    prompts = [language.plain(scene) for scene in scenes]
+    generator = torch.Generator().manual_seed(0)
+    pictures = sample.generate(model, prompts, steps=10, generator=generator)
+    found = [grader.grade(picture) for picture in pictures]
+    right = sum(grader.matches(f, scene) for f, scene in zip(found, scenes))
     assert right >= DRAWN * len(scenes)

@@ -1,31 +1,56 @@
-"""The toy world: scenes of coloured shapes, with pictures, captions, edits and questions.
+"""The toy world: scenes of coloured shapes on a plain background, and pictures of them.
 
-Everything is drawn from an explicit `random.Random`; nothing is downloaded. A caption says everything that counts except exact places: what
-is left unsaid is a medium size and a white background.
-Coordinates are fractions of the picture's side, x to the right and y down. Left out: rotation, overlap, textures, free language.
+Every random choice is made by an explicit `random.Random`; nothing is downloaded.
+Coordinates are fractions of the picture's side, x to the right and y down.
+Left out: rotation, overlap, textures.
 """
+import random
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from PIL import Image
 
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 220),
-           "yellow": (240, 210, 30), "purple": (150, 50, 180), "orange": (245, 130, 30)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 210, 30),
+    "purple": (150, 50, 180),
+    "orange": (245, 130, 30),
+}
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (165, 165, 165), "black": (15, 15, 15)}
-SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}                          # half the side of the box a thing fills
-HELD_OUT = frozenset({("purple", "triangle"), ("orange", "cross")})             # never drawn with a second thing, until a test asks
-MARGIN, GAP = 0.03, 0.06                                                        # to the picture's edge; between two boxes: 4 pixels of 64
-BORDER = 0.04                                                                   # no centre is nearer to a line of the 3x3 grid of places
-# the part of its box that a shape fills, and how far its centroid lies below the centre of the box, in radii
+
+# half the side of the square box that a thing fills
+SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}
+
+# Training draws a thing of these colours and shapes only alone, never beside another thing.
+HELD_OUT = frozenset({("purple", "triangle"), ("orange", "cross")})
+
+# Smallest distances: from a box to the edge of the picture, between two boxes (4 pixels of 64),
+# and from a thing's centre to the lines of the 3x3 grid that names its place.
+MARGIN = 0.03
+GAP = 0.06
+BORDER = 0.04
+
+# the fraction of its box that a shape covers, and how far its centroid lies below
+# the centre of the box, in units of half the box's side
 FORMS = {"circle": (np.pi / 4, 0), "square": (1, 0), "triangle": (1 / 2, 1 / 3), "cross": (0.64, 0)}
+
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-SPOTS = {"top left": (0, 0), "top": (1, 0), "top right": (2, 0), "left": (0, 1), "centre": (1, 1),
-         "right": (2, 1), "bottom left": (0, 2), "bottom": (1, 2), "bottom right": (2, 2)}
+
+# the names of the nine cells of the 3x3 grid: (column, row)
+SPOTS = {
+    "top left": (0, 0), "top": (1, 0), "top right": (2, 0),
+    "left": (0, 1), "centre": (1, 1), "right": (2, 1),
+    "bottom left": (0, 2), "bottom": (1, 2), "bottom right": (2, 2),
+}
 
 
 @dataclass(frozen=True)
 class Thing:
+    """One coloured shape; (x, y) is the centre of its box."""
     shape: str
     colour: str
     size: str
@@ -33,15 +58,18 @@ class Thing:
     y: float
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """Colour and shape: 'red circle'."""
         return f"{self.colour} {self.shape}"
 
     @property
-    def label(self):
+    def label(self) -> str:
+        """The name, with the size unless that is medium: 'small red circle'."""
         return self.name if self.size == "medium" else f"{self.size} {self.name}"
 
     @property
-    def radius(self):
+    def radius(self) -> float:
+        """Half the side of its box."""
         return SIZES[self.size]
 
 
@@ -53,7 +81,7 @@ class Scene:
 
 # ---------------------------------------------------------------- geometry
 
-def relation(a, b, ratio=1.5):
+def relation(a: Thing, b: Thing, ratio: float = 1.5) -> str | None:
     """Where a is, seen from b, or None where neither axis clearly dominates."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > ratio * abs(dy):
@@ -63,91 +91,138 @@ def relation(a, b, ratio=1.5):
     return None
 
 
-def sides(scene):
-    """Where the first of just two things is, seen from the other, or None where that is not clear or both have one name."""
-    one, other = scene.things if len(scene.things) == 2 else (None, None)
-    return relation(one, other) if one and one.name != other.name else None
+def sides(scene: Scene) -> str | None:
+    """Where the first of exactly two things is, seen from the second.
+
+    None for another number of things, for two of the same name, and where it is not clear.
+    """
+    if len(scene.things) != 2:
+        return None
+    first, second = scene.things
+    return relation(first, second) if first.name != second.name else None
 
 
-def cell(thing):
-    """Column and row in a 3x3 grid."""
+def cell(thing: Thing) -> tuple[int, int]:
+    """Column and row of its centre in a 3x3 grid."""
     return min(2, int(3 * thing.x)), min(2, int(3 * thing.y))
 
 
-def columns(scene):
+def columns(scene: Scene) -> tuple[Thing, ...]:
     """The things column by column, from left to right."""
     return tuple(sorted(scene.things, key=lambda t: (cell(t), t.x, t.y)))
 
 
-def spot(thing):
-    return next(name for name, where in SPOTS.items() if where == cell(thing))
+def spot(thing: Thing) -> str:
+    """The name of its cell: 'top left'."""
+    return next(name for name, position in SPOTS.items() if position == cell(thing))
 
 
-def inside(thing):
-    return all(thing.radius + MARGIN <= c <= 1 - thing.radius - MARGIN for c in (thing.x, thing.y))
+def inside(thing: Thing) -> bool:
+    """Does its box lie in the picture, off the edges by MARGIN?"""
+    low = thing.radius + MARGIN
+    high = 1 - thing.radius - MARGIN
+    return all(low <= c <= high for c in (thing.x, thing.y))
 
 
-def apart(a, b):
+def apart(a: Thing, b: Thing) -> bool:
+    """Are the two boxes apart by GAP?"""
     return max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
 
 
-def placed(thing):
-    """Is it plain to see in which cell of the 3x3 grid it is?"""
+def placed(thing: Thing) -> bool:
+    """Is it easy to see which cell of the 3x3 grid it is in?"""
     return all(abs(c - line) >= BORDER for c in (thing.x, thing.y) for line in (1 / 3, 2 / 3))
 
 
-def valid(scene, held_out=False):
-    """Inside, placed, apart, one to four things, two things in a clear relation or clearly in none, and no held-out pair beside another thing."""
+def valid(scene: Scene, held_out: bool = False) -> bool:
+    """May this scene be drawn? held_out=True allows held-out pairs beside other things."""
     things = scene.things
-    pairs = [(a, b) for i, a in enumerate(things) for b in things[:i]]
-    kept = held_out or len(things) < 2 or not any((t.colour, t.shape) in HELD_OUT for t in things)
-    plain = len(things) != 2 or relation(*things) == relation(*things, ratio=1.2)
-    fits = all(inside(t) and placed(t) for t in things)
-    return 1 <= len(things) <= 4 and kept and plain and fits and all(apart(a, b) for a, b in pairs)
+    if not 1 <= len(things) <= 4:
+        return False
+
+    # with more than one thing, none is a held-out pair of colour and shape
+    if not held_out and len(things) > 1 and any((t.colour, t.shape) in HELD_OUT for t in things):
+        return False
+
+    # two things are clearly in a relation, or clearly in none
+    if len(things) == 2 and relation(*things) != relation(*things, ratio=1.2):
+        return False
+
+    if not all(inside(t) and placed(t) for t in things):
+        return False
+    return all(apart(a, b) for a, b in combinations(things, 2))
 
 
 # ---------------------------------------------------------------- scenes
 
-def sample_name(rng):
-    return rng.choice(list(COLOURS)), rng.choice(SHAPES)
+def sample_name(rng: random.Random) -> tuple[str, str]:
+    """A random colour and shape."""
+    colour = rng.choice(list(COLOURS))
+    shape = rng.choice(SHAPES)
+    return colour, shape
 
 
-def sample_place(rng, radius):
+def sample_place(rng: random.Random, radius: float) -> tuple[float, float]:
+    """A random centre: inside the picture, and clearly in one cell of the grid."""
     low = radius + MARGIN
     while True:
-        thing = Thing("", "", "", rng.uniform(low, 1 - low), rng.uniform(low, 1 - low))
-        if placed(thing):
-            return thing.x, thing.y
+        x = rng.uniform(low, 1 - low)
+        y = rng.uniform(low, 1 - low)
+        if placed(Thing("", "", "", x, y)):
+            return x, y
 
 
-def sample_scene(rng, n=None, held_out=False):
-    """A random scene of n things. held_out=True puts a held-out pair in it (beside another thing, unless n=1 asks for it alone)."""
+def sample_kinds(rng: random.Random, n: int, held_out: bool) -> list[tuple[str, str, str]]:
+    """(colour, shape, size) of n things.
+
+    Names repeat, so that there is something to count. Things of one name have one size,
+    so that they can be named together.
+    """
+    n_name = rng.choice((1, 2, n)) if n > 2 else rng.choices((1, n), (0.15, 0.85))[0]
+    names = [sample_name(rng) for _ in range(n_name)]
+    if held_out:
+        pair = rng.choice(sorted(HELD_OUT))
+        names[rng.randrange(n_name)] = pair
+
+    # three or four large things would not fit
+    weights = (1, 2, 1) if n < 3 else (2, 2, 0)
+    sizes = {name: rng.choices(list(SIZES), weights)[0] for name in names}
+    names += rng.choices(names, k=n - n_name)
+    return [(*name, sizes[name]) for name in names]
+
+
+def sample_thing(rng: random.Random, colour: str, shape: str, size: str) -> Thing:
+    """A thing of this kind at a random place."""
+    return Thing(shape, colour, size, *sample_place(rng, SIZES[size]))
+
+
+def sample_scene(rng: random.Random, n: int | None = None, held_out: bool = False) -> Scene:
+    """A random scene of n things.
+
+    held_out=True puts a held-out pair into it: beside another thing, or alone if n=1.
+    """
     if n is None:
         n = rng.choices((1, 2, 3, 4), (0 if held_out else 0.3, 0.45, 0.15, 0.1))[0]
     if n not in (1, 2, 3, 4):
         raise ValueError(f"a scene has 1 to 4 things, not {n}")
     background = rng.choices(list(BACKGROUNDS), (0.6, 0.2, 0.2))[0]
     while True:
-        # things repeat names, so that there is something to count; equal names get equal sizes, to be named together
-        kinds = rng.choice((1, 2, n)) if n > 2 else rng.choices((1, n), (0.15, 0.85))[0]
-        names = [sample_name(rng) for _ in range(kinds)]
-        if held_out:
-            names[rng.randrange(kinds)] = rng.choice(sorted(HELD_OUT))
-        sizes = {name: rng.choices(list(SIZES), (1, 2, 1) if n < 3 else (2, 2, 0))[0] for name in names}
-        names += rng.choices(names, k=n - kinds)
-        clear = n == 2 and rng.random() < 0.75                                  # two things mostly stand in a clear relation
+        kinds = sample_kinds(rng, n, held_out)
+        # most pairs of things are in a clear relation
+        clear = n == 2 and rng.random() < 0.75
+        # propose places until they fit; after 100 failures start over with other kinds
         for _ in range(100):
-            things = tuple(Thing(shape, colour, sizes[colour, shape], *sample_place(rng, SIZES[sizes[colour, shape]]))
-                           for colour, shape in names)
-            scene = Scene(things, background)
-            if valid(scene, held_out) and not (clear and relation(*things) is None):
+            scene = Scene(tuple(sample_thing(rng, *kind) for kind in kinds), background)
+            if not valid(scene, held_out):
+                continue
+            if not clear or relation(*scene.things) is not None:
                 return scene
 
 
 # ---------------------------------------------------------------- pictures
 
-def covers(shape, u, v):
-    """Is the point (u, v) of the box [-1, 1]^2 inside the shape? Drawing and grading both ask this."""
+def covers(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Which points (u, v) of the box [-1, 1]^2 lie in the shape? Used to draw and to grade."""
     box = (abs(u) <= 1) & (abs(v) <= 1)
     if shape == "circle":
         return u * u + v * v <= 1
@@ -158,22 +233,31 @@ def covers(shape, u, v):
     return box
 
 
-def coverage(shape, x, y, radius, left, top, right, bottom, fine=4):
-    """The part of each pixel of a window that the shape covers, counted on fine x fine points (all in pixels)."""
-    step = (np.arange(fine) + 0.5) / fine
+def coverage(
+    shape: str, x: float, y: float, radius: float,
+    left: int, top: int, right: int, bottom: int, samples: int = 4,
+) -> np.ndarray:
+    """How much of each pixel of a window the shape covers, (bottom - top, right - left) in [0, 1].
+
+    Everything is in pixels; each pixel is tested at samples x samples points.
+    """
+    step = (np.arange(samples) + 0.5) / samples
     u = ((np.arange(left, right)[:, None] + step).ravel() - x) / radius
     v = ((np.arange(top, bottom)[:, None] + step).ravel() - y) / radius
     hit = covers(shape, u[None], v[:, None])
-    return hit.reshape(bottom - top, fine, right - left, fine).mean((1, 3))
+    return hit.reshape(bottom - top, samples, right - left, samples).mean((1, 3))
 
 
-def render(scene, size=64):
-    """The scene as an antialiased RGB picture."""
+def render(scene: Scene, size: int = 64) -> Image.Image:
+    """The scene as an antialiased RGB picture of size x size pixels."""
     picture = np.empty((size, size, 3))
     picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
         x, y, radius = thing.x * size, thing.y * size, thing.radius * size
-        left, top, right, bottom = int(x - radius), int(y - radius), min(size, int(x + radius) + 1), min(size, int(y + radius) + 1)
+        # only the pixels that the thing's box touches
+        left, top = int(x - radius), int(y - radius)
+        right = min(size, int(x + radius) + 1)
+        bottom = min(size, int(y + radius) + 1)
         alpha = coverage(thing.shape, x, y, radius, left, top, right, bottom)[..., None]
         window = picture[top:bottom, left:right]
         window += alpha * (np.array(COLOURS[thing.colour]) - window)
