@@ -252,15 +252,8 @@ class DCAE(nn.Module):
         if height % factor or width % factor:
             raise ValueError(f"height and width must be multiples of {factor}, "
                              f"got {(height, width)}")
-        # All channels of a position lie side by side in memory: faster convolutions.
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        # At most 512 x 512 pixels at a time, to bound memory: the outer stages hold 128 values
-        # and more for each pixel.
-        n = max(1, 512 ** 2 // (height * width))
-        latents = [self.encoder(part) for part in pixels.split(n)]     # (<= n, C, h, w) each
-        return torch.cat(latents) * self.config.scaling_factor
+        return self.encoder(pixels) * self.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B, C, h, w) as encode gives them -> pixels (B, 3, fh, fw), not clipped."""
-        latents = latents.contiguous(memory_format=torch.channels_last)
         return self.decoder(latents / self.config.scaling_factor)

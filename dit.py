@@ -1,5 +1,5 @@
-"""SANA by hand: the diffusion transformer that paints (arXiv 2410.10629; the right column of the
-paper's Fig. 2).
+"""SANA from scratch: the diffusion transformer that paints (arXiv 2410.10629; the right column of
+the paper's Fig. 2).
 
 One change to the public model, and it is the paper's: block j attends to rung j, where SANA gives
 every block the same caption. `project_kv` turns the rungs into each block's keys and values, once
@@ -147,7 +147,7 @@ class Block(nn.Module):
         modulation = (self.scale_shift_table + modulation).chunk(6, 1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation      # (B, 1, D) each
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        # Neither norm nor gate here.
+        # As in SANA, cross-attention is not modulated.
         x = x + self.cross(x, keys, values)
         y = modulate(self.norm2(x), shift2, scale2)                    # (B, N, D)
         y = self.ffn(y.transpose(1, 2).unflatten(2, size))             # (B, D, h, w)

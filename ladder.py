@@ -5,7 +5,7 @@ The MLLM reads learnable queries after the prompt. Earlier systems (MetaQuery) g
 the queries have become at the very end. Here DiT block j attends to the queries as they stand on
 entering MLLM layer n_mllm - n_dit + j:
 
-    MLLM layer   15   16   17   ...   34   35       36 layers: states[i] enters layer i,
+    MLLM layer   15   16   17   ...   34   35       layers 0 to 35: states[i] enters layer i,
     state             16   17   ...   34   35       states[36] is the normed end (unused)
                        |    |          |    |       one shared connector
     DiT block          0    1   ...   18   19       20 blocks
@@ -33,10 +33,10 @@ WIRINGS = {
 
 
 def tap_layers(n_mllm: int, n_dit: int, wiring: str = "ladder") -> list[int]:
-    """Which of the n_mllm + 1 hidden states feeds which DiT block: n_dit indexes.
+    """Which of the n_mllm + 1 hidden states feeds which DiT block: n_dit indexes, counted from 0.
+    For "mean" and "routed", which mix all states, the indexes of all.
 
-    "mean" and "routed" mix all states, and list them all. ValueError for an unknown wiring, or
-    where the MLLM has fewer layers than the DiT has blocks.
+    ValueError for an unknown wiring, or where the MLLM has fewer layers than the DiT has blocks.
     """
     if n_dit > n_mllm:
         raise ValueError(f"{n_dit} DiT blocks need {n_dit} MLLM layers, got {n_mllm}")
@@ -75,7 +75,7 @@ class Ladder(nn.Module):
             nn.Linear(caption_dim, caption_dim),
             nn.RMSNorm(caption_dim, eps=1e-5),
         )
-        # Only two wirings mix states: (L, T) logits of each block's mixture. Zero: all alike.
+        # Only two wirings mix states: (L, T) logits of each block's mixture, at first the mean.
         routes = torch.zeros(n_dit, n_mllm + 1) if wiring in ("mean", "routed") else None
         if wiring == "routed":
             self.routes = nn.Parameter(routes)

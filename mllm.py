@@ -1,4 +1,4 @@
-"""Qwen2.5-VL by hand: the multimodal LLM that reads (arXiv 2502.13923; the left column of the
+"""Qwen2.5-VL from scratch: the multimodal LLM that reads (arXiv 2502.13923; the left column of the
 paper's Fig. 2).
 
 Text and pictures -> token ids, patches, positions -> ViT -> decoder -> one hidden state per depth.
@@ -38,7 +38,7 @@ class MLLMConfig:
     head_dim: int = 128
     mlp_dim: int = 11008
     rope_theta: float = 1e6
-    rope_sections: tuple = (16, 24, 24)  # of the K/2 channel pairs: turned by time, height, width
+    rope_sections: tuple = (16, 24, 24)  # channel pairs that turn with time, height, width
     vision: ViTConfig = field(default_factory=ViTConfig)
 
 
@@ -253,8 +253,8 @@ class MLLM(nn.Module):
         return self.left_pad(prompts)
 
     def left_pad(self, prompts: list[Prompt]) -> Batch:
-        """Prompts of any lengths -> one Batch. Padding goes to the left, so that the last token is
-        the last one of every row. Its position is 1, as in the released code."""
+        """Prompts of any lengths -> one Batch. Padding goes to the left, so that the last column
+        holds a real token in every row. Padding has position 1, as in the released code."""
         B, S = len(prompts), max(len(prompt.ids) for prompt in prompts)
         ids = torch.full((B, S), self.tokenizer.special["endoftext"])
         attention_mask = torch.zeros(B, S, dtype=torch.bool)
@@ -304,10 +304,10 @@ class MLLM(nn.Module):
         """x (B, S, M) embeddings, positions (3, B, S) -> the hidden states: states[i] *enters*
         layer i.
 
-        All layers give n_layer + 1 states, the last one after the final norm. A smaller `n_layer`
-        stops there; its last state is the raw residual stream. With a cache, x continues what was
-        read before. attention_mask: (B, T), False for padding, of all positions including those in
-        the cache; or (B, 1, S, T), who attends to whom.
+        All L layers give L + 1 states, the last one after the final norm. The argument `n_layer`
+        runs fewer layers: the last state is then the raw residual stream. With a cache, x continues
+        what was read before. attention_mask: (B, T), False for padding, of all positions including
+        those in the cache; or (B, 1, S, T), which position attends to which.
         """
         mask = attention_mask
         if mask.dim() == 2:

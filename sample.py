@@ -1,4 +1,4 @@
-"""Sampling: the flow schedule, two solvers by hand, guidance, and the command line.
+"""Sampling: the flow schedule, two solvers, guidance, and the command line.
 
     python sample.py "a red circle left of a blue square"
     python sample.py "make the circle green" --image circle.png
@@ -33,39 +33,41 @@ TOY_FOLDER = pathlib.Path(__file__).parent / "toy" / "weights"
 
 # ------------------------------------------------------------------------- schedule and solvers
 
-def shifted(t, s: float):
-    """A shift s > 1 moves times towards the noise: the odds t / (1 - t) by the factor s."""
-    return s * t / (1 + (s - 1) * t)
+def shifted(t, shift: float):
+    """A shift above 1 moves times towards the noise: the odds t / (1 - t) by that factor."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def schedule(steps: int, shift: float = 3.0) -> Tensor:
     """(steps + 1,) times from almost 1 (noise) to 0. A shift above 1 spends more steps near the
-    noise."""
+    noise. At t = 1 itself x_t says nothing of the data, and lambda (below) is infinite."""
     return shifted(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift)
 
 
 def euler(x: Tensor, x0: Tensor, x0_prev: Tensor | None, times: list[float], i: int) -> Tensor:
     """Straight on along v = (x - x0) / t, from times[i] to times[i + 1]."""
-    t, s = times[i], times[i + 1]
-    return x + (s - t) * (x - x0) / t
+    t, t_next = times[i], times[i + 1]
+    return x + (t_next - t) * (x - x0) / t
 
 
 def dpm_2m(x: Tensor, x0: Tensor, x0_prev: Tensor | None, times: list[float], i: int) -> Tensor:
-    """DPM-Solver++ 2M: exact for a constant x0; the last step's, x0_prev, gives its slope in
-    lambda = log((1 - t) / t).
+    """DPM-Solver++ 2M. With signal 1 - t, noise t and lambda = log((1 - t) / t), the equation has
+    an exact solution where x0 is constant in lambda:
 
-    First order where there is no last step yet, and on the step that ends at t = 0, where lambda is
-    infinite.
+        x_next = t_next / t x + (1 - t_next) (1 - exp(-h)) x0,   h = lambda_next - lambda
+
+    The previous step's x0_prev gives the slope of x0 in lambda, and so x0 in the middle of the
+    step (second order). First order where there is no previous step, and on the final step to
+    t = 0, where lambda is infinite and x0 is the answer.
     """
-    t, s = times[i], times[i + 1]
-    if s == 0:
+    t, t_next = times[i], times[i + 1]
+    if t_next == 0:
         return x0
     lam = [math.log((1 - u) / u) for u in times[max(i - 1, 0):i + 2]]
     h = lam[-1] - lam[-2]
     if x0_prev is not None:
-        # x0 in the middle of the step
         x0 = x0 + (x0 - x0_prev) * h / (lam[-2] - lam[-3]) / 2
-    return s / t * x - (1 - s) * math.expm1(-h) * x0
+    return t_next / t * x - (1 - t_next) * math.expm1(-h) * x0
 
 
 SOLVERS = {"dpm++": dpm_2m, "euler": euler}
@@ -74,11 +76,11 @@ SOLVERS = {"dpm++": dpm_2m, "euler": euler}
 # ------------------------------------------------------------------------------------- guidance
 
 def guide(v: list[Tensor], guidance: float, image_guidance: float) -> Tensor:
-    """Velocities of (null, both), or of (null, image only, both) -> the guided one. All channels
-    take part."""
+    """Velocities of (null, cond), or of (null, image only, both) -> the guided one. All channels
+    take part (DiT's public code guides three of four)."""
     if len(v) == 2:
-        null, both = v
-        return null + guidance * (both - null)
+        null, cond = v
+        return null + guidance * (cond - null)
     null, image, both = v
     return null + image_guidance * (image - null) + guidance * (both - image)
 
@@ -119,8 +121,8 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
     prompts, images: as for TBAC.encode, with images an edit; size: side in pixels or (height,
     width); image_guidance: default the model's own; eps: (B, C, h, w) starting noise, else drawn;
     conditioning: what `encode_for_guidance` gave, where several pictures are drawn of the same
-    prompts, or rungs were changed. A prompt without images is guided by its text alone, also beside
-    others that have some: the first two of its three velocities are the same.
+    prompts, or rungs were changed. In a mixed batch the image term is zero for prompts without
+    images.
     """
     if steps < 1 or solver not in SOLVERS:
         expected = f"at least 1 step and one of {list(SOLVERS)}"
@@ -139,10 +141,10 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
     times = schedule(steps, shift).tolist()
     x, x0_prev = eps.float().to(device), None
     for i, t in enumerate(times[:-1]):
-        # The network is fed whole numbers, as in the released sampler.
-        fed = int(1000 * t) / 1000
-        t_rows = torch.full((k * len(x),), fed, dtype=torch.float64)
-        v = model.velocity(torch.cat([x] * k), t_rows, keys_values).float()    # (k B, C, h, w)
+        # The network is fed 1000 t without its fraction, as in the released sampler; the solver
+        # goes on with t itself. (float64, so that times 1000 it is a whole number again.)
+        t_net = torch.full((k * len(x),), int(1000 * t) / 1000, dtype=torch.float64)
+        v = model.velocity(torch.cat([x] * k), t_net, rungs, keys_values).float()  # (k B, C, h, w)
         x0 = x - t * guide(v.chunk(k), guidance, image_guidance)
         x = SOLVERS[solver](x, x0, x0_prev, times, i)
         x0_prev = x0
@@ -179,7 +181,7 @@ def options(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.prompt is None and args.ask is None:
         if args.image:
-            p.error("no prompt: it stands before --image, where it is not taken for another file")
+            p.error("no prompt: it stands before --image, which takes what follows it for files")
         p.print_help()
         raise SystemExit(0)
     if args.prompt is not None and args.ask is not None:
@@ -256,7 +258,7 @@ def outputs(args) -> Outputs:
 
 
 def check(args) -> None:
-    """ValueError for what cannot be meant, before any work."""
+    """ValueError for options that make no sense, before any work."""
     out = pathlib.Path(args.out)
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")

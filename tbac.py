@@ -2,8 +2,8 @@
 for the pixels.
 
 +- Conventions, each with a test -----------------------------------------------------------------+
-| time      t = 0 is data, t = 1 is noise; training draws t uniformly in (0, 1] (--shift bends    |
-|           it); the network is fed 1000 t                                                        |
+| time      t = 0 is data, t = 1 is noise; training draws t uniformly in (0, 1] (train.py --shift |
+|           bends it); the network is fed 1000 t                                                  |
 | path      x_t = (1 - t) x0 + t eps                                                              |
 | target    v = eps - x0, so x0 = x_t - t v, and an Euler step from t to s: x_s = x_t + (s - t) v |
 | latents   x0 = encode(pixels) * scaling_factor, pixels in [-1, 1]                               |
@@ -46,10 +46,10 @@ class TBACConfig:
     dcae: DCAEConfig = field(default_factory=DCAEConfig)
     n_query: int = 64
     wiring: str = "ladder"              # which MLLM state feeds which DiT block: ladder.WIRINGS
-    size: int = 512                     # pixels, side of a picture where nothing else is asked for
-    image_guidance: float = 1.5         # how closely an edit keeps to its picture, likewise
+    size: int = 512                     # default side of a picture, in pixels
+    image_guidance: float = 1.5         # default: how closely an edit keeps to its picture
     max_prompt: int = 256               # tokens of the prompt that are read when drawing
-    dtype: str = "float32"              # to compute in, likewise
+    dtype: str = "float32"              # default: to compute in
 
     def build_ladder(self) -> Ladder:
         """A ladder of these sizes, its weights not yet set."""
@@ -87,8 +87,8 @@ def flow_matching(x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TBAC(nn.Module):
-    """Frozen: mllm, dcae. Trained: ladder (queries and connector) and dit; `trainable()` lists
-    exactly those parameters."""
+    """Frozen: mllm, dcae. Trained in the paper's three stages: ladder (queries and connector) and
+    dit; `trainable()` lists exactly those parameters."""
 
     def __init__(self, config: TBACConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
@@ -110,8 +110,8 @@ class TBAC(nn.Module):
         """Prompts and, for each, a list of PIL images (maybe empty)
         -> rungs (L, B, Q, caption_dim).
 
-        Layers above the last tap do not run. Prompts beyond `max_prompt` tokens are cut with a
-        warning. ValueError for no prompt, or for lists that do not fit.
+        Only the layers below the last tapped state run. Prompts beyond `max_prompt` tokens are cut
+        with a warning. ValueError for no prompt, or for lists that do not fit.
         """
         states = self.query_states(prompts, images, max(self.ladder.taps))
         return self.ladder(states)
@@ -120,8 +120,9 @@ class TBAC(nn.Module):
                      n_layer: int | None = None) -> list[Tensor]:
         """-> the queries' hidden states at every depth up to `n_layer`, each (B, Q, M).
 
-        The queries are the answer that the MLLM would give: they close the sequence, as the picture
-        that the assistant's turn opens with <|vision_start|>.
+        The prompt ends where the assistant begins a picture, with <|vision_start|>; the queries
+        stand where that picture's tokens would. (engine/fast.py replaces this method by one that
+        gives the same with less work.)
         """
         B, Q = len(prompts), len(self.ladder.queries)
         batch = self.mllm.tokenize(prompts, images, DRAW, "<|vision_start|>",
@@ -129,18 +130,19 @@ class TBAC(nn.Module):
         x = self.mllm.embed(batch)                                         # (B, S, M)
         queries = self.ladder.queries.to(x.dtype).expand(B, -1, -1)        # (B, Q, M)
         x = torch.cat([x, queries], 1)                                     # (B, S + Q, M)
-        # Queries are counted on like text, and nobody masks them.
+        # The queries' positions go on counting, as for text; none of them is padding.
         after = batch.positions[:, :, -1:] + torch.arange(1, Q + 1, device=x.device)
         positions = torch.cat([batch.positions, after], 2)                 # (3, B, S + Q)
         mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(B, Q)], 1)
         states = self.mllm(x, positions, mask, n_layer=n_layer)            # (B, S + Q, M) each
         return [state[:, -Q:] for state in states]
 
-    def velocity(self, x_t: Tensor, t: Tensor, rungs: Tensor | list) -> Tensor:
-        """x_t (B, C, h, w), t (B,) in [0, 1], rungs from `encode` -> velocity (B, C, h, w),
-        from data to noise. All steps of one picture share dit.project_kv(rungs): give that instead
-        of the rungs."""
-        keys_values = self.dit.project_kv(rungs) if isinstance(rungs, Tensor) else rungs
+    def velocity(self, x_t: Tensor, t: Tensor, rungs: Tensor,
+                 keys_values: list | None = None) -> Tensor:
+        """x_t (B, C, h, w), t (B,) in [0, 1], rungs from `encode` -> velocity (B, C, h, w), from
+        data to noise. keys_values: dit.project_kv(rungs), which all steps of a picture share."""
+        if keys_values is None:
+            keys_values = self.dit.project_kv(rungs)
         time = (1000 * t).float().to(x_t.device)
         return self.dit(x_t.to(self.dit.proj_out.weight.dtype), time, keys_values)
 
@@ -152,7 +154,8 @@ class TBAC(nn.Module):
         DiT -> scalar; with reduction="none" (B,), each row's own.
 
         pixels (B, 3, H, W) in [-1, 1], or their latents x0 (B, C, h, w) where these are known;
-        t (B,) and eps (B, C, h, w) are drawn where not given.
+        t (B,) and eps (B, C, h, w) are drawn where not given (train.py gives them, drawn row by
+        row).
         """
         if x0 is None:
             with torch.no_grad():
@@ -223,6 +226,4 @@ class TBAC(nn.Module):
         of_part = dtype if isinstance(dtype, dict) else {}
         default = own if isinstance(dtype, dict) or dtype is None else dtype
         load_weights(model, folder, lambda name: of_part.get(name.split(".")[0], default), device)
-        # Convolutions are faster with a position's channels side by side: DCAE.encode.
-        model.dcae.to(memory_format=torch.channels_last)
         return model

@@ -1,17 +1,20 @@
-"""Training, top to bottom: options, data, model, loss, step, loop. The paper's three stages teach
-the ladder (queries and connector) and the DiT; everything else is frozen:
+"""Training, top to bottom: options, data, model, loss, optimizer, step, loop. The paper's three
+stages teach the ladder (queries and connector) and the DiT; everything else is frozen:
 
     t2i    to draw from captions
     edit   the same, from pictures and an instruction
     mix    fine-tuning on both
 
-    python train.py                                    the toy's t2i, from the weights in toy/
+    python train.py                                    the toy's t2i, on from the weights in toy/
     python train.py --preset paper --stage t2i --model weights --data 'shards-{000..123}.tar'
     torchrun --nproc-per-node 8 train.py --fsdp ...    the same on 8 GPUs
 
 What is random about an example (its noise, its time, whether its text is dropped) is drawn from
 (seed, step, number of the example): any number of processes takes the same steps, and a run resumes
 without any random state. lab/pretrain.py teaches the toy's parts with the same loop.
+
+Where the rest is: sources and their order in engine/data.py and stream.py; float32 weights, EMA and
+checkpoints in engine/state.py; processes in engine/distributed.py; the log in engine/log.py.
 """
 import dataclasses
 import functools
@@ -70,20 +73,26 @@ def options(argv=None):
 def draw_example(rng: random.Random, number: int, size: int) -> Example:
     """A scene of the toy world and a request for it."""
     scene = world.sample_scene(rng)
-    return Example(language.request(scene, rng)[0], (), world.render(scene, size))
+    text, _ = language.request(scene, rng)
+    return Example(text, (), world.render(scene, size))
 
 
 def edit_example(rng: random.Random, number: int, size: int) -> Example:
     """A scene, an instruction, and the scene as it should become."""
-    scene = world.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
-    order, target, _ = language.edit(scene, rng)
-    return Example(order, (world.render(scene, size),), world.render(target, size))
+    n_things = rng.choice((1, 1, 2, 2, 2, 3))
+    scene = world.sample_scene(rng, n_things)
+    instruction, target, _ = language.edit(scene, rng)
+    return Example(instruction, (world.render(scene, size),), world.render(target, size))
 
 
 def drop_condition(example: Example, rng: random.Random, p: float) -> tuple[str, list]:
-    """-> prompt and images as training sees them: what guidance compares with has to be learnt.
-    Without images: p of the prompts are empty. With: p without text, p with black images, p with
-    neither. (One number decides, as in the released code.)"""
+    """-> prompt and images as training sees them: guidance compares with an empty prompt and with
+    black images, so these have to be learnt. One number decides, as in the released code:
+
+        r in      [0, p)      [p, 2p)             [2p, 3p)       [3p, 1)
+        images    no text     no text, black      black          as they are
+        none      no text     as it is            as it is       as it is
+    """
     r = rng.random()
     prompt, images = example.prompt, list(example.images)
     if r < (2 * p if images else p):
@@ -96,7 +105,8 @@ def drop_condition(example: Example, rng: random.Random, p: float) -> tuple[str,
 # --------------------------------------------------------------------------------------- model
 
 def build(args) -> TBAC:
-    """The model as stored; what learns in float32, with a fresh or another ladder if asked for."""
+    """Loads --model, ladder and DiT in float32. --take replaces parts by those of other folders,
+    --wiring and --queries the ladder by a fresh one."""
     if not (args.model and args.data):
         raise ValueError(f"--preset {args.preset} needs --model and --data")
     dtype = {"ladder": torch.float32, "dit": torch.float32}
@@ -133,7 +143,7 @@ def check_fit(model: TBAC, args) -> None:
 # ---------------------------------------------------------------------------------------- loss
 
 def ladder_loss(model: TBAC, latents: Latents, rows: list, args) -> tuple[Tensor, Tensor]:
-    """The paper's: flow matching, given the rungs. rows: [(Example, its random.Random)]
+    """What TBAC.loss, flow matching, is asked in training. rows: [(Example, its random.Random)]
     -> losses (B,), times (B,)"""
     examples, rngs = zip(*rows)
     x0 = latents(model, examples)                                          # (B, C, h, w)
@@ -141,23 +151,27 @@ def ladder_loss(model: TBAC, latents: Latents, rows: list, args) -> tuple[Tensor
     prompts, images = (list(column) for column in zip(*conditions))
     t, eps = noise(rngs, x0.shape[1:], args.device)                        # (B,), (B, C, h, w)
     t = shifted(t, args.shift)
-    return model.loss(None, prompts, images, t, eps, x0=x0, reduction="none"), t
+    losses = model.loss(pixels=None, prompts=prompts, images=images, t=t, eps=eps, x0=x0,
+                        reduction="none")
+    return losses, t
 
 
 @dataclasses.dataclass
 class Task:
-    """What a stage trains. learns: parts of the model; loss(model, aux_head, rows, args) -> losses
+    """What a stage trains. learns: parts of the model; loss(model, helper, rows, args) -> losses
     (B,) and times (B,) or None; makers: {word for --data: make(rng, number, size) -> example};
-    build(args) -> model; aux_head(model, args) -> a module that the loss needs beside the model and
-    no saved model keeps; its parameters learn along. draws: can pictures show how it learns?"""
+    build(args) -> model; helper(model, args) -> a module that the loss needs beside the model and
+    no saved model keeps: an auxiliary head, whose parameters learn along, or here the autoencoder's
+    latents. draws: does the stage learn to draw, so that sheets show how well?"""
     learns: tuple[str, ...]
     loss: Callable
     makers: dict[str, Callable]
     build: Callable
-    aux_head: Callable
+    helper: Callable
     draws: bool = True
 
 
+# What learns is what TBAC.trainable() lists.
 LADDER_TASK = Task(("ladder", "dit"), ladder_loss,
                    {"toy": draw_example, "toy-edit": edit_example}, build, Latents)
 
@@ -186,8 +200,8 @@ def adamw(params: dict[str, nn.Parameter], args) -> torch.optim.Optimizer:
 
 def backward(run, rows: list, n_pass: int) -> tuple[Tensor, Tensor | None]:
     """Adds the gradient of one pass. -> losses (B,), times (B,) or None"""
-    # The weights that compute are rounded from the float32 ones (--dtype).
-    run.state.weights.publish(run.state.params)
+    # The model's weights, in --dtype, are rounded from the float32 ones that learn.
+    run.state.weights.cast(run.state.params)
     losses, times = run.loss(rows)
     (losses.mean() / n_pass).backward()
     return losses.detach(), times
@@ -202,12 +216,12 @@ def training_step(run, passes: list) -> tuple[float, float, str | None, list]:
     average_gradients(state.params.values())
     loss = mean_over_processes(mean_loss(results), args.device)
     norm = gather_full(clip_grad_norm_(state.params.values(), args.clip)).item()
-    skipped = state.guard.refuses(loss, norm) if args.guard else None
+    skipped = state.guard.refusal(loss, norm) if args.guard else None
     if not skipped:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.step, args)
         optimizer.step()
-        state.follow()
+        state.update_ema()
     optimizer.zero_grad()
     return loss, norm, skipped, results
 
@@ -243,7 +257,7 @@ class Run:
         self.model = task.build(args)
         if not args.plain:
             fast.enable(self.model)
-        self.aux_head = task.aux_head(self.model, args)
+        self.helper = task.helper(self.model, args)
         self.state, self.frozen = self.prepare()
         if last:
             self.state.load(last[-1])
@@ -252,7 +266,8 @@ class Run:
             print(f"goes on from {last[-1]}" if last else start)
         makers = {word: functools.partial(make, size=args.size)
                   for word, make in task.makers.items()}
-        latents = getattr(self.aux_head, "known", None)
+        # Latents.known: a record whose latents are cached need not be decoded.
+        latents = getattr(self.helper, "known", None)
         self.reader = open_reader(args, self.state, self.rank, self.world,
                                   makers | (own or {}), latents)
         self.shown = first_examples(self.reader, 8) if task.draws else []
@@ -262,24 +277,26 @@ class Run:
         {name: tensor that is frozen, as stored}."""
         args, dtype = self.args, getattr(torch, self.args.dtype)
         learns = tuple(f"{part}." for part in self.task.learns)
-        frozen = {name: t for name, t in self.model.state_dict().items()
-                  if not name.startswith(learns)}
+        trained = {name for name, _ in self.model.named_parameters() if name.startswith(learns)}
+        # Taken first: below the model gets new tensors, these stay as they were stored.
+        frozen = {name: t for name, t in self.model.state_dict().items() if name not in trained}
         for name, p in self.model.named_parameters():
-            p.requires_grad_(name.startswith(learns))
+            p.requires_grad_(name in trained)
             if not p.requires_grad:
                 p.data = p.data.to(dtype)
         if args.grad_checkpoint:
             distributed.checkpoint_blocks(self.model)
         if args.fsdp:
+            # FSDP casts by itself what it gathers: no copies in another dtype are needed.
             distributed.shard(self.model, dtype)
             dtype = torch.float32
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        trained |= {f"aux_head.{name}": p for name, p in self.aux_head.named_parameters()}
+        trained |= {f"aux_head.{name}": p for name, p in self.helper.named_parameters()}
         state = State(trained, functools.partial(adamw, args=args), args.ema, dtype, self.model)
         return state, frozen
 
     def loss(self, rows: list) -> tuple[Tensor, Tensor | None]:
-        return self.task.loss(self.model, self.aux_head, rows, self.args)
+        return self.task.loss(self.model, self.helper, rows, self.args)
 
     def steps(self):
         """Yields a Report after every step, until args.steps, or until some process is told to
@@ -290,7 +307,8 @@ class Run:
         while state.step < args.steps and not self.told_to_stop():
             passes = list(itertools.islice(stream, args.accumulate))
             loss, norm, skipped, results = training_step(self, passes)
-            state.weights.publish(state.params)
+            # Whoever looks at the model between steps finds it up to date.
+            state.weights.cast(state.params)
             state.step += 1
             state.seen += per_step
             lr = learning_rate(state.step - 1, args)

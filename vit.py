@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's ViT by hand: a picture becomes tokens for the MLLM (arXiv 2502.13923, sec. 2.1.1).
+"""Qwen2.5-VL's ViT: a picture becomes tokens for the MLLM (arXiv 2502.13923, sec. 2.1.1).
 
 Picture -> resized -> patches -> blocks, most of them with attention inside windows -> 2 x 2 patches
 merged to one token. Frozen in the paper's three stages. RMSNorm, rotary positions, attention and
@@ -47,8 +47,8 @@ def smart_size(width: int, height: int, unit: int, area: int) -> tuple[int, int]
     w, h = round(width / unit) * unit, round(height / unit) * unit
     if w * h == area:
         return w, h
-    # Never above the area when the picture is too large, nor below it when too small. (To divide
-    # by a scale and to multiply by its inverse round differently; this follows the public code.)
+    # Never above the area when the picture is too large, nor below it when too small. (Dividing by
+    # a scale rounds differently from multiplying by its inverse; this follows the public code.)
     if w * h > area:
         scale = math.sqrt(width * height / area)
         w = max(unit, math.floor(width / scale / unit) * unit)
@@ -146,11 +146,11 @@ def window_index(grid: tuple[int, int], c: ViTConfig) -> tuple[Tensor, Tensor]:
     """
     h, w = grid[0] // c.merge, grid[1] // c.merge                      # in units
     side = c.window // c.merge // c.patch                              # of a window, in units
-    index = torch.arange(h * w).view(1, 1, h, w) + 1                   # 0 will mean "outside"
-    index = F.pad(index, (0, -w % side, 0, -h % side)).flatten(0, 1)   # (1, h', w')
-    index = index.unflatten(2, (-1, side)).unflatten(1, (-1, side))    # (1, W_h, side, W_w, side)
-    index = index.transpose(2, 3).reshape(-1, side * side)             # (W, side * side)
-    return (index - 1).clamp(min=0), index > 0
+    units = torch.arange(h * w).view(h, w)
+    units = F.pad(units, (0, -w % side, 0, -h % side), value=-1)       # whole windows: (h', w')
+    windows = units.unflatten(1, (-1, side)).unflatten(0, (-1, side))  # (rows, side, columns, side)
+    windows = windows.transpose(1, 2).reshape(-1, side * side)         # (W, side * side)
+    return windows.clamp(min=0), windows >= 0
 
 
 def to_windows(x: Tensor, index: Tensor, unit: int) -> Tensor:
@@ -250,14 +250,16 @@ class ViT(nn.Module):
         valid_patch = valid.flatten().repeat_interleave(unit).to(device)
         valid_patch = valid_patch.expand(B, -1)                        # (B, W * S)
 
-        W = len(index)
-        per_window = [t.unflatten(1, (W, -1)).flatten(0, 1) for t in (angle, valid_patch)]
+        def per_window(t: Tensor) -> Tensor:
+            """(B, W * S, ...) -> (B * W, S, ...)"""
+            return t.unflatten(1, (len(index), -1)).flatten(0, 1)
+
+        window_angle, window_valid = per_window(angle), per_window(valid_patch)
         for i, block in enumerate(self.blocks):
             if i in c.full_attention:
                 x = block(x, angle, valid_patch)
             else:
-                x = x.unflatten(1, (W, -1)).flatten(0, 1)              # (B * W, S, D)
-                x = block(x, *per_window)
-                x = x.unflatten(0, (B, W)).flatten(1, 2)               # (B, W * S, D)
+                x = block(per_window(x), window_angle, window_valid)   # (B * W, S, D)
+                x = x.reshape(B, -1, c.dim)                            # (B, W * S, D)
         x = self.merger(x.unflatten(1, (-1, unit)))                    # (B, W * units, M)
         return from_windows(x, index, valid)                           # (B, U, M)

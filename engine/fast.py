@@ -5,6 +5,7 @@
     equal pictures    each by itself                      once, and those of one size in one batch
     a common start    in every row (system prompt, ...)   once: rows share a sequence ("pack")
     training          a graph through all positions       a graph from the first query on only
+    autoencoder       all pictures at once                 512 x 512 pixels at a time, channels last
 
 Values change by rounding only, gradients likewise (tests/test_5_fast.py). What each part buys, in
 operations and in time, stands in bench/README.md.
@@ -28,13 +29,18 @@ def enable(model):
     """Switches the fast path of a whole model on -> the model."""
     model.query_states = functools.partial(packed_query_states, model)
     model.mllm.encode_images = functools.partial(encode_images_once, model.mllm)
+    # All channels of a position lie side by side in memory: faster convolutions.
+    model.dcae.to(memory_format=torch.channels_last)
+    model.dcae.encode = functools.partial(encode_in_parts, model.dcae)
     return model
 
 
 def disable(model):
     """Back to the plain path -> the model."""
-    for module, name in ((model, "query_states"), (model.mllm, "encode_images")):
+    for module, name in ((model, "query_states"), (model.mllm, "encode_images"),
+                         (model.dcae, "encode")):
         vars(module).pop(name, None)
+    model.dcae.to(memory_format=torch.contiguous_format)
     return model
 
 
@@ -93,16 +99,17 @@ def pack(prompts, n_query: int, max_pack_len: int) -> list[list[Prompt]]:
         groups.setdefault(pictures_key(prompt), []).append(prompt)
     packs = []
     for group in groups.values():
-        start = common_prefix_len(group)
-        # A new pack costs the common start once. The first prompt opens one.
-        length = max_pack_len
+        # A pack holds the common start once, then the rest of each prompt with its queries.
+        start = length = common_prefix_len(group)
+        current = []
         for prompt in group:
             cost = len(prompt.ids) - start + n_query
-            if length + cost > max_pack_len:
-                packs.append([])
-                length = start
-            packs[-1].append(prompt)
+            if current and length + cost > max_pack_len:
+                packs.append(current)
+                current, length = [], start
+            current.append(prompt)
             length += cost
+        packs.append(current)
     return packs
 
 
@@ -151,7 +158,7 @@ def join(prompts: list[Prompt], n_query: int, placeholder: int) -> tuple[Prompt,
     for k, prompt in enumerate(prompts, 1):
         ids = ids + [placeholder] * n_query
         owner = owner + [k] * n_query
-        # The queries are counted on like text.
+        # The queries' positions go on counting, as for text.
         positions.append(prompt.positions[:, -1:] + torch.arange(1, n_query + 1))
     return Prompt(ids, torch.cat(positions, 1), prompts[0].pictures), owner
 
@@ -221,12 +228,24 @@ def split_queries(state: Tensor, ends: list[int], n_query: int) -> Tensor:
     return torch.cat(rows)
 
 
+# --------------------------------------------------------------------------------- autoencoder
+
+def encode_in_parts(dcae, pixels: Tensor) -> Tensor:
+    """DCAE.encode, at most 512 x 512 pixels at a time: the outer stages hold 128 values and more
+    for each pixel, which few pictures keep within a CPU's cache."""
+    height, width = pixels.shape[-2:]
+    n = max(1, 512 ** 2 // (height * width))
+    encode = type(dcae).encode
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    return torch.cat([encode(dcae, part) for part in pixels.split(n)])
+
+
 # ------------------------------------------------------------------------------------- compile
 
 def compile_parts(model, warm_up) -> None:
-    """torch.compile for the DiT step and the decoder (on a GPU with CUDA graphs). warm_up() draws a
-    picture, so that compiling happens now and not in the first real one. Where it fails (no
-    compiler, an old card) there is a warning, and the model stays as it was."""
+    """torch.compile for the DiT step and the autoencoder's decoder (on a GPU with CUDA graphs).
+    warm_up() draws a picture, so that compiling happens now and not in the first real one. Where it
+    fails (no compiler, an old card) there is a warning, and the model stays as it was."""
     parts, start = (model.dit, model.dcae.decoder), time.perf_counter()
     mode = "reduce-overhead" if model.ladder.queries.is_cuda else "default"
     for part in parts:
@@ -234,7 +253,7 @@ def compile_parts(model, warm_up) -> None:
     try:
         warm_up()
         print(f"compiled in {time.perf_counter() - start:.1f} s")
-    # All that torch.compile raises is one of these.
+    # What torch.compile raises when it cannot compile derives from this.
     except RuntimeError as e:
         for part in parts:
             part._compiled_call_impl = None                 # undoes part.compile

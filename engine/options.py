@@ -1,5 +1,5 @@
-"""The command line of train.py and lab/pretrain.py: what can be said, what holds otherwise, and
-what cannot be meant.
+"""The command line of train.py and lab/pretrain.py: options, their defaults, and a check of what
+makes no sense.
 
 What the command line says comes first, then the options of the run that --resume goes on with, then
 the preset's of the stage.

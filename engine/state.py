@@ -27,26 +27,26 @@ class Guard:
     do not enter the means."""
 
     def __init__(self):
-        self.loss, self.norm = None, None           # running means (0.99)
-        self.skipped, self.in_a_row = 0, 0          # counts
+        self.mean_loss = self.mean_norm = None      # running means (0.99) of the steps taken
+        self.skipped = self.in_a_row = 0
 
     def reason(self, loss: float, norm: float) -> str | None:
         """Why not to take this step, or None."""
         if not math.isfinite(loss) or not math.isfinite(norm) or norm > 1e6:
             return f"loss {loss:g}, gradient norm {norm:g}"
-        if self.loss is not None and loss > 20 * self.loss:
-            return f"loss {loss:g} is above 20 times its mean {self.loss:g}"
-        if self.norm is not None and norm > max(1, 25 * self.norm):
-            return f"gradient norm {norm:g} is above 25 times its mean {self.norm:g}"
+        if self.mean_loss is not None and loss > 20 * self.mean_loss:
+            return f"loss {loss:g} is above 20 times its mean {self.mean_loss:g}"
+        if self.mean_norm is not None and norm > max(1, 25 * self.mean_norm):
+            return f"gradient norm {norm:g} is above 25 times its mean {self.mean_norm:g}"
         return None
 
-    def refuses(self, loss: float, norm: float) -> str | None:
-        """Why a step is refused, or None. Keeps the means and the counts. ValueError at the tenth
-        refusal in a row."""
+    def refusal(self, loss: float, norm: float) -> str | None:
+        """Why this step is refused, or None. Keeps the means and the counts. ValueError at the
+        tenth refusal in a row."""
         reason = self.reason(loss, norm)
         if reason is None:
-            self.loss = running_mean(self.loss, loss)
-            self.norm = running_mean(self.norm, norm)
+            self.mean_loss = running_mean(self.mean_loss, loss)
+            self.mean_norm = running_mean(self.mean_norm, norm)
             self.in_a_row = 0
             return None
         self.skipped += 1
@@ -66,7 +66,7 @@ def running_mean(old: float | None, new: float) -> float:
 # ------------------------------------------------------------------------------ mixed precision
 
 class MasterWeights:
-    """Mixed precision by hand. The model computes with `working` weights in `dtype`; the optimizer
+    """Mixed precision. The model computes with `working` weights in `dtype`; the optimizer
     steps on `params`, float32 copies. A gradient becomes float32 as soon as it is complete, and
     several passes add up in float32. For dtype float32 the two are the same parameters.
 
@@ -81,10 +81,10 @@ class MasterWeights:
             for name, p in working.items():
                 master = self.params[name] = nn.Parameter(p.detach().clone())
                 p.register_post_accumulate_grad_hook(functools.partial(hand_over, master))
-            self.publish(self.params)
+            self.cast(self.params)
 
     @torch.no_grad()
-    def publish(self, values: dict[str, Tensor]) -> None:
+    def cast(self, values: dict[str, Tensor]) -> None:
         """Rounds these values, the masters' or their mean, into the working weights."""
         for name, p in self.working.items():
             if self.params is not self.working:
@@ -98,7 +98,7 @@ def hand_over(master: nn.Parameter, working: nn.Parameter) -> None:
     grad = working.grad.float()
     master.grad = grad if master.grad is None else master.grad + grad
     working.grad = None
-    # Nothing needs its value any more, so its memory goes; the next `publish` brings it back.
+    # Nothing needs its value any more, so its memory goes; the next `cast` brings it back.
     working.data = working.data.new_empty(0)
 
 
@@ -108,7 +108,7 @@ class State:
     """What changes while training, and what a checkpoint holds.
 
     trained: {name: parameter of the model}, float32; make_optimizer: {name: parameter} ->
-    optimizer; ema: decay of the running mean, 0 for none; dtype: to compute in; model: what FSDP
+    optimizer; ema_decay: of the running mean, 0 for none; dtype: to compute in; model: what FSDP
     may shard.
 
     params: float32 weights that learn; ema: their running mean, which is what a saved model has;
@@ -116,28 +116,28 @@ class State:
     of data.Share; saved: the step of the last checkpoint.
     """
 
-    def __init__(self, trained: dict[str, nn.Parameter], make_optimizer, ema: float,
+    def __init__(self, trained: dict[str, nn.Parameter], make_optimizer, ema_decay: float,
                  dtype=torch.float32, model=None):
         self.weights = MasterWeights(trained, dtype)
         self.params = self.weights.params
         self.optimizer = make_optimizer(self.params)
         self.model = model
-        self.decay = ema
+        self.ema_decay = ema_decay
         self.step = self.updates = self.seen = 0
         self.saved = None
         self.guard = Guard()
         self.history = []
         self.ema = self.params
-        if ema:
+        if ema_decay:
             self.ema = {name: p.detach().clone() for name, p in self.params.items()}
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """After an optimizer step the running mean follows."""
+    def update_ema(self) -> None:
+        """After an optimizer step."""
         self.updates += 1
-        if self.decay:
+        if self.ema_decay:
             # A short memory at first, to forget the start.
-            decay = min(self.decay, self.updates / (self.updates + 10))
+            decay = min(self.ema_decay, self.updates / (self.updates + 10))
             torch._foreach_lerp_(list(self.ema.values()), list(self.params.values()), 1 - decay)
 
     # ---- to and from a checkpoint
@@ -160,7 +160,7 @@ class State:
 
     @torch.no_grad()
     def load(self, folder) -> None:
-        """Goes on from a checkpoint. ValueError for one of other weights."""
+        """Resumes from a checkpoint. ValueError for a checkpoint that does not fit."""
         counters = json.loads((folder / "state.json").read_text())
         self.step = self.saved = counters["step"]
         self.updates, self.seen = counters["updates"], counters["seen"]
@@ -178,7 +178,7 @@ class State:
             # A run with --ema 0 so far.
             if f"ema.{name}" not in stored:
                 self.ema[name].copy_(p)
-        self.weights.publish(self.params)
+        self.weights.cast(self.params)
 
     def load_tensor(self, folder, stored_name: str, tensor: Tensor) -> None:
         kind, name = stored_name.split(".", 1)
@@ -217,7 +217,7 @@ def ema_weights(state: State):
     kept = state.params
     if kept is state.weights.working:
         kept = {name: p.detach().clone() for name, p in kept.items()}
-    state.weights.publish(state.ema)
+    state.weights.cast(state.ema)
     if sharded:
         state.model.unshard()
     try:
@@ -225,7 +225,7 @@ def ema_weights(state: State):
     finally:
         if sharded:
             state.model.reshard()
-        state.weights.publish(kept)
+        state.weights.cast(kept)
 
 
 # ---------------------------------------------------------------------------------- checkpoints

@@ -1,4 +1,4 @@
-"""How the toy's parts are taught: what stands in for the years of pretraining behind the real ones.
+"""How the toy's parts are taught: what stands in for the pretraining of the real ones.
 
     vit    the MLLM's ViT learns to name what each of its tokens shows (a stand-in for captions by
            the billion)
@@ -14,8 +14,9 @@
     python -m lab.pretrain --stage dit  --model runs/dcae --out runs/dit
 
 Each stage has its own examples, a loss, and perhaps an auxiliary head that is thrown away at the
-end; the loop is train.py's. A stage without --model starts from a fresh toy. (The losses of vit,
-mllm and dcae are means over the rows of one process: with more processes they differ a little.)
+end; the loop is train.py's. A stage without --model starts from a fresh toy. (The losses of vit and
+mllm are means over the rows of one process, and the noise of dcae is scaled by them: with more
+processes they differ a little.)
 
 Dimension key: B rows, U units, S tokens, M MLLM width, N marked tokens.
 """
@@ -61,7 +62,7 @@ COMMON = dict(lr=2e-3, batch=32, warmup=200, weight_decay=0.01, clip=1.0, ema=0.
               save_every=250, sheet_every=0, data=["toy"])
 PRESETS = {"toy": {
     "vit": COMMON | dict(steps=3000),
-    # AdamW's longer memory is too slow for this one.
+    # AdamW's default memory of squared gradients (0.999) learns more slowly here.
     "mllm": COMMON | dict(steps=8000, betas=[0.9, 0.98], ema=0.998),
     "dcae": COMMON | dict(steps=2000),
     "dit": COMMON | dict(steps=3000, batch=48, lr=1e-3),
@@ -194,7 +195,7 @@ def sample_scene(rng: random.Random, number: int, size: int):
 
 
 def vit_loss(model: TBAC, aux_head: PatchNames, rows: list, args):
-    """What each unit shows."""
+    """Cross-entropy of what each unit shows."""
     c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
     pictures = [patchify(world.render(scene, args.size), c) for scene in scenes]
     h, w = (n // c.merge for n in pictures[0][1])
@@ -219,8 +220,8 @@ class Conversation:
 
 def after_edit(scene, target) -> list:
     """What each thing of a scene is after an edit, column by column: itself, changed, or None; then
-    what is new. Each with whether it has changed. So each keeps its place in the list, and to tell
-    the attributes of the third one need not count how many before it have gone."""
+    what is new. Each with whether it has changed. So each thing keeps its slot, and removing one
+    does not shift the others."""
     after = {thing: thing for thing in target.things if thing in scene.things}
     if len(scene.things) == len(target.things):
         after = dict(zip(scene.things, target.things))
@@ -261,10 +262,10 @@ def about_words(scene, rng: random.Random, kind: float) -> Conversation:
 
 
 class SummaryTokens(AttributeProbe):
-    """A large MLLM sums up what it has read in any token that follows; a small one learns it here.
-    After a prompt to draw come tokens without a meaning, random vectors: four for each thing in
-    turn. Each tells its thing's attributes (a guess where the text does not say), at every depth
-    from DEPTH on: in a large MLLM the middle layers, too, know what they have read."""
+    """The assumption behind the toy: a large MLLM sums up what it has read in any token that
+    follows, at many depths. A small one is taught to. After a prompt to draw come tokens without a
+    meaning, random vectors, four for each thing in turn. Their states encode the attributes of that
+    thing (a guess where the text does not say) at every depth from DEPTH on."""
 
     DEPTH = 3                           # the state that enters layer 3 of 8
     n = 16                              # as many as the toy has queries

@@ -202,7 +202,7 @@ def steps(s, args, *which):
         for group in s.optimizer.param_groups:
             group["lr"] = train.learning_rate(s.step, args)
         s.optimizer.step()
-        s.follow()
+        s.update_ema()
         s.step += 1
 
 

@@ -121,6 +121,7 @@ def test_every_stage_runs_and_saves_a_model(stage, tmp_path):
 
 @pytest.mark.parametrize("args, wiring, queries", [
     (("--wiring", "routed"), "routed", 16),
+    (("--wiring", "mean"), "mean", 16),
     (("--wiring", "final", "--queries", 4), "final", 4),
 ])
 def test_another_ladder_is_trained_saved_and_gone_on_with(tmp_path, args, wiring, queries):
@@ -362,14 +363,14 @@ def test_a_skipped_step_is_logged_with_its_examples_and_without_nan(tmp_path, mo
 def test_guard_limits():
     guard = Guard()
     # Below 1 a norm is never a spike.
-    assert guard.refuses(1.0, 0.1) is None and guard.refuses(19.9, 0.9) is None
-    assert guard.loss == pytest.approx(0.99 + 0.199)
-    assert guard.norm == pytest.approx(0.099 + 0.009)
-    assert "20 times" in guard.refuses(24, 0.1) and "25 times" in guard.refuses(1, 3)
-    assert guard.refuses(1, 2e6) and guard.refuses(math.inf, 1)
+    assert guard.refusal(1.0, 0.1) is None and guard.refusal(19.9, 0.9) is None
+    assert guard.mean_loss == pytest.approx(0.99 + 0.199)
+    assert guard.mean_norm == pytest.approx(0.099 + 0.009)
+    assert "20 times" in guard.refusal(24, 0.1) and "25 times" in guard.refusal(1, 3)
+    assert guard.refusal(1, 2e6) and guard.refusal(math.inf, 1)
     # What was refused is not in the means.
-    assert guard.skipped == guard.in_a_row == 4 and guard.loss == pytest.approx(1.189)
-    assert guard.refuses(1, 0.1) is None and guard.in_a_row == 0
+    assert guard.skipped == guard.in_a_row == 4 and guard.mean_loss == pytest.approx(1.189)
+    assert guard.refusal(1, 0.1) is None and guard.in_a_row == 0
 
 
 def losses(started):
@@ -420,7 +421,7 @@ def test_cached_latents_change_nothing_and_go_with_size_and_weights(tmp_path):
     with torch.no_grad():
         other.model.dcae.encoder.conv_in.weight += 1
     changed = data.Latents(other.model, other.args)
-    assert changed.folder != other.aux_head.folder
+    assert changed.folder != other.helper.folder
     assert changed.known(str(folder / "0.png")) is None
 
 
@@ -454,7 +455,7 @@ def test_the_working_weights_are_the_masters_rounded(tmp_path):
     stream = train.batches(started.reader, state, started.args)
     sums = []
     for _ in range(2):
-        state.weights.publish(state.params)
+        state.weights.cast(state.params)
         started.loss(next(stream))[0].mean().backward()
         sums.append({n: p.grad.clone() for n, p in state.params.items()})
         # Complete gradients are with the masters, and the working weights have gone.
@@ -463,7 +464,7 @@ def test_the_working_weights_are_the_masters_rounded(tmp_path):
     assert {p.grad for p in state.weights.working.values()} == {None}
     assert any(not torch.equal(sums[0][n], sums[1][n]) for n in state.params)
     state.optimizer.step()
-    state.weights.publish(state.params)
+    state.weights.cast(state.params)
     for name, p in state.params.items():
         assert torch.equal(p.bfloat16(), state.weights.working[name]), name
 
@@ -536,7 +537,7 @@ def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, mo
     assert found == [(13, CIRCLE), (36, CROSS)]
     assert language.mentions("how many circles, and a red circle?", scene) == []
     started, asked = start(tmp_path, stage="mllm"), []
-    mllm, head = started.model.mllm, started.aux_head
+    mllm, head = started.model.mllm, started.helper
 
     def spy(states, labels):
         asked.append((states, labels))

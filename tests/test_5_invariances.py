@@ -53,7 +53,8 @@ def test_velocity_from_rungs_and_from_their_keys_and_values(model):
     t = torch.tensor([0.1, 0.5, 0.9, 1.0])
     velocity = model.velocity(x_t, t, rungs)
     assert velocity.shape == x_t.shape
-    assert torch.equal(model.velocity(x_t, t, model.dit.project_kv(rungs)), velocity)
+    keys_values = model.dit.project_kv(rungs)
+    assert torch.equal(model.velocity(x_t, t, rungs, keys_values), velocity)
 
 
 def test_the_loss_is_the_mean_of_each_rows_own(model):
