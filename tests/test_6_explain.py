@@ -1,4 +1,5 @@
-"""--explain looks and does not touch: the same pictures and answers, no hook left, and no more kept for more steps."""
+"""--explain looks and does not touch: the same pictures and answers, no hook left, and no more kept
+for more steps."""
 import pytest
 import torch
 from PIL import Image
@@ -15,62 +16,107 @@ def hooks(model):
 
 def drawn(model, kept=None, **settings):
     """Latents of "a dog", watched if there is something to keep it in."""
-    steps = sample.denoise(model, ["a dog"], generator=torch.Generator().manual_seed(0), **settings)
-    *_, last = steps if kept is None else kept.watch(model.dit, steps)
+    generator = torch.Generator().manual_seed(0)
+    steps = sample.denoise(model, ["a dog"], generator=generator, **settings)
+    if kept is not None:
+        steps = kept.watch(model.dit, steps)
+    *_, last = steps
     return last.x_t
 
 
 def size(kept):
-    return sum(t.numel() for s in kept.steps for t in (s.x_t, s.x0)) + sum(mean.value.numel() for mean in [*kept.mass, *kept.added])
+    """Numbers kept."""
+    latents = sum(step.x_t.numel() + step.x0.numel() for step in kept.steps)
+    return latents + sum(mean.value.numel() for mean in [*kept.attention, *kept.added])
 
+
+def values(means):
+    return torch.stack([mean.value for mean in means])
+
+
+# ---------------------------------------------------------------------------------- a drawing
 
 def test_a_watched_drawing_is_the_same_and_no_hook_stays(tiny):
     kept = explain.Drawn(3)
-    assert torch.equal(drawn(tiny, kept, steps=3), drawn(tiny, steps=3)) and hooks(tiny) == 0
+    assert torch.equal(drawn(tiny, kept, steps=3), drawn(tiny, steps=3))
+    assert hooks(tiny) == 0
     steps = kept.watch(tiny.dit, sample.denoise(tiny, ["a dog"], steps=3))
     next(steps)
     assert hooks(tiny) == 2 * len(tiny.dit.blocks)
-    steps.close()                                                               # somebody lost interest
+    # Somebody lost interest.
+    steps.close()
     assert hooks(tiny) == 0
 
 
-def test_mass_is_the_softmax_of_the_row_asked_for(tiny):
+def test_the_attention_is_the_softmax_of_the_row_asked_for(tiny):
     """One step without guidance by hand: the mean of a single step is that step."""
-    kept, seen, eps = explain.Drawn(1), [], torch.randn(1, 4, 8, 8)
+    kept, eps = explain.Drawn(1), torch.randn(1, 4, 8, 8)
     drawn(tiny, kept, steps=1, eps=eps)
-    handles = [block.cross.softmax.register_forward_hook(lambda _, args, y: seen.append(y[0].mean(0))) for block in tiny.dit.blocks]
+    seen = []
+    look = lambda _, args, y: seen.append(y[0].mean(0))
+    handles = [block.cross.softmax.register_forward_hook(look) for block in tiny.dit.blocks]
     with torch.no_grad():
-        tiny.velocity(eps, torch.tensor([int(1000 * sample.schedule(1)[0]) / 1000]), tiny.encode(["a dog"]))
-    [handle.remove() for handle in handles]
-    mass = torch.stack([mean.value for mean in kept.mass])                      # (L, N, Q)
-    assert mass.shape == (4, 64, 8) and torch.allclose(mass, torch.stack(seen), atol=1e-5)
-    assert torch.allclose(mass.sum(2), torch.ones(4, 64)) and (torch.stack([mean.value for mean in kept.added]) >= 0).all()
+        t = int(1000 * sample.schedule(1)[0]) / 1000
+        tiny.velocity(eps, torch.tensor([t]), tiny.encode(["a dog"]))
+    for handle in handles:
+        handle.remove()
+    attention = values(kept.attention)                                 # (L, N, Q)
+    assert attention.shape == (4, 64, 8)
+    assert torch.allclose(attention, torch.stack(seen), atol=1e-5)
+    assert torch.allclose(attention.sum(2), torch.ones(4, 64))
+    assert (values(kept.added) >= 0).all()
 
 
 def test_what_is_kept_does_not_grow_with_steps(tiny):
     few, many = explain.Drawn(8), explain.Drawn(40)
-    drawn(tiny, few, steps=8), drawn(tiny, many, steps=40)
-    assert size(few) == size(many) and [step.i for step in many.steps][::7] == [0, 39] and many.mass[0].n == 40
-    assert torch.allclose(many.mass[0].value.sum(1), torch.ones(64))
+    drawn(tiny, few, steps=8)
+    drawn(tiny, many, steps=40)
+    assert size(few) == size(many)
+    assert [step.i for step in many.steps][::7] == [0, 39]
+    assert many.attention[0].n == 40
+    assert torch.allclose(many.attention[0].value.sum(1), torch.ones(64))
 
+
+def test_a_ladder_that_adds_nothing_yet_can_be_explained(tiny):
+    """As before training, when cross-attention is zero; two pictures, one token large."""
+    for block in tiny.dit.blocks:
+        torch.nn.init.zeros_(block.cross.out.weight)
+        torch.nn.init.zeros_(block.cross.out.bias)
+    kept = explain.Drawn(1)
+    picture, = tiny.decode(drawn(tiny, kept, steps=1, size=4))
+    rungs = tiny.encode([""])[:, 0]
+    page = explain.drawing(tiny, "", [picture] * 5, picture, rungs, kept)
+    assert page.width == 1500
+    assert (values(kept.added) == 0).all()
+
+
+# ---------------------------------------------------------------------------------- an answer
 
 def test_a_watched_answer_is_the_same_and_its_weights_are_the_models(tiny, recorded, monkeypatch):
-    """Against the softmax inside mllm.attention itself, taken from its result for values that are the identity."""
+    """Against the softmax inside mllm.attention itself, taken from its result for values that are
+    the identity."""
     image, inside, attention = recorded[2]("wide"), [], mllm.attention
 
     def spy(q, k, v, mask):
-        if mask.shape[2] > 1 or q.shape[2] == 1:                                # the decoder's, not the ViT's
-            inside.append(attention(q[:, :, -1:], k, torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1), mask[:, :, -1:])[0, :, 0].mean(0))
+        one_hot = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+        weights = attention(q[:, :, -1:], k, one_hot, mask[:, :, -1:])  # (1, H, 1, T)
+        inside.append(weights[0, :, 0].mean(0))
         return attention(q, k, v, mask)
+
     monkeypatch.setattr(mllm, "attention", spy)
     ids, seen = explain.watched_answer(tiny, "what is it?", [image])
-    assert tiny.mllm.tokenizer.decode(ids).strip() == tiny.ask("what is it?", [image]) and hooks(tiny) == 0
-    n, last = tiny.config.mllm.n_layer, max(1, tiny.config.mllm.n_layer // 3)
-    for i, attention in enumerate(seen):
+    assert tiny.mllm.tokenizer.decode(ids).strip() == tiny.ask("what is it?", [image])
+    assert hooks(tiny) == 0
+    n = tiny.config.mllm.n_layer
+    last = max(1, n // 3)
+    for i, weights in enumerate(seen):
         want = torch.stack(inside[n * i + n - last:n * i + n]).mean(0)
-        assert torch.allclose(attention, want, atol=1e-5) and abs(attention.sum().item() - 1) < 1e-5
+        assert torch.allclose(weights, want, atol=1e-5)
+        assert abs(weights.sum().item() - 1) < 1e-5
     assert len(ids) <= len(seen) <= len(ids) + 1
 
+
+# --------------------------------------------------------------------------- the command line
 
 @pytest.fixture
 def command(monkeypatch, capsys):
@@ -84,30 +130,34 @@ def command(monkeypatch, capsys):
 
 @pytest.mark.parametrize("which", ["tiny", "toy"])
 def test_draw_edit_and_ask_on_the_command_line(which, command, tiny_folder, tmp_path):
-    folder, red = tiny_folder if which == "tiny" else ROOT / "toy" / "weights", tmp_path / "red.png"
+    folder = tiny_folder if which == "tiny" else ROOT / "toy" / "weights"
+    red = tmp_path / "red.png"
     Image.new("RGB", (60, 40), "red").save(red)
-    say = lambda name, *args: command(*args, "--model", folder, "--steps", 2, "--device", "cpu", "--out", tmp_path / f"{name}.png")
-    for prompt, *args in (["a dog"], ["make it $5_$ blue " * 9, "--image", red, red, "--size", "32x64"], ["a dog", "--n", 2]):
-        say("plain", prompt, *args), say("seen", prompt, *args, "--explain")
+
+    def say(name, *args):
+        out = tmp_path / f"{name}.png"
+        return command(*args, "--model", folder, "--steps", 2, "--device", "cpu", "--out", out)
+
+    draw = ["a dog"]
+    edit = ["make it $5_$ blue " * 9, "--image", red, red, "--size", "32x64"]
+    two = ["a dog", "--n", 2]
+    for prompt, *args in (draw, edit, two):
+        say("plain", prompt, *args)
+        say("seen", prompt, *args, "--explain")
         assert (tmp_path / "seen.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
         page = Image.open(tmp_path / "seen-explain.png")
-        assert page.width == 1500 and page.text["prompt"] == prompt and page.text["seed"] == "0"
-    assert say("plain", "--ask", "what?", "--image", red) == say("asked", "--ask", "what?", "--image", red, "--explain")
-    assert Image.open(tmp_path / "asked-explain.png").text["question"] == "what?" and not (tmp_path / "plain-explain.png").exists()
+        assert page.width == 1500
+        assert page.text["prompt"] == prompt and page.text["seed"] == "0"
+    ask = ["--ask", "what?", "--image", red]
+    assert say("plain", *ask) == say("asked", *ask, "--explain")
+    assert Image.open(tmp_path / "asked-explain.png").text["question"] == "what?"
+    assert not (tmp_path / "plain-explain.png").exists()
 
 
-@pytest.mark.parametrize("args, message", [(["--ask", "what?"], "--ask need an --image"), (["a dog", "--compile"], "--compile")])
+@pytest.mark.parametrize("args, message", [
+    (["--ask", "what?"], "--ask need an --image"),
+    (["a dog", "--compile"], "--compile"),
+])
 def test_what_cannot_be_explained_is_said(command, tiny_folder, args, message):
     with pytest.raises(SystemExit, match=message):
         command("--model", tiny_folder, "--explain", *args)
-
-
-def test_a_ladder_that_adds_nothing_yet_can_be_explained(tiny):
-    """As before training, when cross-attention is zero; two pictures, one token large."""
-    for block in tiny.dit.blocks:
-        torch.nn.init.zeros_(block.cross.out.weight), torch.nn.init.zeros_(block.cross.out.bias)
-    kept = explain.Drawn(1)
-    latents = drawn(tiny, kept, steps=1, size=4)
-    picture, = sample.decode(tiny, latents)
-    page = explain.drawing(tiny, "", [picture] * 5, picture, tiny.encode([""])[:, 0], kept)
-    assert page.width == 1500 and (torch.stack([mean.value for mean in kept.added]) == 0).all()
