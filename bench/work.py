@@ -1,0 +1,165 @@
+"""The pieces of work that are measured, one for each row of the tables, and how ours does them."""
+import json
+import platform
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+import sample
+from engine import distributed, fast
+from engine.pictures import to_pixels
+from mllm import ASK
+from tbac import TBAC
+
+CAPTION = ("A red circle left of a blue square, drawn with chalk on a dark wall, in the light of a "
+           "late summer evening, with some dust in the air.")
+ORDER = "make the circle green"
+
+
+# ------------------------------------------------------------------------------- pieces of work
+
+@dataclass
+class Task:
+    """One row of the table. kind: the method of Ours and of Theirs that does it."""
+    kind: str
+    prompts: list
+    images: list | None = None
+    cached: bool = False                # the latents of the target are known
+    grad_checkpoint: bool = False
+
+
+def picture(size, seed=0):
+    """A picture of noise over a colour ramp; the pixels do not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    ramp = torch.linspace(0, 200, size)[None, :, None]
+    x = ramp + 55 * torch.rand(size, size, 3, generator=generator)
+    return Image.fromarray(x.byte().numpy())
+
+
+def all_tasks(size):
+    """{name: Task}, with pictures of this side in pixels."""
+    image = picture(size)
+    black = Image.new("RGB", image.size)
+    captions = [f"{CAPTION} Number {i}." for i in range(4)]
+    orders = [ORDER, "remove the square"]
+    sources = [[picture(size, 1)], [picture(size, 2)]]
+    again = dict(grad_checkpoint=True)
+    return {
+        "encode a prompt with its null prompt": Task("encode", ["", CAPTION]),
+        "encode an edit (three rows)":
+            Task("encode", ["", "", ORDER], [[black], [image], [image]]),
+        "20-step picture, encode to latents": Task("draw", [CAPTION]),
+        "20-step edit": Task("draw", [ORDER], [[image]]),
+        "four pictures of one prompt": Task("draw", [CAPTION] * 4),
+        "training step t2i": Task("train", captions),
+        "training step t2i, latents cached": Task("train", captions, cached=True),
+        "training step edit": Task("train", orders, sources),
+        "training step t2i, --grad-checkpoint": Task("train", captions, **again),
+        "training step edit, --grad-checkpoint": Task("train", orders, sources, **again),
+        "answer of 64 tokens about a picture": Task("answer", ["what is in the image?"], [[image]]),
+    }
+
+
+@dataclass
+class Inputs:
+    """What both sides are given, equal for both: starting noise, targets, times."""
+    config: object                      # TBACConfig
+    device: str
+    dtype: torch.dtype
+
+    def noise(self, n):
+        generator = torch.Generator().manual_seed(n)
+        shape = sample.latent_shape(self.config)
+        return torch.randn(n, *shape, generator=generator).to(self.device)
+
+    def training(self, n):
+        """-> pixels (n, 3, H, W), times (n,), noise (n, C, h, w)"""
+        pictures = [picture(self.config.size, seed) for seed in range(n)]
+        pixels = to_pixels(pictures, self.device, self.dtype)
+        times = torch.linspace(0.1, 0.9, n, device=self.device)
+        return pixels, times, self.noise(n).to(self.dtype)
+
+
+class Ours:
+    """One method for each kind of work: Task -> a function that does it once and returns a tensor
+    to compare."""
+
+    def __init__(self, folder, device, dtype, plain):
+        self.model = TBAC.load(folder, device, dtype)
+        if not plain:
+            fast.enable(self.model)
+        self.inputs = Inputs(self.model.config, device, dtype)
+
+    def prepare(self, task):
+        return getattr(self, task.kind)(task)
+
+    def encode(self, task):
+        return torch.no_grad()(lambda: self.model.encode(task.prompts, task.images))
+
+    def draw(self, task):
+        eps = self.inputs.noise(len(task.prompts))
+
+        def run():
+            *_, last = sample.denoise(self.model, task.prompts, task.images, steps=20, eps=eps)
+            return last.x_t
+        return run
+
+    def train(self, task):
+        model = self.model
+        pixels, t, eps = self.inputs.training(len(task.prompts))
+        x0 = None
+        if task.cached:
+            x0 = model.dcae.encode(pixels).detach()
+            pixels = None
+
+        def run():
+            if task.grad_checkpoint:
+                distributed.checkpoint_blocks(model)
+            loss = model.loss(pixels, task.prompts, task.images, t, eps, x0=x0)
+            loss.backward()
+            model.zero_grad()
+            if task.grad_checkpoint:
+                undo_checkpoints(model)
+            return loss
+        return run
+
+    def answer(self, task):
+        @torch.no_grad()
+        def run():
+            batch = self.model.mllm.tokenize(task.prompts, task.images, ASK)
+            return torch.tensor(self.model.mllm.generate(batch, 64)[0])
+        return run
+
+
+def undo_checkpoints(model):
+    for module in model.modules():
+        vars(module).pop("forward", None)
+
+
+def distance(a, b):
+    """|a - b| / |b|"""
+    a, b = a.detach().float(), b.detach().float()
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ------------------------------------------------------------------------- of both command lines
+
+def load(args, plain=False):
+    """-> Ours, the tasks that are asked for"""
+    torch.set_num_threads(args.threads)
+    ours = Ours(args.folder / "ours", args.device, getattr(torch, args.dtype), plain)
+    tasks = {name: task for name, task in all_tasks(ours.model.config.size).items()
+             if args.only in name}
+    if not tasks:
+        raise SystemExit(f"error: --only {args.only}: no row has this in its name")
+    return ours, tasks
+
+
+def write(args, rows, **run):
+    """To --out, if it is given: the rows and what they were measured with."""
+    if args.out:
+        device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+        run |= dict(device=device, dtype=args.dtype, threads=args.threads, pairs=args.pairs,
+                    torch=torch.__version__)
+        args.out.write_text(json.dumps(dict(run=run, rows=rows), indent=1))
