@@ -493,15 +493,12 @@ def probe_prompts(n):
 
 def probes(args, train_n=1600, test_n=400):
     """Linear (ridge) probes of the queries' states at every depth, fitted on some prompts and
-    tested on others."""
+    tested on others; and, as a control, of those in an MLLM of random weights."""
     model = load(args.model, args.device)
     texts, facts = probe_prompts(train_n + test_n)
-    batches = []
-    with torch.no_grad():
-        for i in tqdm(range(0, len(texts), 10), "read"):
-            states = model.query_states(texts[i:i + 10])
-            batches.append(torch.stack(states).float().cpu())
-    states = torch.cat(batches, 1).flatten(2)           # (depths, prompts, Q M)
+    states = probe_states(model, texts)
+    model.mllm.init_weights(torch.Generator().manual_seed(0))
+    control = probe_states(model, texts)
     rows = {}
     for fact in facts[0]:
         known = [i for i, said in enumerate(facts) if said[fact] is not None]
@@ -511,24 +508,41 @@ def probes(args, train_n=1600, test_n=400):
         most_frequent = y[:cut].bincount().argmax()
         chance = (y[cut:] == most_frequent).float().mean().item()
         depths = [ridge(x[known], y, cut) for x in states]
-        rows[fact] = dict(chance=chance, depths=depths)
-        shown = " ".join(f"{100 * value:3.0f}" for value in depths)
-        print(f"{fact:13} chance {100 * chance:3.0f}, depth by depth {shown}")
+        untrained = [ridge(x[known], y, cut) for x in control]
+        rows[fact] = dict(chance=chance, depths=depths, untrained=untrained)
+        print(f"{fact:13} chance {100 * chance:3.0f}, depth by depth {shown_percent(depths)}; "
+              f"untrained MLLM {shown_percent(untrained)}")
     plot_probes(rows, model.config, args.out / "probes.png")
     return dict(table=rows)
 
 
+@torch.no_grad()
+def probe_states(model, texts):
+    """-> the queries' states at every depth (depths, prompts, Q M)"""
+    batches = []
+    for i in tqdm(range(0, len(texts), 10), "read"):
+        states = model.query_states(texts[i:i + 10])
+        batches.append(torch.stack(states).float().cpu())
+    return torch.cat(batches, 1).flatten(2)
+
+
+def shown_percent(values):
+    return " ".join(f"{100 * value:3.0f}" for value in values)
+
+
 def plot_probes(rows, config, file):
-    """Right answers depth by depth, chance dotted; the depths that the ladder taps are shaded."""
+    """Right answers depth by depth; dashed those of an untrained MLLM, dotted chance. The depths
+    that the ladder taps are shaded."""
     taps = ladder.tap_layers(config.mllm.n_layer, config.dit.n_layer, config.wiring)
     figure, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
     label = f"tapped by {config.wiring}"
     ax.axvspan(min(taps) - 0.3, max(taps) + 0.3, color="0.92", label=label)
     for i, (fact, row) in enumerate(rows.items()):
         ax.plot([100 * value for value in row["depths"]], "o-", color=f"C{i}", label=fact)
+        ax.plot([100 * value for value in row["untrained"]], "--", color=f"C{i}", lw=1)
         ax.axhline(100 * row["chance"], color=f"C{i}", ls=":", lw=1)
     ax.set_xlabel("MLLM state (i enters layer i; the last one is the end)", fontsize=11)
-    ax.set_ylabel("right, % (dotted: chance)", fontsize=11)
+    ax.set_ylabel("right, % (dashed: untrained MLLM, dotted: chance)", fontsize=11)
     ax.set_ylim(0, 103)
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=11)
