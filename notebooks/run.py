@@ -1,7 +1,8 @@
-"""Runs notebooks anew and stores what they print and draw, small. For those who change one; readers just open them.
+"""Runs notebooks anew and stores what they print and draw, small. For those who change one; readers
+just open them.
 
     pip install nbclient nbformat ipykernel
-    python notebooks/run.py 1_flow 6_weights                                    # without names: all
+    python notebooks/run.py 1_flow 6_weights        # without names: all
 """
 import base64
 import io
@@ -15,21 +16,37 @@ from PIL import Image
 HERE = pathlib.Path(__file__).parent
 
 
-def small(png):
+def small(png: str) -> str:
     """A picture of at most 256 colours, base64 in and out."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image = image.quantize(256, dither=Image.Dither.NONE)
     out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    image.save(out, "png", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 
-for file in [HERE / f"{name}.ipynb" for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
+def run(file: pathlib.Path) -> None:
+    """Executes a notebook and writes it back with its outputs, and nothing of this machine."""
     notebook = nbformat.read(file, 4)
-    meta = notebook.metadata
-    NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": HERE}}).execute()
+    kernel = notebook.metadata.kernelspec
+    folder = {"metadata": {"path": HERE}}
+    NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True,
+                   resources=folder).execute()
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = small(output.data["image/png"])
-    notebook.metadata = {"kernelspec": meta.kernelspec, "language_info": {"name": "python"}}               # nothing of this machine
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     nbformat.write(notebook, file)
     print(f"{file.name}: {file.stat().st_size // 1000} kB")
+
+
+def main() -> None:
+    names = sys.argv[1:]
+    files = [HERE / f"{name}.ipynb" for name in names] or sorted(HERE.glob("*.ipynb"))
+    for file in files:
+        run(file)
+
+
+if __name__ == "__main__":
+    main()

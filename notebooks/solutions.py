@@ -1,13 +1,13 @@
-"""Answers to the notebooks' exercises, one way each; try them yourself first. tests/test_a_notebooks.py puts them into the given checks.
+"""Answers to the notebooks' exercises, one way each; try them yourself first.
 
-Answer i of a notebook goes where it says `answer_i = None`.
+Answer i of a notebook goes where it says `answer_i = None`. tests/test_a_notebooks.py puts them
+into the checks that are given there.
 """
 import math
 
 import torch
 
-
-# ---- 1_flow
+# --------------------------------------------------------------------------------- 1_flow
 
 def both_ends(x_t, t, v):
     """x_t = (1 - t) x0 + t eps = x0 + t v, and eps = x0 + v."""
@@ -17,58 +17,70 @@ def both_ends(x_t, t, v):
 
 def heun(velocity, x, t, s):
     v = velocity(x, t)
-    return x + (s - t) * (v + velocity(x + (s - t) * v, s)) / 2
+    end = x + (s - t) * v
+    return x + (s - t) * (v + velocity(end, s)) / 2
 
 
 def shift_for_copies(n):
-    """The mean's ratio of noise to data is t' / (1 - t') / sqrt(n). It is t / (1 - t) if the schedule multiplies that by sqrt(n)."""
+    """The mean's ratio of noise to data is t' / (1 - t') / sqrt(n). It is t / (1 - t) if the
+    schedule multiplies that by sqrt(n)."""
     return math.sqrt(n)
 
 
-# ---- 2_mllm
+# --------------------------------------------------------------------------------- 2_mllm
 
 def picture_positions(before, h, w, after):
-    """Text counts up; the picture stands still in time and counts rows and columns; then on from the largest position so far + 1."""
-    rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    """Text counts up; the picture stands still in time and counts rows and columns; what follows
+    goes on from the largest position so far + 1."""
+    rows = torch.arange(h).repeat_interleave(w)
+    columns = torch.arange(w).repeat(h)
+    text = torch.arange(before).expand(3, -1)
     picture = before + torch.stack([torch.zeros_like(rows), rows, columns])
     behind = before + max(h, w) + torch.arange(after)
-    return torch.cat([torch.arange(before).expand(3, -1), picture, behind.expand(3, -1)], 1)
+    return torch.cat([text, picture, behind.expand(3, -1)], 1)
 
 
 def share_a_window(a, b, across, side):
-    window = lambda unit: (unit // across // side, unit % across // side)
+    def window(unit):
+        return unit // across // side, unit % across // side
+
     return window(a) == window(b)
 
 
-def padded_mask(real):
+def padded_mask(attention_mask):
     """Nothing later, nothing that is padding, but itself in any case."""
-    S = real.shape[1]
-    return torch.ones(S, S).tril().bool() & real[:, None] | torch.eye(S).bool()
+    S = attention_mask.shape[1]
+    causal = torch.ones(S, S).tril().bool()
+    return causal & attention_mask[:, None] | torch.eye(S).bool()
 
 
-# ---- 3_dit
+# ---------------------------------------------------------------------------------- 3_dit
 
 def everyone_but_oneself(q, k, v):
     """Both sums over all places, less what the place itself adds to them."""
     q, k = q.relu(), k.relu()
-    own = (q * k).sum(3, keepdim=True)                                           # (B, H, N, 1)
-    return (q @ (k.transpose(2, 3) @ v) - own * v) / (q @ k.sum(2, keepdim=True).transpose(2, 3) - own)
+    own = (q * k).sum(3, keepdim=True)                                 # (B, H, N, 1)
+    sums = q @ (k.transpose(2, 3) @ v)                                 # (B, H, N, K)
+    total = q @ k.sum(2, keepdim=True).transpose(2, 3)                 # (B, H, N, 1)
+    return (sums - own * v) / (total - own)
 
 
 def linear_is_cheaper_from(K):
-    """Explicit: N x K by K x N, N x N by N x K. Linear: K x N by N x K, N x K by K x K, N x K by K x 1. So N > K + 1/2."""
+    """Explicit: N x K by K x N, N x N by N x K. Linear: K x N by N x K, N x K by K x K, N x K by
+    K x 1. So N > K + 1/2."""
     return K + 1
 
 
 def starting_loss(x0):
-    """The velocity is 0, so it is the mean of eps^2 - 2 eps x0 + x0^2; the noise has variance 1 and knows nothing of x0."""
+    """The velocity is 0, so it is the mean of eps^2 - 2 eps x0 + x0^2; the noise has variance 1 and
+    does not depend on x0."""
     return 1 + x0.pow(2).mean()
 
 
-# ---- 4_ladder
+# ------------------------------------------------------------------------------- 4_ladder
 
-def top(n_mllm, n_dit):
-    """The last block hears what enters the last layer."""
+def ladder_taps(n_mllm, n_dit):
+    """The last block receives what enters the last layer."""
     if n_dit > n_mllm:
         raise ValueError(f"{n_dit} blocks, but only {n_mllm} layers")
     return list(range(n_mllm - n_dit, n_mllm))
@@ -81,10 +93,14 @@ def idle_layers(taps, n_mllm):
 
 def halves(n_mllm, n_dit):
     """Equal logits for the two, and minus infinity, whose softmax is 0, for all others."""
-    return [[0.0 if i - j in (n_mllm - n_dit, n_mllm - n_dit + 1) else -math.inf for i in range(n_mllm + 1)] for j in range(n_dit)]
+    routes = torch.full((n_dit, n_mllm + 1), -math.inf)
+    for j in range(n_dit):
+        i = n_mllm - n_dit + j
+        routes[j, i:i + 2] = 0
+    return routes
 
 
-# ---- 5_inspect
+# ------------------------------------------------------------------------------ 5_inspect
 
 def mute(queries):
     """What is left of each place's unit is scaled up to a unit again."""
@@ -92,11 +108,13 @@ def mute(queries):
         weights = weights.clone()
         weights[..., queries] = 0
         return weights / weights.sum(-1, keepdim=True)
+
     return hook
 
 
 def up_the_ladder(a, b):
-    """All pictures of the first row, then those of the next; the last L + 1 columns are the prompt's."""
+    """All pictures of the first row, then those of the next; the last L + 1 columns are the
+    prompt's."""
     pictures = len(a) + 1
     mixed = a.repeat_interleave(pictures, 1)
     for n in range(pictures):
@@ -105,32 +123,43 @@ def up_the_ladder(a, b):
 
 
 def two_errors(source, reconstructed, edited, keep):
-    """The edited and the reconstructed picture have gone through the same decoder: what differs between them is the edit's."""
-    rms = lambda difference: (difference[keep] ** 2).mean() ** 0.5
+    """The edited and the reconstructed picture have gone through the same decoder: what differs
+    between them is the edit's."""
+    def rms(difference):
+        return (difference[keep] ** 2).mean() ** 0.5
+
     return rms(reconstructed - source), rms(edited - reconstructed)
 
 
-# ---- 6_weights
+# ------------------------------------------------------------------------------ 6_weights
 
 def needed_to_draw(name, n_layer):
-    """No pictures are read and none encoded; the last state tapped enters the last layer, so that layer and the norm behind it never run."""
-    unused = ("model.mllm_backbone.visual.", f"model.mllm_backbone.model.layers.{n_layer - 1}.", "model.mllm_backbone.model.norm.", "vae.encoder.")
+    """No pictures are read and none encoded; the last state tapped enters the last layer, so that
+    layer and the norm behind it never run."""
+    unused = (
+        "model.mllm_backbone.visual.",
+        f"model.mllm_backbone.model.layers.{n_layer - 1}.",
+        "model.mllm_backbone.model.norm.",
+        "vae.encoder.",
+    )
     return not name.startswith(unused)
 
 
 def training_bytes(frozen, trained):
-    """bfloat16 is 2 bytes; a trained number is five float32: itself, its gradient, AdamW's two moments, the running mean."""
+    """bfloat16 is 2 bytes; a trained number is five float32: itself, its gradient, AdamW's two
+    moments, the running mean."""
     return 2 * frozen + 20 * trained
 
 
-BROKEN_LAYER = 1                        # states 0 and 1 agree, from state 2 on they differ: states[i] enters layer i
+# States 0 and 1 agree, from state 2 on they differ: states[i] enters layer i.
+BROKEN_LAYER = 1
 
 
 ANSWERS = {
     "1_flow": [both_ends, heun, shift_for_copies],
     "2_mllm": [picture_positions, share_a_window, padded_mask],
     "3_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
-    "4_ladder": [top, idle_layers, halves],
+    "4_ladder": [ladder_taps, idle_layers, halves],
     "5_inspect": [mute, up_the_ladder, two_errors],
     "6_weights": [needed_to_draw, training_bytes, BROKEN_LAYER],
 }

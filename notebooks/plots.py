@@ -1,0 +1,742 @@
+"""The notebooks' figures, so that a cell shows the method and not how it is drawn: one function for
+each kind of figure, notebook by notebook. Every function shows its figure (plt.show()) and returns
+nothing; `style()` sets the looks once, in a notebook's first cell.
+
+    from notebooks import plots
+"""
+import math
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from engine.pictures import contact_sheet
+from mllm import MLLMConfig
+from vit import frequencies, smart_size, window_index
+
+
+def style(grid: bool = False) -> None:
+    """The looks of all figures of a notebook."""
+    plt.rcParams.update({
+        "figure.dpi": 72,
+        "font.size": 12,
+        "figure.constrained_layout.use": True,
+        "axes.grid": grid,
+        "grid.alpha": 0.3,
+    })
+
+
+# ---------------------------------------------------------------------------------- 1_flow
+
+CLUSTERS = ("tab:blue", "tab:orange", "tab:green")
+
+
+def clouds(points: dict, cluster: Tensor) -> None:
+    """{t: (n, 2)} -> a panel for each time, the points in the colours of their clusters."""
+    fig, axes = plt.subplots(1, len(points), figsize=(15, 3.4), sharex=True, sharey=True)
+    limits = (-3.6, 3.6)
+    for ax, (t, x) in zip(axes, points.items()):
+        for k, colour in enumerate(CLUSTERS):
+            ax.scatter(*x[cluster == k].T, s=3, color=colour, label=f"cluster {k}")
+        ax.set(title=f"t = {t}", xlabel="first coordinate", xlim=limits, ylim=limits)
+        ax.set_aspect("equal")
+    axes[0].set_ylabel("second coordinate")
+    axes[0].legend(markerscale=3, fontsize=9, loc="upper left")
+    plt.show()
+
+
+def fields(grid: Tensor, arrows: dict, means: Tensor) -> None:
+    """{t: (arrows (n, 2), shares of the clusters (n, 3))} at the points of a grid (n, 2) -> a panel
+    for each time, with the centres of the data and those at this time."""
+    paint = torch.tensor([to_rgb(colour) for colour in CLUSTERS], dtype=torch.float64)
+    fig, axes = plt.subplots(1, len(arrows), figsize=(15, 5.2), sharex=True, sharey=True)
+    for ax, (t, (arrow, share)) in zip(axes, arrows.items()):
+        ax.quiver(*grid.T, *arrow.T, color=(share @ paint).numpy(), angles="xy",
+                  scale_units="xy", scale=10, width=0.005)
+        ax.scatter(*means.T, s=130, marker="*", color=CLUSTERS, edgecolor="black", zorder=3,
+                   label="centres of the data")
+        ax.scatter(*((1 - t) * means).T, s=70, marker="o", facecolor="none", edgecolor="black",
+                   zorder=3, label="centres at this t")
+        ax.set(title=f"-v at t = {t}", xlabel="first coordinate", aspect="equal")
+    axes[0].set_ylabel("second coordinate")
+    axes[0].legend(loc="upper right", fontsize=10)
+    plt.show()
+
+
+def loss_curve(losses: list, every: int, level: float, name: str) -> None:
+    """The mean of `every` steps at a time, beside a constant level with a name."""
+    smooth = torch.tensor(losses).unfold(0, every, every).mean(1)
+    plt.figure(figsize=(8, 3.4))
+    plt.plot(range(every, len(losses) + 1, every), smooth, label=f"learned (mean of {every} steps)")
+    plt.axhline(level, color="black", ls="--", label=name)
+    plt.gca().set(xlabel="training step", ylabel="loss (mean square)", ylim=(0, None))
+    plt.legend()
+    plt.show()
+
+
+def journeys(ways: dict, n_line: int = 40) -> None:
+    """{title: all stops, (n, 2) each} -> starts, ends, and the way of the first points."""
+    fig, axes = plt.subplots(1, len(ways), figsize=(15, 5.4))
+    for ax, (title, stops) in zip(axes, ways.items()):
+        ax.plot(*torch.stack(stops)[:, :n_line].unbind(2), color="grey", lw=0.7, zorder=1)
+        ax.scatter(*stops[0].T, s=4, color="tab:red", alpha=0.3, label="start: noise")
+        ax.scatter(*stops[-1].T, s=4, color="tab:blue", label="end", zorder=2)
+        ax.set(title=title, xlabel="first coordinate", aspect="equal")
+    axes[0].set_ylabel("second coordinate")
+    axes[0].legend(markerscale=3, loc="upper right", fontsize=10)
+    plt.show()
+
+
+def convergence(counts: list, errors: dict) -> None:
+    """{(title, solver): errors} over numbers of steps, beside orders 1 and 2."""
+    titles = list(dict.fromkeys(title for title, _ in errors))
+    fig, axes = plt.subplots(1, len(titles), figsize=(13, 4.6), sharey=True)
+    for ax, title in zip(axes, titles):
+        for solver, marker in (("euler", "o"), ("dpm++", "s")):
+            ax.loglog(counts, errors[title, solver], marker + "-", label=solver)
+        ax.loglog(counts, [0.6 / n for n in counts], "k:", label="1 / steps")
+        ax.loglog(counts, [1.4 / n ** 2 for n in counts], "k--", label="1 / steps²")
+        ax.set(title=title, xlabel="steps (= network evaluations)")
+        ax.set_xticks(counts, counts)
+        ax.minorticks_off()
+    axes[0].set_ylabel("error (distance in the plane)")
+    axes[1].legend()
+    plt.show()
+
+
+def shifts(times: dict, values: list, errors: dict) -> None:
+    """{shift: times of the steps} on the left; {copies: error with each shift} on the right."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
+    for s, t in times.items():
+        left.plot(t, "o-", label=f"shift {s:.0f}")
+    left.set(xlabel="step", ylabel="time t", title=f"times of {len(t) - 1} steps")
+    left.legend()
+    for n, found in errors.items():
+        label = f"n = {n} copies" if n > 1 else f"n = {n}, no copies"
+        right.loglog(values, found, "s-", label=label)
+    right.axvline(3, color="grey", ls=":", label="the project's shift")
+    right.set(xlabel="shift", ylabel="error (distance in the plane)")
+    right.set_title("DPM-Solver++, 10 steps")
+    for ticks, set_ticks in (([0.25, 0.5, 1, 2, 4, 9], right.set_xticks),
+                             ([0.02, 0.05, 0.1, 0.2, 0.4], right.set_yticks)):
+        set_ticks(ticks, ticks)
+    right.minorticks_off()
+    right.legend()
+    plt.show()
+
+
+# --------------------------------------------------------------------------------- 2_mllm
+
+AXES = {"time": "tab:blue", "height": "tab:orange", "width": "tab:green"}          # of M-RoPE
+
+
+def token_strips(tokenizer, strips: dict) -> None:
+    """{title: (token ids, number of queries)} -> one strip of boxes below another. Special tokens
+    are orange, a picture's green, text blue, queries red."""
+    fig, axes = plt.subplots(len(strips), 1, figsize=(14, 6.2))
+    for ax, (title, (ids, n_query)) in zip(axes, strips.items()):
+        boxes = [token_box(tokenizer, token, i) for i, token in enumerate(ids)]
+        boxes += [(f"q{i}", "#f2a6a6") for i in range(n_query)]
+        draw_strip(ax, boxes)
+        ax.set_title(title, fontsize=12, loc="left")
+    plt.show()
+
+
+def token_box(tokenizer, token: int, i: int) -> tuple[str, str]:
+    """A token's word and colour; text alternates between two blues."""
+    word = tokenizer.decode([token], keep_special=True)
+    if token == tokenizer.special["image_pad"]:
+        return word.strip("<|>"), "#a8d8a8"
+    if token in tokenizer.special.values():
+        return word.strip("<|>"), "#f4c27a"
+    return word.replace("\n", "\\n").replace(" ", "\u00b7"), ("#e2ecf8", "#cfe0f3")[i % 2]
+
+
+def draw_strip(ax, boxes: list, width: float = 108) -> None:
+    """Words in coloured boxes, line under line."""
+    x = y = 0
+    for word, colour in boxes:
+        size = max(1.6, 0.84 * len(word) + 0.7)
+        if x + size > width:
+            x = 0
+            y += 1
+        ax.add_patch(Rectangle((x, y + 0.08), size - 0.25, 0.84, facecolor=colour))
+        ax.text(x + size / 2 - 0.12, y + 0.5, word, ha="center", va="center",
+                family="monospace", fontsize=11)
+        x += size
+    ax.set(xlim=(0, width), ylim=(y + 1, 0))
+    ax.axis("off")
+
+
+def windows(c, measured: list) -> None:
+    """Two pictures as the ViT of config c cuts them, and below how much each block lets the other
+    units notice: [(picture, changed unit, maps (blocks, h, w))]."""
+    (square, *_), (wide, *_) = measured
+    fig = plt.figure(figsize=(15, 7))
+    top, bottom = fig.subfigures(2, 1, height_ratios=(2.1, 1))
+    axes = top.subplots(1, 3, width_ratios=(1, 1, 2))
+    draw_grid(axes[0], square, c, "patches in their order", of_patches=True)
+    draw_grid(axes[1], square, c, "units; colours: windows")
+    draw_grid(axes[2], wide, c, "a wide picture: units and windows")
+
+    widths = [1] * c.n_layer + [1.6] * c.n_layer
+    axes = iter(bottom.subplots(1, len(widths), width_ratios=widths))
+    for _, unit, maps in measured:
+        for i, part in enumerate(maps):
+            ax = next(axes)
+            shown = part.where(part > 1e-5, torch.nan)
+            ax.imshow(shown, cmap="viridis", vmin=0, vmax=maps.max())
+            ax.plot(unit % part.shape[1], unit // part.shape[1], "wx", ms=11, mew=3)
+            reach = "whole picture" if i in c.full_attention else "windows"
+            ax.set_title(f"after block {i}\n{reach}", fontsize=11)
+            ax.set(xticks=[], yticks=[])
+    plt.show()
+
+
+def draw_grid(ax, image: Image.Image, c, title: str, of_patches: bool = False) -> None:
+    """A picture as the ViT gets it: patches (thin lines), units (thick), windows (colours); numbers
+    of units or of patches."""
+    side = c.patch * c.merge
+    w, h = smart_size(*image.size, side, c.area)
+    ax.imshow(image.resize((w, h)), extent=(0, w, h, 0), alpha=0.45)
+    for step, width in ((c.patch, 0.6), (side, 2.5)):
+        ax.hlines(range(0, h + 1, step), 0, w, color="0.35", lw=width)
+        ax.vlines(range(0, w + 1, step), 0, h, color="0.35", lw=width)
+    index, valid = window_index((h // c.patch, w // c.patch), c)
+    for i, (units, inside) in enumerate(zip(index, valid)):
+        for unit in units[inside].tolist():
+            x = unit % (w // side) * side
+            y = unit // (w // side) * side
+            ax.add_patch(Rectangle((x + 1, y + 1), side - 2, side - 2, facecolor="none",
+                                   edgecolor=f"C{i}", lw=3))
+            if not of_patches:
+                ax.text(x + side / 2, y + side / 2, unit, ha="center", va="center", fontsize=14)
+                continue
+            for k in range(c.merge ** 2):
+                row, column = divmod(k, c.merge)
+                ax.text(x + c.patch * (column + 0.5), y + c.patch * (row + 0.5),
+                        c.merge ** 2 * unit + k, ha="center", va="center", fontsize=9)
+    ax.set_title(title, fontsize=12)
+    ax.axis("off")
+
+
+def mrope(positions: Tensor, angles: Tensor, pads: Tensor, words: list, c) -> None:
+    """Positions (3, S), their angles (S, pairs), where the picture's tokens are, all tokens as
+    words, the toy's config -> the positions, the turns, and how slowly each pair turns."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5.2), width_ratios=(1.2, 1.1, 1))
+    for (name, colour), line, mark in zip(AXES.items(), positions, ("o-", "s--", "^:")):
+        left.plot(line, mark, color=colour, ms=5, label=name)
+    left.axvspan(pads[0] - 0.5, pads[-1] + 0.5, color="tab:green", alpha=0.12)
+    left.text(pads.float().mean(), 1, "the picture", ha="center")
+    left.set(xlabel="token", ylabel="position", title="three positions for each token")
+    left.legend(loc="upper left")
+    left.grid(alpha=0.3)
+
+    some = slice(pads[0] - 3, pads[-1] + 5)
+    middle.imshow(angles[some].sin(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1,
+                  interpolation="nearest")
+    shown = [word.replace("\n", "\\n") for word in words[some]]
+    middle.set_yticks(range(len(shown)), shown, fontsize=9)
+    middle.set_xticks(range(angles.shape[1]), range(angles.shape[1]), fontsize=9)
+    middle.set(xlabel="channel pair", title="sine of the angle:  time | height | width")
+    for edge in (c.rope_sections[0], sum(c.rope_sections[:2])):
+        middle.axvline(edge - 0.5, color="black", lw=2)
+
+    for name, config, mark in (("toy", c, "o"), ("3B", MLLMConfig(), ".")):
+        draw_turns(right, name, config, mark)
+    right.set(xlabel="channel pair / number of pairs", ylabel="positions for one full turn",
+              title="which pair turns with what, how slowly")
+    right.legend(fontsize=10)
+    right.grid(alpha=0.3)
+    plt.show()
+
+
+def draw_turns(ax, name: str, c, mark: str) -> None:
+    """How many positions each channel pair of a decoder needs for a full turn."""
+    pairs = c.head_dim // 2
+    turn = 2 * torch.pi / frequencies(pairs, c.rope_theta, "cpu")
+    sections = torch.arange(pairs).split(c.rope_sections)
+    for (axis, colour), i in zip(AXES.items(), sections):
+        ax.semilogy(i / pairs, turn[i], mark, color=colour, ms=7,
+                    label=f"{axis}: {name} {len(i)} of {pairs} pairs")
+
+
+def hidden_states(norms: dict, between: Tensor, across: Tensor) -> None:
+    """{kind of token: mean norm at each depth}, the queries' cosine of two depths (depths, depths)
+    and of two prompts (depths)."""
+    depths = range(len(across))
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1.2, 1, 1.1))
+    for (kind, norm), colour in zip(norms.items(), ("tab:blue", "tab:green", "tab:red")):
+        left.semilogy(depths, norm, "o-", color=colour, label=kind)
+    left.axvspan(depths[-1] - 0.4, depths[-1] + 0.4, color="grey", alpha=0.2)
+    left.text(depths[-1], left.get_ylim()[0] * 1.3, "after the\nfinal norm", ha="center",
+              fontsize=9)
+    left.set(xlabel="depth (state i enters layer i)", ylabel="mean norm", xticks=depths,
+             title="size of the hidden states")
+    left.legend()
+    left.grid(alpha=0.3)
+
+    middle.imshow(between, vmin=-0.2, vmax=1, cmap="viridis")
+    for i in depths:
+        for j in depths:
+            colour = "white" if between[i, j] < 0.6 else "black"
+            middle.text(j, i, f"{between[i, j]:.1f}", ha="center", va="center", fontsize=9,
+                        color=colour)
+    middle.set(xticks=depths, yticks=depths, xlabel="depth", ylabel="depth",
+               title="queries: cosine of two depths")
+
+    right.plot(depths, across, "o-", color="tab:red")
+    right.set(xlabel="depth", xticks=depths, ylim=(-0.05, 1.05),
+              title="cosine of one query after two different prompts")
+    right.grid(alpha=0.3)
+    plt.show()
+
+
+def probes(accuracy: dict, chance: dict, n_test: dict, taps: list, taught: int) -> None:
+    """{(model, fact): right at each depth, and with all taps together}, {fact: chance}, {fact:
+    prompts} -> a panel for each fact, with bars of two standard errors."""
+    fig, axes = plt.subplots(1, len(chance), figsize=(17, 4.4), sharey=True)
+    for ax, fact in zip(axes, chance):
+        for name, mark, colour in (("toy", "o-", "tab:red"), ("untrained", "s:", "grey")):
+            *right, together = accuracy[name, fact].tolist()
+            bars = [2 * (r * (1 - r) / n_test[fact]) ** 0.5 for r in right]
+            depths = range(len(right))
+            ax.errorbar(depths, right, bars, fmt=mark, color=colour, ms=5, capsize=2, label=name)
+            ax.plot(len(right) + 0.2, together, "D", color=colour, ms=7)
+        ax.axhline(chance[fact], color="black", ls="--", lw=1, label="chance")
+        ax.axvspan(taps[0] - 0.3, taps[-1] + 0.3, color="tab:red", alpha=0.08, label="taps")
+        ax.axvline(taught - 0.5, color="tab:blue", lw=1, label="taught: from here on")
+        ax.set(title=fact, xlabel="depth", ylim=(0, 1.04))
+        ax.set_xticks([*depths, len(right) + 0.2], [*depths, "all\ntaps"])
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("right on held-out prompts")
+    axes[2].legend(loc="lower right", fontsize=9)
+    plt.show()
+
+
+def work_per_token(runs: dict) -> None:
+    """{name: (tokens, 3), positions read, FLOP and attention scores of each token of an answer}."""
+    fig, axes = plt.subplots(1, 3, figsize=(16, 3.8))
+    titles = ("positions read", "MFLOP, ViT and head included", "attention scores of one head")
+    for (name, work), colour in zip(runs.items(), ("tab:grey", "tab:red")):
+        n = len(work)
+        for ax, column, unit in zip(axes, work.T, (1, 1e6, 1)):
+            ax.semilogy(range(1, n + 1), column / unit, "o-", ms=4, color=colour, label=name)
+    for ax, title in zip(axes, titles):
+        ax.set(title=f"{title}, for each token", xlabel="token of the answer")
+        ax.set_xticks([1, *range(5, n + 1, 5)])
+        ax.grid(alpha=0.3)
+    axes[0].legend(loc="center right")
+    plt.show()
+
+
+# ---------------------------------------------------------------------------------- 3_dit
+
+def page(image: Image.Image, size: tuple = (12, 3.6)) -> None:
+    """One picture, without axes."""
+    plt.figure(figsize=size)
+    plt.imshow(image)
+    plt.axis("off")
+    plt.show()
+
+
+def attention_matrices(images: dict, W: Tensor, row: int, column: int) -> None:
+    """Two pictures with one place marked, and of each head the matrix W (H, N, N) and the row of
+    that place, laid out as a picture."""
+    h = w = math.isqrt(W.shape[-1])
+    fig, axes = plt.subplots(2, len(W) + 1, figsize=(15, 6.6))
+    for ax, (title, image) in zip(axes[:, 0], images.items()):
+        ax.imshow(image, extent=(-0.5, w - 0.5, h - 0.5, -0.5))
+        ax.plot(column, row, "s", mfc="none", mec="black", ms=12, mew=2)
+        ax.set_title(title, fontsize=11)
+    for head, (upper, lower) in enumerate(axes[:, 1:].T):
+        of_place = W[head, row * w + column].view(h, w)
+        upper.imshow(W[head], cmap="viridis", interpolation="nearest")
+        upper.set_title(f"W, head {head}", fontsize=11)
+        lower.imshow(of_place, cmap="viridis", vmin=0)
+        lower.plot(column, row, "s", mfc="none", mec="white", ms=12, mew=2)
+        lower.set_title(f"its row, max {of_place.max():.2f}", fontsize=11)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    plt.show()
+
+
+def attention_cost(places: list, measured: dict, width: int, blocks: dict) -> None:
+    """{form: [(operations, bytes)] for each number of places}; {label: (parts of a block with the
+    linear form, with the explicit one)}, parts as {name: operations}."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.6), width_ratios=(1, 1, 1.5))
+    for (name, costs), colour in zip(measured.items(), ("tab:blue", "tab:red")):
+        for ax, values in zip((left, middle), zip(*costs)):
+            ax.loglog(places, values, "o-", color=colour, label=name)
+            ax.grid(alpha=0.3)
+    left.axvline(width, color="black", ls=":", label="N = K")
+    left.set(xlabel="places N", ylabel="operations", title="attention itself: operations")
+    middle.set(xlabel="places N", ylabel="bytes", title="and bytes held, float32")
+    left.legend()
+
+    colours = ("tab:red", "tab:pink", "tab:green", "tab:orange")
+    starts = [2.6 * i for i in range(len(blocks))]
+    for start, (linear, explicit) in zip(starts, blocks.values()):
+        unit = sum(linear.values())
+        for x, parts in ((start, linear), (start + 1, explicit)):
+            below = 0
+            for (part, n), colour in zip(parts.items(), colours):
+                label = part if x == 0 else None
+                right.bar(x, n / unit, 0.9, bottom=below, color=colour, label=label)
+                below += n / unit
+    right.set_xticks([start + 0.5 for start in starts], blocks)
+    right.set(xlabel="left bar: linear, right bar: explicit", ylabel="operations (linear = 1)",
+              title="a whole block of released size")
+    right.legend(loc="upper left")
+    plt.show()
+
+
+def reach(changes: dict, far: list, h: int, w: int) -> None:
+    """Above, where an output changes with one token, {way: (N,)}, on a logarithmic scale; below,
+    after each block, each token's distance (N,) to one of them."""
+    fig, axes = plt.subplots(2, len(changes), figsize=(16, 7))
+    for ax, (name, change) in zip(axes[0], changes.items()):
+        share = change / change.max()
+        reached = share > 1e-6
+        shown = torch.where(reached, share, torch.nan).log10().view(h, w)
+        ax.imshow(shown, vmin=-4, vmax=0, cmap="magma")
+        ax.set_facecolor("lightgrey")
+        ax.set_title(f"{name}:\n{reached.sum()} of {h * w} places", fontsize=12)
+    for i, (ax, distance) in enumerate(zip(axes[1], far)):
+        ax.imshow(distance.view(h, w), cmap="viridis")
+        ax.set_title(f"equal tokens after block {i}:\ndistance to row 3, column 4", fontsize=11)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    plt.show()
+
+
+def modulation(times: Tensor, curves: dict, told: Tensor, losses: dict, level: float) -> None:
+    """{channel of a vector: its value (L, T) over time in each block}; {true time: loss for each
+    time that the model is told}, beside the loss of velocity 0."""
+    fig = plt.figure(figsize=(16, 6))
+    grid = fig.add_gridspec(2, 5)
+    for i, (name, lines) in enumerate(curves.items()):
+        ax = fig.add_subplot(grid[i // 3, i % 3])
+        for j, line in enumerate(lines):
+            ax.plot(times, line, label=f"block {j}")
+        ax.set(title=name, xlabel="t" if i > 2 else None)
+        ax.grid(alpha=0.3)
+        if i == 0:
+            ax.legend(fontsize=10)
+
+    ax = fig.add_subplot(grid[:, 3:])
+    for (t, loss), colour in zip(losses.items(), ("tab:green", "tab:blue", "tab:red")):
+        ax.plot(told, loss, "o-", color=colour, label=f"latents of t = {t}")
+        ax.axvline(t, color=colour, ls=":")
+    ax.axhline(level, color="grey", ls="--", label="velocity 0")
+    ax.set(xlabel="t that the model is told", ylabel="loss", title="told another time",
+           yscale="log")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    plt.show()
+
+
+def cross_attention(noisy: dict, mass: Tensor, h: int, w: int) -> None:
+    """{time: x_t as a picture}, and of each block, beside it, the share (L, times, N, Q) that each
+    place gives to one query: to the one whose share depends most on the place."""
+    fig, axes = plt.subplots(len(noisy), len(mass) + 1, figsize=(16, 7.2))
+    for ax, (t, image) in zip(axes[:, 0], noisy.items()):
+        ax.imshow(image)
+        ax.set_title(f"x_t at t = {t}", fontsize=11)
+    for j, of_block in enumerate(mass):
+        query = of_block.std(1).mean(0).argmax()
+        maps = of_block[:, :, query].unflatten(1, (h, w))
+        for i, (ax, shares) in enumerate(zip(axes[:, j + 1], maps)):
+            ax.imshow(shares, vmin=0, vmax=maps.max(), cmap="viridis")
+            head = f"block {j}, query {query}\n" if i == 0 else ""
+            ax.set_title(f"{head}max {shares.max():.2f}", fontsize=11)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    plt.show()
+
+
+def learned_batch(losses: list, level: float, rows: dict, every: int = 10) -> None:
+    """The loss of each step and its mean, beside the predicted start; {label: pictures}, a row of
+    drawings for each label."""
+    n = len(losses)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(14, 7), width_ratios=(1.2, 1))
+    smooth = torch.tensor(losses).unfold(0, every, every).mean(1)
+    left.semilogy(range(1, n + 1), losses, color="tab:blue", alpha=0.3, label="each step")
+    left.semilogy(range(every, n + 1, every), smooth, color="tab:blue",
+                  label=f"mean of {every} steps")
+    left.axhline(level, color="black", ls="--", label="predicted start")
+    left.set(xlabel="training step", ylabel="loss")
+    left.grid(alpha=0.3, which="both")
+    left.legend()
+
+    pictures = [image for row in rows.values() for image in row]
+    sheet = contact_sheet(pictures, columns=len(pictures) // len(rows))
+    height = sheet.height / len(rows)
+    right.imshow(sheet, interpolation="nearest")
+    right.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows)
+    right.set(xticks=[], frame_on=False)
+    right.tick_params(length=0)
+    plt.show()
+
+
+# ------------------------------------------------------------------------------- 4_ladder
+
+def reading(mask: Tensor, begin: int, apart: list) -> None:
+    """mask (S, S), who attends to whom, queries from `begin` on; differences of their states."""
+    fig, axes = plt.subplots(1, 2, figsize=(15, 5.4))
+    # What queries attend to in a colour of its own.
+    shown = mask.int().numpy()
+    shown[begin:] *= 2
+    colours = ListedColormap(["white", "tab:blue", "tab:orange"])
+    axes[0].imshow(shown, cmap=colours, interpolation="nearest")
+    axes[0].axvline(begin - 0.5, color="black", ls=":")
+    axes[0].axhline(begin - 0.5, color="black", ls=":")
+    axes[0].set(title="who attends to whom (blue: prompt, orange: queries)")
+    axes[0].set(xlabel="position attended to", ylabel="position that attends")
+    axes[0].grid(False)
+    axes[1].plot(apart, "o-", color="tab:orange")
+    axes[1].set(title="the queries' states: one prompt against the other", ylim=(0, None))
+    axes[1].set(xlabel="depth: state i enters layer i", ylabel="relative difference")
+    plt.show()
+
+
+def wirings(name: str, n_mllm: int, n_dit: int, taps: dict) -> None:
+    """{wiring: its taps} -> a panel each: the MLLM's states, the DiT's blocks, what feeds what."""
+    height = 6 if n_mllm < 10 else 8
+    fig, axes = plt.subplots(1, len(taps), figsize=(16, height), sharey=True)
+    for ax, (how, tapped) in zip(axes, taps.items()):
+        one_wiring(ax, n_mllm, n_dit, how, tapped)
+    axes[0].set_ylabel(f"{name}: {n_mllm} layers, {n_dit} blocks\nstate (diamond: the normed end)")
+    fig.suptitle("left, MLLM states (blue: tapped); right, DiT blocks, block 0 at the bottom")
+    plt.show()
+
+
+def one_wiring(ax, n_mllm: int, n_dit: int, how: str, taps: list) -> None:
+    """One panel of `wirings`. Block j stands at the height of layer n_mllm - n_dit + j."""
+    heights = [n_mllm - n_dit + j for j in range(n_dit)]
+    size = 45 if n_mllm < 10 else 12
+    if how == "routed" and n_mllm > 10:
+        # Too many lines to see one.
+        corners = [0, heights[0], heights[-1], n_mllm]
+        ax.fill([0, 1, 1, 0], corners, color="tab:orange", alpha=0.3, zorder=1)
+    else:
+        for x, y in wires(how, taps, heights):
+            ax.plot(x, y, color="tab:orange", lw=0.4 if how == "routed" else 1.2, zorder=1)
+    colours = ["tab:blue" if i in taps else "lightgrey" for i in range(n_mllm + 1)]
+    ax.scatter([0] * n_mllm, range(n_mllm), s=size, c=colours[:-1], zorder=2)
+    ax.scatter(0, n_mllm, s=size, c=colours[-1:], marker="D", zorder=2)
+    ax.scatter([1] * n_dit, heights, s=size, color="tab:red", marker="s", zorder=2)
+    ax.set(title=how, xlim=(-0.25, 1.25), ylim=(-1, n_mllm + 1), xticks=[])
+    ax.set_xlabel(f"{max(taps)} of {n_mllm}\nlayers run")
+    ax.grid(False)
+
+
+def wires(how: str, taps: list, heights: list) -> list:
+    """The lines ((x0, x1), (y0, y1)) from states to blocks."""
+    if how == "mean":
+        # All states meet, and one average goes to all blocks.
+        middle = sum(heights) / len(heights)
+        inwards = [((0, 0.5), (i, middle)) for i in taps]
+        return inwards + [((0.5, 1), (middle, height)) for height in heights]
+    if how == "routed":
+        return [((0, 1), (i, height)) for i in taps for height in heights]
+    return [((0, 1), (i, height)) for i, height in zip(taps, heights)]
+
+
+def gradients(norms: dict, taps: dict) -> None:
+    """{wiring: (norms at the queries, norms at the prompt)}, each (N + 1), depth by depth."""
+    fig, axes = plt.subplots(1, len(norms), figsize=(15, 4.4), sharey=True)
+    for ax, (how, (at_queries, at_prompt)) in zip(axes, norms.items()):
+        depths = np.arange(len(at_queries))
+        ax.bar(depths - 0.2, at_queries, 0.4, color="tab:orange", label="at the queries")
+        ax.bar(depths + 0.2, at_prompt, 0.4, color="tab:blue",
+               label="at the prompt: leads to nothing that learns")
+        ax.set(title=how, xlabel="depth: state i enters layer i", yscale="log")
+        ax.set_xticks(depths, [f"{i}\ntap" if i in taps[how] else str(i) for i in depths])
+    axes[0].set_ylabel("norm of the loss's gradient")
+    axes[-1].legend(loc="upper center")
+    plt.show()
+
+
+def two_runs(step: int, drawn: dict, prompts: list) -> None:
+    """{name of a run: a picture for each prompt} after so many steps, side by side."""
+    fig, axes = plt.subplots(1, len(drawn) * len(prompts), figsize=(15, 2.9))
+    for k, pictures in enumerate(drawn.values()):
+        for ax, picture, prompt in zip(axes[len(prompts) * k:], pictures, prompts):
+            ax.imshow(picture)
+            ax.set_title(prompt, color=f"C{k}")
+            ax.set(xticks=[], yticks=[])
+    left, right = drawn
+    fig.suptitle(f"after {step} steps: left {left}, right {right}")
+    plt.show()
+
+
+def wiring_comparison(curves: dict, shipped: float) -> None:
+    """{wiring: {step: losses (n,)}} of two wirings: their means, and the last losses one by one."""
+    fig, axes = plt.subplots(1, 2, figsize=(15, 4.6))
+    for how, losses in curves.items():
+        axes[0].plot(list(losses), [x.mean().item() for x in losses.values()], "o-", label=how)
+    axes[0].axhline(shipped, color="black", ls="--", label="the shipped model")
+    axes[0].set(xlabel="step", ylabel="held-out loss", ylim=(0, None))
+    axes[0].legend()
+    one, other = curves
+    of_one, of_other = (list(losses.values())[-1].numpy() for losses in curves.values())
+    axes[1].plot(of_other, of_one, "o", ms=4)
+    ends = [0.9 * min(of_one.min(), of_other.min()), 1.1 * max(of_one.max(), of_other.max())]
+    axes[1].plot(ends, ends, "k:", label="equal")
+    axes[1].set(xscale="log", yscale="log", aspect="equal")
+    axes[1].set(xlabel=f"{other}: loss of each held-out picture")
+    axes[1].set(ylabel=f"{one}: loss of the same picture")
+    axes[1].legend()
+    plt.show()
+
+
+# ------------------------------------------------------------------------------ 5_inspect
+
+def label_row(ax, label: str) -> None:
+    """Words to the left of a row's first panel."""
+    ax.set_ylabel(label, rotation=0, ha="right", va="center")
+
+
+def picture_grid(rows: list, down: list, across: list, size: float = 1.35) -> None:
+    """A grid of pictures: rows, a list of lists; words `down` the left side, `across` the top."""
+    n_row, n_column = len(rows), len(rows[0])
+    figsize = (size * n_column + 1, size * n_row + 0.3)
+    fig, axes = plt.subplots(n_row, n_column, figsize=figsize, squeeze=False)
+    for row, pictures, label in zip(axes, rows, down):
+        label_row(row[0], label)
+        for ax, picture in zip(row, pictures):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    for ax, label in zip(axes[0], across):
+        ax.set_title(label, fontsize=11)
+    plt.show()
+
+
+def attention_maps(maps: Tensor, picture: Image.Image, queries: list, steps: tuple) -> None:
+    """maps (steps, L, h, w), one query for each block: some steps, their mean, and the picture."""
+    maps = maps.numpy()
+    L = maps.shape[1]
+    fig, axes = plt.subplots(L, len(steps) + 2, figsize=(9.6, 1.4 * L))
+    titles = [*(f"step {step}" for step in steps), "mean", "picture"]
+    for j, row in enumerate(axes):
+        top = maps[:, j].max()
+        shown = [*(maps[step, j] for step in steps), maps[:, j].mean(0)]
+        for ax, values in zip(row, shown):
+            ax.imshow(values, vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
+        row[-1].imshow(picture, interpolation="nearest")
+        label_row(row[0], f"block {j}\nquery {queries[j]}")
+        for ax, title in zip(row, titles):
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(title if j == 0 else "", fontsize=11)
+    plt.show()
+
+
+def attention_differences(differences: dict) -> None:
+    """{title: (steps, L)}, each a panel: steps to the right, blocks downwards."""
+    n = len(differences)
+    fig, axes = plt.subplots(1, n, figsize=(4.6 * n, 3), squeeze=False)
+    for ax, (title, values) in zip(axes[0], differences.items()):
+        shown = ax.imshow(values.T.numpy(), vmin=0, vmax=0.5, aspect="auto", cmap="magma",
+                          interpolation="nearest")
+        ax.set(title=title, xlabel="step (0: noise)", ylabel="block")
+    fig.colorbar(shown, ax=axes, label="difference of attention")
+    plt.show()
+
+
+def transplant_tables(tables: dict) -> None:
+    """{what the prompts differ in: (4, L)}: new, neither, change inside, change elsewhere."""
+    panels = {
+        "this rung alone:\nthe new picture, %": (100, 100),
+        "this rung alone: neither\nnew nor old, %": (100, 100),
+        "change where the word\nacts, % of all rungs'": (100, 100),
+        "change elsewhere,\nof 255": (1, 50),
+    }
+    fig, axes = plt.subplots(1, 4, figsize=(16, 3.4), sharey=True)
+    for i, (ax, (title, (unit, top))) in enumerate(zip(axes, panels.items())):
+        values = np.array([unit * table[i] for table in tables.values()])
+        ax.imshow(values, vmin=0, vmax=top, cmap="Blues", aspect="auto", interpolation="nearest")
+        for (y, x), value in np.ndenumerate(values):
+            colour = "white" if value > 0.6 * top else "black"
+            ax.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour)
+        ax.set(title=title, xlabel="rung taken from the other prompt")
+        ax.set(xticks=range(values.shape[1]), yticks=range(len(tables)))
+    axes[0].set_yticklabels(list(tables))
+    plt.show()
+
+
+def edits(rows: dict, orders: list) -> None:
+    """{label: a picture or a map of errors (NaN: grey) for each order}, the orders as titles."""
+    fig, axes = plt.subplots(len(rows), len(orders), figsize=(15.5, 9.6))
+    colours = plt.get_cmap("magma").with_extremes(bad="lightgrey")
+    for row, (label, pictures) in zip(axes, rows.items()):
+        label_row(row[0], label)
+        for ax, picture in zip(row, pictures):
+            ax.imshow(picture, vmin=0, vmax=255, cmap=colours, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    for ax, order in zip(axes[0], orders):
+        ax.set_title(textwrap.fill(order, 22), fontsize=9)
+    plt.show()
+
+
+# ------------------------------------------------------------------------------ 6_weights
+
+def checkpoint_shares(tensors: dict, numbers: dict) -> None:
+    """{part: its share} of all tensors and of all numbers, as two bars."""
+    fig, ax = plt.subplots(figsize=(9, 2.4))
+    left = [0, 0]
+    for part, colour in zip(tensors, ("tab:blue", "tab:red", "tab:orange", "tab:green")):
+        widths = [tensors[part], numbers[part]]
+        ax.barh(["tensors", "numbers"], widths, left=left, color=colour, label=part)
+        left = [start + width for start, width in zip(left, widths)]
+    ax.set(xlabel="share of the checkpoint", xlim=(0, 1))
+    ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    plt.show()
+
+
+def parity(table: dict, bars: dict, mistakes: dict) -> None:
+    """{what: differences to the released code} beside the bars, and {mistake: its difference}."""
+    fig, ax = plt.subplots(figsize=(10, 6))
+    rows = [*table, *mistakes]
+    for row, what in enumerate(rows):
+        if what in table:
+            values = [max(value, 1e-9) for value in table[what]]
+            ax.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.7, ms=7)
+        else:
+            ax.plot(mistakes[what], row, "X", color="tab:orange", ms=7)
+        ax.plot(bars.get(what, 1e-5), row, "|", color="tab:red", ms=14, mew=2)
+    ax.axvline(2 ** -24, color="grey", ls="--")
+    ax.text(2 ** -24 * 0.85, len(rows) - 0.7, "float32", rotation=90, ha="right", va="bottom",
+            color="grey")
+    ax.set(xscale="log", xlim=(6e-10, 3))
+    ax.set_xlabel("relative difference to the released code (red: the bar; 0 is drawn at 1e-9)")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.invert_yaxis()
+    plt.show()
+
+
+def memory(rows: dict) -> None:
+    """{what: {part: bytes}} as stacked bars, beside the sizes of some GPUs."""
+    fig, ax = plt.subplots(figsize=(10, 3.4))
+    colours = {"mllm": "tab:blue", "dcae": "tab:green", "dit": "tab:orange", "ladder": "tab:red",
+               "while it works": "grey"}
+    named = set()
+    for row, held in enumerate(rows.values()):
+        start = 0
+        for part, n in held.items():
+            label = None if part in named else part
+            ax.barh(row, n / 1e9, left=start, color=colours[part], label=label)
+            named.add(part)
+            start += n / 1e9
+    for gpu in (8, 16, 24, 40):
+        ax.axvline(gpu, color="black", ls=":")
+        ax.text(gpu, -0.85, f"{gpu} GB", ha="center", fontsize=10)
+    ax.set(xlabel="GB ($10^9$ bytes); dotted: GPUs", xlim=(0, 44), ylim=(3.6, -0.8))
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.legend(loc="lower right", fontsize=10)
+    plt.show()
