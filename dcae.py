@@ -1,4 +1,4 @@
-"""DC-AE by hand: the Deep Compression Autoencoder (arXiv 2410.10733, sections 3.1-3.2), in the
+"""DC-AE from scratch: the Deep Compression Autoencoder (arXiv 2410.10733, sections 3.1-3.2), in the
 variant that SANA uses: f32c32, "sana-1.0".
 
 pixels (B, 3, 32h, 32w) in [-1, 1] <-> latents (B, 32, h, w). It is deterministic: no mean and

@@ -46,7 +46,7 @@ def open_reader(args, state, rank: int, world: int, makers: dict, latents) -> Re
 
 def count_records(sources, rank: int) -> list[int]:
     if any(isinstance(s, Generated) for s in sources):
-        raise ValueError("--epochs: the toy world has no end, give --steps")
+        raise ValueError("--epochs: generated sources are endless, give --steps")
     counts = []
     for s in sources:
         locations = tqdm(s.locations(random.Random(0)), "count records", disable=rank > 0)

@@ -1,150 +1,483 @@
-"""What the README shows is what the files hold: the code, the line counts, the names, the links, the commands."""
+"""What the pages say is what the files hold: code, numbers, names, links, commands. And how the
+files themselves are written: columns, statements, imports.
+
+The pages are README.md, docs/*.md, bench/README.md and CONTRIBUTING.md.
+"""
 import ast
-import io
+import graphlib
 import json
 import re
 import shlex
-import tokenize
 
 import pytest
 
-from lab import evaluate
 import sample
 import train
-from lab import ablate
-from engine.options import TOY_FOLDER
+from lab import ablate, evaluate, figures, pretrain
+from sample import TOY_FOLDER
+from tbac import TBACConfig
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.STRING}
+PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md"]
+PAGES += sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
+README, STUDY, TRAINING = (TEXT[page] for page in ("README.md", "docs/study.md",
+                                                   "docs/training.md"))
+STUDIES = ROOT / "assets" / "study"
+# Folders that hold what a person installed, built or trained.
+NOT_OURS = ("build", "runs")
 
 
-def code_lines(file):
-    """Lines that hold code: neither blank, nor comment, nor docstring."""
-    return len({t.start[0] for t in tokenize.generate_tokens(io.StringIO(file.read_text()).readline) if t.type not in NOT_CODE})
+def files_of(pattern):
+    """Files of the repository, by name: none in hidden folders, build or runs."""
+    found = {}
+    for file in sorted(ROOT.rglob(pattern)):
+        name = file.relative_to(ROOT)
+        if not any(part.startswith(".") or part in NOT_OURS for part in name.parts):
+            found[name.as_posix()] = file.read_text()
+    return found
+
+
+SOURCES = files_of("*.py")
+TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
+
+
+def test_there_is_a_page_for_each_question():
+    expected = {"study", "paper_to_code", "training", "public_weights", "questions", "glossary",
+                "references"}
+    assert {page[5:-3] for page in PAGES if page.startswith("docs/")} == expected
+    for name in expected:
+        assert f"](docs/{name}.md" in README, name
+        assert "](../README.md)" in TEXT[f"docs/{name}.md"], name
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 14_000
+
+
+def test_the_reading_order_has_the_minutes_of_the_files():
+    """At 20 lines a minute; in all as they add up."""
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
+    assert {name for name, _ in rows} == {name for name in SOURCES if "/" not in name}
+    wrong = [(name, said) for name, said in rows
+             if abs(int(said) - len(SOURCES[name].splitlines()) / 20) > 2]
+    assert not wrong, wrong
+    hours, minutes = re.search(r"a minute, (\d+) h (\d+) in all", README).groups()
+    assert abs(60 * int(hours) + int(minutes) - sum(int(said) for _, said in rows)) <= 2
+
+
+# ------------------------------------------------------------------------------------ code shown
+
+def without_comment(line):
+    return re.sub(r"\s+# .*", "", line.strip())
+
+
+def code_shown():
+    """(page, file, line) for each line of code on the pages, with the file that the comment above
+    it names."""
+    for page, text in TEXT.items():
+        for block in re.findall(r"```python\n(.*?)```", text, re.S):
+            file = None
+            for line in filter(None, block.splitlines()):
+                if line.startswith("# "):
+                    file = re.match(r"# ([\w/]+\.py), ", line)[1]
+                else:
+                    yield page, file, line
 
 
 def test_the_code_shown_stands_in_the_files():
-    """Each line of it in the file that the comment above it names."""
-    bare = lambda line: re.sub(r"\s+# .*", "", line.strip())
-    held, file = {f.name: {bare(line) for line in f.read_text().splitlines()} for f in ROOT.glob("*.py")}, None
-    shown, lost = 0, []
-    for line in (line for block in re.findall(r"```python\n(.*?)```", README, re.S) for line in block.splitlines() if line):
-        if line.startswith("# "):
-            file = re.match(r"# (\w+\.py), ", line)[1]
-        else:
-            shown += 1
-            lost += [] if bare(line) in held[file] else [f"{file}: {line}"]
-    assert shown > 5 and not lost, lost
+    held = {name: {without_comment(line) for line in text.splitlines()}
+            for name, text in SOURCES.items()}
+    shown = list(code_shown())
+    lost = [(page, file, line) for page, file, line in shown
+            if without_comment(line) not in held[file]]
+    assert len(shown) > 5 and not lost, lost
 
 
-def test_line_counts():
-    counts = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
-    assert {f.name for f in ROOT.glob("*.py")} == counts.keys()
-    assert {f.name: code_lines(f) for f in ROOT.glob("*.py")} == {k: int(v) for k, v in counts.items()}
+def test_the_shape_trace_is_that_of_the_released_sizes():
+    c = TBACConfig()
+    n_block, n_query, side = c.dit.n_layer, c.n_query, c.size // c.dcae.factor
+    head = f"B, {c.dit.cross_n_head}"
+    size = c.dit.dim // c.dit.cross_n_head
+    shapes = (
+        f"(B, S, {c.mllm.dim})", f"(B, S + {n_query}, {c.mllm.dim})",
+        f"{n_block} x (B, {n_query}, {c.mllm.dim})",
+        f"({n_block}, B, {n_query}, {c.dit.caption_dim})",
+        f"({n_block}, B, {n_query}, {c.dit.dim})", f"({head}, {n_query}, {size})",
+        f"({head}, {side * side}, {n_query})", f"(B, {side * side}, {c.dit.dim})",
+        f"(B, {c.dit.channels}, {side}, {side})", f"(B, 3, {c.size}, {c.size})",
+    )
+    places = [README.find(shape) for shape in shapes]
+    assert min(places) > 0 and places == sorted(places), dict(zip(shapes, places))
+
+
+# --------------------------------------------------------------------------------------- numbers
+
+def study(name):
+    return json.loads((STUDIES / f"{name}.json").read_text())
+
+
+def score_of(row):
+    return evaluate.percent(row["mean of 6"])
 
 
 def test_the_study_is_the_one_that_was_run():
-    """The README's tables of wirings and queries, cell by cell, from the files that `evaluate.py ablate` wrote."""
-    table = json.loads((ROOT / "assets" / "study" / "wirings.json").read_text())["table"]
+    """The tables of wirings and queries, cell by cell, from the files that `lab.ablate` wrote."""
+    table = study("wirings")["table"]
     for kind, row in table.items():
         shown = ("mean of 6", "counting, seen", "position, seen", "colour attribution, seen")
         line = f"| {kind} | " + " | ".join(evaluate.percent(row[c]) for c in shown)
-        assert line in README, line
-        if test := row.get("minus last"):
-            assert f"{line} | {ablate.points(test)} |" in README, ablate.points(test)
+        assert line in STUDY, line
+        if test := row.get("minus final"):
+            assert f"{line} | {ablate.points(test)} |" in STUDY, ablate.points(test)
     assert len(table) == 10 and all(row["seeds"] == 3 for row in table.values())
-    table = json.loads((ROOT / "assets" / "study" / "wirings-shipped.json").read_text())["table"]
+    table = study("wirings-shipped")["table"]
     for kind, row in table.items():
-        line = f"\n  | {kind} | {evaluate.percent(row['mean of 6'])} | {ablate.points(row['minus last']) if kind != 'last' else ' | '} |"
-        assert line in README, line
-    table = json.loads((ROOT / "assets" / "study" / "queries.json").read_text())["table"]
+        against = ablate.points(row["minus final"]) if kind != "final" else " | "
+        line = f"\n| {kind} | {score_of(row)} | {against} |\n"
+        assert line in STUDY, line
+    table = study("queries")["table"]
     for n in ablate.QUERIES:
-        top, last = (evaluate.percent(table[f"{wiring}, {n} queries"]["mean of 6"]) for wiring in ("top", "last"))
-        line = f"\n  | {n} | {top} | {last} | {ablate.points(table[f'top, {n} queries']['minus last'])} |"
-        assert line in README, line
+        ladder, final = (table[f"{wiring}, {n} queries"] for wiring in ("ladder", "final"))
+        against = ablate.points(ladder["minus final"])
+        line = f"\n| {n} | {score_of(ladder)} | {score_of(final)} | {against} |\n"
+        assert line in STUDY, line
     assert len(table) == 8 and all(row["seeds"] == 3 for row in table.values())
+    for kind, row in study("shift")["table"].items():
+        assert f"| {kind} | {score_of(row)} |" in STUDY, kind
 
 
-def test_experiments_are_those_that_were_run():
-    """Scores of settings and probes, number by number, from the files that `evaluate.py ablate` wrote."""
-    found = {study: json.loads((ROOT / "assets" / "study" / f"{study}.json").read_text()) for study in ("settings", "probes", "rungs")}
-    rows = {line.split(" | ")[0]: line for line in README.splitlines() if line.startswith("| ")}
-    said = rows["| What is guidance good for?"] + rows["| How few steps?"]
-    for name, row in found["settings"]["table"].items():
-        assert evaluate.percent(row["mean of 6"]) in said, name
-    for name, row in found["settings"]["edits"].items():
-        for what in ("unchanged", "followed"):
-            assert evaluate.percent(row[what]) in rows["| What holds on to the picture?"], (name, what)
-    for fact in ("first colour", "first shape", "second colour", "second shape", "side"):
-        depths = found["probes"]["table"][fact]["depths"]
-        assert f"{100 * depths[1]:.0f} / {100 * depths[-1]:.0f}" in rows["| What do the queries know at which depth?"], fact
-    weights = {ablate.digest(TOY_FOLDER), *(content["options"]["weights"] for content in found.values())}
-    assert len(weights) == 1, "of other weights than those shipped"
+def test_the_readme_says_what_the_study_says():
+    first, shipped, queries = (study(name)["table"]
+                               for name in ("wirings", "wirings-shipped", "queries"))
+    rows = [table[kind] for table in (first, shipped) for kind in ("ladder", "final")]
+    rows += [first["ladder, random MLLM"]]
+    rows += [queries["ladder, 4 queries"], queries["final, 4 queries"]]
+    for row in rows:
+        assert score_of(row) in README, score_of(row)
+
+
+def test_the_lost_points_are_those_that_were_measured():
+    """The table of rungs taken from another prompt, cell by cell."""
+    rows = study("rungs")["points"]["another prompt"]
+    shown = ("single object", "two objects", "counting", "colours", "position",
+             "colour attribution")
+    for j, row in enumerate(rows):
+        lost = [row[f"{name}, seen"] for name in shown]
+        mean = sum(lost) / len(lost)
+        cells = " | ".join(f"{value:.0f}".replace("-0", "0") for value in (mean, *lost))
+        line = f"\n| {j} | {cells} |\n"
+        assert line in STUDY, line
+
+
+def section(title):
+    """What stands below a heading of docs/training.md, up to the next one."""
+    return re.split(r"^#+ ", TRAINING.split(f"### {title}\n")[1], flags=re.M)[0]
+
+
+def test_settings_are_those_that_were_run():
+    """Scores of settings, number by number, from the files that `lab.ablate` wrote."""
+    found = study("settings")
+    table = found["table"]
+    whole = {name: score_of(row) for name, row in table.items()}
+    position = {name: f"{100 * row['position, seen']['mean']:.0f}" for name, row in table.items()}
+    by_guidance = [name for name in table if name.endswith(", 20 steps")]
+    said = section("What is guidance good for?")
+    for scores in (whole, position):
+        assert " | ".join(scores[name] for name in by_guidance) in said
+    said = section("How few steps?")
+    for name, solver in (("DPM-Solver++", "dpm++"), ("Euler", "euler")):
+        cells = [whole[f"guidance 4.5, {n} steps, {solver}"] for n in (3, 5, 10)]
+        assert f"| {name} | {' | '.join(cells)} |" in said
+    said = section("What keeps an edit close to its picture?")
+    for what in ("unchanged", "followed"):
+        cells = [evaluate.percent(row[what]) for row in found["edits"].values()]
+        assert f"{what} | {' | '.join(cells)} |" in said
+    more = study("experiments")["edits that image guidance 3 was not chosen on"]
+    for what in ("unchanged", "followed"):
+        assert f"{what} {evaluate.percent(more[what])}" in " ".join(said.split())
+
+
+def test_the_probes_are_those_that_were_run():
+    """The two tables of probes, cell by cell."""
+    def percents(*values):
+        return " | ".join(f"{100 * value:.0f}" for value in values)
+
+    table = study("probes")["table"]
+    for fact, row in table.items():
+        depths, untrained = row["depths"], row["untrained"]
+        cells = percents(row["chance"], depths[1], untrained[1], depths[2], depths[-1],
+                         untrained[-1])
+        assert f"\n| {fact} | {cells} |\n" in STUDY, fact
+    facts = ("first colour", "first shape", "second colour", "second shape", "side")
+    said = section("What do the queries encode at which depth?")
+    for title, kind, depth in (("entering layer 1", "depths", 1), ("at the end", "depths", -1),
+                               ("untrained MLLM, entering layer 1", "untrained", 1)):
+        cells = percents(*(table[fact][kind][depth] for fact in facts))
+        assert f"\n| {title} | {cells} |\n" in said, title
+
+
+def test_one_batch_is_learnt_as_it_was_recorded():
+    """The numbers of docs/training.md and docs/questions.md that `train.py --overfit` gave."""
+    found = study("experiments")["overfit"]
+    said = " ".join(section("Can it learn one batch by heart?").split())
+    assert found["command"] in said
+    for what in ("loss, steps 1 to 20", "loss, steps 181 to 200",
+                 "highest mean of 20 steps in a row"):
+        assert f"{found[what]:.3f}" in said, what
+    by_time = found["loss by t, steps 101 to 200"]
+    low, middle = (f"{by_time[t]:.2f}" for t in ("0.0 to 0.1", "0.5 to 0.6"))
+    assert f"{low} for t from 0 to 0.1 and {middle} for t from 0.5 to 0.6" in said
+    questions = " ".join(TEXT["docs/questions.md"].split())
+    assert f"{low} for t < 0.1 and {middle} for t from 0.5 to 0.6" in questions
+
+
+def test_the_studies_are_of_the_shipped_weights():
+    found = {study(name)["options"]["weights"] for name in ("settings", "probes", "rungs")}
+    found.add(study("experiments")["weights"])
+    assert found == {ablate.digest(TOY_FOLDER)}, "of other weights than those shipped"
+
+
+def test_the_probes_of_notebook_2_are_quoted_right():
+    """docs/study.md says why they differ from its own."""
+    cells = json.loads((ROOT / "notebooks" / "2_mllm.ipynb").read_text())["cells"]
+    printed = "".join("".join(output.get("text", "")) for cell in cells
+                      for output in cell.get("outputs", []))
+
+    def percents(line):
+        return re.search(rf"^{line} +([\d ]+)$", printed, re.M)[1].split()
+
+    colour, shape, side = (percents(f"{fact}, toy")[1] for fact in ("colour", "shape", "side"))
+    text = " ".join(STUDY.split())
+    assert f"prints {colour}, {shape} and {side} for colour, shape and side at state 1" in text
+    control = [int(percents(f"{fact}, untrained")[1]) for fact in
+               ("colour", "shape", "count", "side")]
+    assert f"state 1 in {min(control)} to {max(control)} %" in text
+    ours = [study("probes")["table"][fact]["depths"][1] for fact in
+            ("first colour", "first shape", "side")]
+    colour, shape, side = (f"{100 * value:.0f}" for value in ours)
+    assert f"where this study has {colour}, {shape} and {side}" in text
+    toy, untrained = (percents(f"left/upper colour, {name}") for name in ("toy", "untrained"))
+    early = f"{toy[2]} against {untrained[2]} % at state 2"
+    assert f"({early}, {toy[8]} against {untrained[8]} at the end)" in text
+
+
+MEANS = (
+    ("draw", "category, seen"), ("edit", "followed, seen"), ("edit", "unchanged, seen"),
+    ("edit", "both, seen"), ("edit", "objects kept, seen"), ("ask", "a picture, seen"),
+)
 
 
 def test_the_scores_are_those_in_the_record():
     scores = json.loads((TOY_FOLDER / "record.json").read_text())["scores"]["scores"]
-    for task, what in (("draw", "category, seen"), ("edit", "followed, seen"), ("edit", "unchanged, seen"), ("edit", "both, seen"),
-                       ("edit", "things kept, seen"), ("ask", "a picture, seen")):
-        assert evaluate.percent(scores[task]["mean of 6"][what]) in README, (task, what)
+    for task, what in MEANS:
+        said = evaluate.percent(scores[task]["mean of 6"][what])
+        assert said in README and said in STUDY, (task, what)
+    shown = ("category, seen", "category, never seen")
+    for category, row in scores["draw"].items():
+        cells = [evaluate.percent(row[what]) if what in row else "" for what in shown]
+        if category in evaluate.GENEVAL:
+            line = f"\n| {category} | {' | '.join(cells)} |\n"
+            assert line in STUDY, line
+    for what in ("followed", "unchanged", "both", "objects kept"):
+        row = scores["edit"]["mean of 6"]
+        cells = [evaluate.percent(row[f"{what}, {pairs}"]) for pairs in ("seen", "never seen")]
+        assert f"{cells[0]} | {cells[1]} |\n" in STUDY, what
 
 
-def test_no_function_is_longer_than_40_lines():
-    files = [*ROOT.glob("*.py"), *(ROOT / "lab").glob("*.py"), *(ROOT / "engine").glob("*.py"), *(ROOT / "toy").glob("*.py"), *(ROOT / "bench").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
-    functions = [(f.name, n.name, n.end_lineno - n.lineno + 1) for f in files for n in ast.walk(ast.parse(f.read_text()))
-                 if isinstance(n, ast.FunctionDef)]
-    assert len(functions) > 300 and not [x for x in functions if x[2] > 40]
-
+# ---------------------------------------------------------------------------- names, links, words
 
 def names(body, prefix=""):
-    """What is defined at the top of a file, and in its classes: {"TBAC", "TBAC.encode", "TBACConfig.size", "PRESETS", ...}"""
+    """What is defined at the top of a file, and in its classes: {"TBAC", "TBAC.encode",
+    "TBACConfig.size", "PRESETS", ...}"""
     found = set()
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found.add(prefix + node.name)
         if isinstance(node, ast.ClassDef):
             found |= names(node.body, f"{prefix}{node.name}.")
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        found |= {prefix + n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        for target in targets:
+            found |= {prefix + n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
     return found
 
 
-def test_every_name_exists():
-    pointers = re.findall(r"`([\w/]+\.py):([\w.]+)`", README + (ROOT / "bench" / "README.md").read_text())
-    known = {file: names(ast.parse((ROOT / file).read_text()).body) for file in {file for file, _ in pointers}}
-    assert len(pointers) > 50 and not [p for p in pointers if p[1] not in known[p[0]]], [p for p in pointers if p[1] not in known[p[0]]]
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_exists(page):
+    pointers = re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXT[page])
+    known = {file: names(TREES[file].body) for file in {file for file, _ in pointers}}
+    lost = [f"{file}:{name}" for file, name in pointers if name not in known[file]]
+    assert not lost, lost
+    assert len(pointers) > 50 or page not in ("docs/paper_to_code.md", "docs/glossary.md")
 
 
-def test_links_and_files_exist():
-    links = [a or b for a, b in re.findall(r"\]\(([^)]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", README)]
-    links += re.findall(r"(?<![\w/.-])((?:tests|assets|bench|notebooks)/[\w/-]+(?:\.\w+)?)", README)
-    headings = {"#" + re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", README, re.M)}
-    inside = [link for link in links if not link.startswith("http")]
-    lost = [link for link in inside if link not in headings and not (ROOT / link.split("#")[0]).exists() or link == ""]
-    assert len(inside) > 5 and not lost, lost
+def anchors(page):
+    """The headings of a page, as GitHub turns them into links."""
+    headings = re.findall(r"^#+ (.*)", (ROOT / page).read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-COMMANDS = re.findall(r"python (?!-)([\w/]+\.py)([^`\n]*)|torchrun --nproc-per-node \d+ (train\.py)([^`\n]*)", README.replace("\\\n", " "))
-COMMANDS = list(dict.fromkeys((a or c, (b or d).split("&&")[0].strip()) for a, b, c, d in COMMANDS))
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_exist(page):
+    folder = (ROOT / page).parent
+    found = re.findall(r"\]\(([^)]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", TEXT[page])
+    inside = [link for link in (a or b for a, b in found) if not link.startswith("http")]
+    lost = []
+    for link in inside:
+        file, _, anchor = link.partition("#")
+        target = (folder / file).resolve() if file else ROOT / page
+        wrong = anchor and anchor not in anchors(target.relative_to(ROOT))
+        if not target.exists() or wrong:
+            lost.append(link)
+    mentioned = r"(?<![\w/.-])((?:tests|assets|bench|notebooks|docs|engine|toy|lab)/[\w/-]+" \
+                r"(?:\.\w+)?)"
+    # What a command writes need not be there.
+    text = re.sub(r"--out \S+", "", TEXT[page])
+    lost += [name for name in re.findall(mentioned, text) if not (ROOT / name).exists()]
+    assert inside and not lost, lost
 
 
-@pytest.mark.parametrize("script, said", COMMANDS)
-def test_every_command_is_understood(script, said):
-    """By the script's own parser, with its choices and kinds of numbers; where that stands inside of `main`, the options are there by name."""
+def test_the_notebooks_point_at_what_exists():
+    """Names of files and headings in their text."""
+    for name, text in files_of("*.ipynb").items():
+        for link in re.findall(r"\]\((\.\./[\w/.]+\.md)(?:#([\w-]+))?\)", text):
+            page = ((ROOT / name).parent / link[0]).resolve()
+            assert page.exists(), (name, link)
+            assert not link[1] or link[1] in anchors(page.relative_to(ROOT)), (name, link)
+
+
+# -------------------------------------------------------------------------------------- commands
+
+COMMAND = re.compile(r"python (?:-m ((?:lab|bench)\.\w+)|(?!-)([\w/]+\.py))([^`\n]*)"
+                     r"|torchrun --nproc-per-node \d+ (train\.py)([^`\n]*)")
+
+
+def commands():
+    """(page, script, what follows it) for each command on the pages, once."""
+    found = {}
+    for page, text in TEXT.items():
+        for module, script, said, run, more in COMMAND.findall(text.replace("\\\n", " ")):
+            words = (said or more).split("&&")[0].strip()
+            found.setdefault((module or script or run, words), page)
+    return [(page, script, words) for (script, words), page in found.items()]
+
+
+PARSERS = {
+    "train.py": train.options, "sample.py": sample.options, "lab.evaluate": evaluate.options,
+    "lab.ablate": ablate.options, "lab.pretrain": pretrain.options,
+    "lab.figures": figures.options,
+}
+
+
+@pytest.mark.parametrize("page, script, said", commands())
+def test_every_command_is_understood(page, script, said):
+    """By the script's own parser, with its choices and kinds of numbers; where that stands inside
+    of `main`, the options are there by name."""
     argv = shlex.split(said, comments=True)
-    if script == "evaluate.py" and argv[:1] == ["ablate"]:
-        script, argv = "bench/ablate.py", argv[1:]
-    parser = {"bench/ablate.py": ablate.options, "train.py": train.options, "sample.py": sample.options, "evaluate.py": evaluate.options}.get(script)
-    if parser is None:
-        text = {node.value for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Constant)}
-        assert {word for word in argv if word.startswith("--")} <= text
+    if script not in PARSERS:
+        file = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
+        constants = {node.value for node in ast.walk(TREES[file])
+                     if isinstance(node, ast.Constant)}
+        assert {word for word in argv if word.startswith("--")} <= constants
         return
     try:
-        parser(argv)
+        PARSERS[script](argv)
     except SystemExit as e:
-        assert not e.code, said                                                 # --help ends without one
+        # --help ends without one.
+        assert not e.code, said
 
 
 def test_there_are_commands_for_every_script():
-    assert {"train.py", "sample.py", "evaluate.py", "weights_convert.py"} <= {script for script, _ in COMMANDS} and len(COMMANDS) > 20
+    found = {script for _, script, _ in commands()}
+    expected = {"train.py", "sample.py", "weights_convert.py", "lab.evaluate", "lab.ablate",
+                "lab.pretrain", "lab.figures"}
+    assert expected <= found and len(commands()) > 20
+
+
+# ----------------------------------------------------------------------- how the files are written
+
+def test_no_line_is_above_100_columns():
+    lines = [(name, number, line) for name, text in SOURCES.items()
+             for number, line in enumerate(text.splitlines(), 1)]
+    for name, text in files_of("*.ipynb").items():
+        for number, cell in enumerate(json.loads(text)["cells"]):
+            if cell["cell_type"] == "code":
+                source = "".join(cell["source"]).splitlines()
+                lines += [(f"{name}, cell {number}", i, line) for i, line in enumerate(source, 1)]
+    wide = [f"{name}:{number}" for name, number, line in lines if len(line) > 100]
+    assert len(lines) > 5000 and not wide, wide
+
+
+def test_no_function_has_more_than_25_statements():
+    """Outside of tests: those of the function's body and of all that is nested in it."""
+    counts = {}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and not name.startswith("tests/"):
+                inside = sum(isinstance(n, ast.stmt) for n in ast.walk(node)) - 1
+                counts[f"{name}:{node.lineno} {node.name}"] = inside
+    long = {function: n for function, n in counts.items() if n > 25}
+    assert len(counts) > 300 and not long, long
+
+
+# What each kind of file may import, of ours: the table in CONTRIBUTING.md.
+NETWORKS = ("ladder", "vit", "mllm", "dit", "dcae")
+BELOW = {
+    "toy": {"toy"},
+    **{name: set(NETWORKS[:i]) for i, name in enumerate(NETWORKS)},
+    "engine": {"engine", *NETWORKS},
+    "tbac": {"engine", *NETWORKS},
+    "sample": {"tbac", "engine", *NETWORKS},
+    "weights_convert": {"tbac", "engine", *NETWORKS},
+    "train": {"sample", "tbac", "toy", "engine", *NETWORKS},
+}
+BELOW["lab"] = {"lab", "weights_convert", "train", *BELOW["train"]}
+BELOW["notebooks"] = BELOW["lab"] | {"notebooks"}
+BELOW["bench"] = BELOW["lab"] | {"bench"}
+BELOW["tests"] = BELOW["lab"] | {"notebooks", "bench", "tests"}
+MODULES = {name[:-3].replace("/", ".").removesuffix(".__init__"): name for name in SOURCES}
+
+
+def module_of(name, beside):
+    """The one of our modules that an import names, or None: by its full name or, in a script, by
+    that of a file beside it."""
+    folder = beside.rpartition(".")[0]
+    for candidate in (name, f"{folder}.{name}"):
+        if candidate in MODULES:
+            return candidate
+    return None
+
+
+def imports(module):
+    """Yields (module of ours, is it imported inside a function?) for each import in a file."""
+    tree = TREES[MODULES[module]]
+    inside = {id(n) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
+              for n in ast.walk(function)}
+    for node in ast.walk(tree):
+        wanted = []
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            wanted = [f"{node.module}.{alias.name}" for alias in node.names]
+            wanted = [name if module_of(name, module) else node.module for name in wanted]
+        for name in wanted:
+            if found := module_of(name, module):
+                yield found, id(node) in inside
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_point_up_the_table(module):
+    """To what BELOW allows, and at the top of the file."""
+    allowed = BELOW[module.split(".")[0]]
+    for found, inside_a_function in imports(module):
+        assert found.split(".")[0] in allowed, f"{module} imports {found}"
+        assert not inside_a_function, f"{module} imports {found} inside a function"
+
+
+def test_imports_have_no_circle():
+    graph = {module: {found for found, _ in imports(module)} for module in MODULES}
+    assert len(graph) > 40
+    # CycleError names the circle.
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)
