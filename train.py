@@ -31,12 +31,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from engine import distributed, fast
+from engine import distributed, fast, log
 from engine.data import Example, Latents, noise
 from engine.distributed import average_gradients, mean_over_processes
-from engine.log import Log, example_names, loss_by_time, mean_loss, plot_curves
 from engine.options import parse, store
-from engine.pictures import contact_sheet
 from engine.state import State, checkpoints, ema_weights, gather_full, save
 from engine.stream import batches, first_examples, open_reader
 from sample import TOY_FOLDER, generate, shifted
@@ -214,7 +212,7 @@ def training_step(run, passes: list) -> tuple[float, float, str | None, list]:
     optimizer = state.optimizer
     results = [backward(run, rows, len(passes)) for rows in passes]
     average_gradients(state.params.values())
-    loss = mean_over_processes(mean_loss(results), args.device)
+    loss = mean_over_processes(log.mean_loss(results), args.device)
     norm = gather_full(clip_grad_norm_(state.params.values(), args.clip)).item()
     skipped = state.guard.refusal(loss, norm) if args.guard else None
     if not skipped:
@@ -227,19 +225,6 @@ def training_step(run, passes: list) -> tuple[float, float, str | None, list]:
 
 
 # ---------------------------------------------------------------------------------------- loop
-
-@dataclasses.dataclass
-class Report:
-    """After a step: what it cost, and why it was skipped, if it was. by_t: mean loss in ten bins of
-    t of this process's rows. examples: these rows, by name or text, if the step was skipped."""
-    step: int
-    loss: float
-    norm: float
-    lr: float
-    skipped: str | None
-    by_t: list | None
-    examples: list | None
-
 
 class Run:
     """All of a run: `steps()` trains and yields a Report after every step, for a notebook to watch
@@ -304,7 +289,7 @@ class Run:
         args, state = self.args, self.state
         per_step = args.batch * args.accumulate * self.world
         stream = batches(self.reader, state, args)
-        while state.step < args.steps and not self.told_to_stop():
+        while state.step < args.steps and not self.stop.asked(args.device):
             passes = list(itertools.islice(stream, args.accumulate))
             loss, norm, skipped, results = training_step(self, passes)
             # Whoever looks at the model between steps finds it up to date.
@@ -312,12 +297,8 @@ class Run:
             state.step += 1
             state.seen += per_step
             lr = learning_rate(state.step - 1, args)
-            names = example_names(passes) if skipped else None
-            yield Report(state.step, loss, norm, lr, skipped, loss_by_time(results), names)
-
-    def told_to_stop(self) -> bool:
-        told = float(self.stop.number is not None)
-        return mean_over_processes(told, self.args.device) > 0
+            names = log.example_names(passes) if skipped else None
+            yield log.Report(state.step, loss, norm, lr, skipped, log.loss_by_time(results), names)
 
     def save(self) -> None:
         """A checkpoint, and the model as it is to be used."""
@@ -328,20 +309,15 @@ class Run:
     def save_sheet(self) -> None:
         """Pictures for fixed prompts from fixed noise: for each example what it starts from, what
         it should become, and what is drawn."""
-        args = self.args
-        pictures, labels = [], []
+        args, drawn = self.args, []
         with ema_weights(self.state):
             for i, example in enumerate(self.shown):
                 generator = torch.Generator(args.device).manual_seed(i)
-                drawn = generate(self.model, [example.prompt], [list(example.images)],
-                                 generator=generator, size=args.size,
-                                 steps=1 if args.dry_run else 20)
-                # A cached target is latents, not a picture.
-                target = [] if isinstance(example.target, Tensor) else [example.target]
-                pictures += [*example.images, *target, *drawn]
-                labels += ["from"] * len(example.images) + ["to"] * len(target) + [example.prompt]
+                drawn += generate(self.model, [example.prompt], [list(example.images)],
+                                  generator=generator, size=args.size,
+                                  steps=1 if args.dry_run else 20)
         if self.rank == 0:
-            page = contact_sheet(pictures, labels, scale=max(1, 128 // args.size), columns=6)
+            page = log.example_sheet(self.shown, drawn, args.size)
             page.save(args.out / f"sheet-{self.state.step:08d}.png")
 
 
@@ -350,10 +326,10 @@ def train(run: Run) -> None:
     checkpoint, when told to."""
     args, state = run.args, run.state
     written = None
-    with Log(run) as log:
+    with log.Log(run) as writer:
         began = time.time()
         for report in run.steps():
-            log.write(report, time.time() - began)
+            writer.write(report, time.time() - began)
             last = report.step == args.steps
             if last or report.step % args.save_every == 0:
                 run.save()
@@ -378,7 +354,7 @@ def launch(args, task: Task = LADDER_TASK, finish: Callable | None = None) -> No
         run.stop.listen()
         train(run)
         if run.rank == 0:
-            plot_curves(args.out)
+            log.plot_curves(args.out)
             if finish:
                 finish(args)
         distributed.stop_processes()
@@ -391,7 +367,7 @@ def main(args=None, task: Task = LADDER_TASK, finish: Callable | None = None) ->
     args = args or options()
     try:
         if args.curves:
-            plot_curves(args.out)
+            log.plot_curves(args.out)
         else:
             launch(args, task, finish)
     except (ValueError, OSError, SafetensorError) as e:

@@ -98,6 +98,10 @@ class StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
+    def asked(self, device: str) -> bool:
+        """Was any process told to stop?"""
+        return mean_over_processes(float(self.number is not None), device) > 0
+
     def handle(self, number, frame) -> None:
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt

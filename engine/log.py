@@ -11,6 +11,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from engine.pictures import contact_sheet
+
+
+@dataclasses.dataclass
+class Report:
+    """After a step: what it cost, and why it was skipped, if it was. by_t: mean loss in ten bins of
+    t of this process's rows. examples: these rows, by name or text, if the step was skipped."""
+    step: int
+    loss: float
+    norm: float
+    lr: float
+    skipped: str | None
+    by_t: list | None
+    examples: list | None
+
 
 def peak_memory(device: str) -> float:
     """GB, of the GPU or of this process; NaN where the system does not tell."""
@@ -52,6 +67,18 @@ def json_line(row: dict) -> str:
     """NaN and infinity are not JSON: null."""
     row = json.loads(json.dumps(row), parse_constant=lambda _: None)
     return json.dumps(row) + "\n"
+
+
+def example_sheet(examples: list, drawn: list, size: int):
+    """For each example what it starts from, what it should become, and what was drawn -> a PIL
+    page. size: side of a picture in pixels."""
+    pictures, labels = [], []
+    for example, picture in zip(examples, drawn):
+        # A cached target is latents, not a picture.
+        target = [] if isinstance(example.target, torch.Tensor) else [example.target]
+        pictures += [*example.images, *target, picture]
+        labels += ["from"] * len(example.images) + ["to"] * len(target) + [example.prompt]
+    return contact_sheet(pictures, labels, scale=max(1, 128 // size), columns=6)
 
 
 class Log:

@@ -119,14 +119,14 @@ def main(monkeypatch, out, *args):
     monkeypatch.setattr(sys, "argv", [str(x) for x in ("train.py", *TOY, "--out", out, *args)])
     # pytest keeps its own handlers; curves take seconds.
     monkeypatch.setattr("engine.distributed.signal.signal", lambda *_: None)
-    monkeypatch.setattr(train, "plot_curves", lambda out: None)
+    monkeypatch.setattr("engine.log.plot_curves", lambda out: None)
     train.main()
 
 
 @pytest.mark.parametrize("where, error, args", [
     ("engine.log.open", OSError(28, "No space left on device"), ()),
     ("pathlib.Path.write_text", OSError(28, "No space left on device"), ()),
-    ("train.contact_sheet", OSError(28, "No space left on device"), ("--sheet-every", 1)),
+    ("engine.log.contact_sheet", OSError(28, "No space left on device"), ("--sheet-every", 1)),
     ("engine.data.save_file", SafetensorError("No space left"), ()),
 ])
 def test_a_full_disk_is_a_clear_error_wherever_it_strikes(tmp_path, monkeypatch, where, error,
