@@ -214,6 +214,7 @@ def training_step(run, passes: list) -> tuple[float, float, str | None, list]:
     average_gradients(state.params.values())
     loss = mean_over_processes(log.mean_loss(results), args.device)
     norm = gather_full(clip_grad_norm_(state.params.values(), args.clip)).item()
+    # A spike of the loss or of the gradient is refused: no step.
     skipped = state.guard.refusal(loss, norm) if args.guard else None
     if not skipped:
         for group in optimizer.param_groups:

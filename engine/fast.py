@@ -5,7 +5,7 @@
     equal pictures    each by itself                      once, and those of one size in one batch
     a common start    in every row (system prompt, ...)   once: rows share a sequence ("pack")
     training          a graph through all positions       a graph from the first query on only
-    autoencoder       all pictures at once                 512 x 512 pixels at a time, channels last
+    pixels to latents all pictures at once                512 x 512 pixels at a time, channels last
 
 Values change by rounding only, gradients likewise (tests/test_5_fast.py). What each part buys, in
 operations and in time, stands in bench/README.md.
