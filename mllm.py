@@ -9,6 +9,7 @@ Dimension key: B batch, S sequence, T all positions read so far, M model width, 
 G key heads, U units of all pictures (vit.py).
 Left out: video, sliding windows in the text part (the public 3B weights use neither).
 """
+import pathlib
 import warnings
 from dataclasses import dataclass, field
 
@@ -45,6 +46,8 @@ class MLLMConfig:
 # ---------------------------------------------------------------------------------------- text
 
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")
+# Bytes for everything: no alphabet is left out.
+ANY_TEXT = "größe, 5 字 and 🦒"
 
 
 class Tokenizer:
@@ -52,15 +55,26 @@ class Tokenizer:
 
     def __init__(self, file: str):
         self.file = str(file)
+        content = pathlib.Path(file).read_bytes()
         try:
-            self.bpe = tokenizers.Tokenizer.from_file(self.file)
+            self.bpe = tokenizers.Tokenizer.from_buffer(content)
         # The library raises nothing narrower.
         except Exception as e:
-            raise ValueError(f"{file} is not a tokenizer: {e}") from None
+            raise ValueError(f"{file} is not a tokenizer: {str(e)[:200]}") from None
+        # The file may store both, for other programs: here every text is read to its end.
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
         self.special = {name: self.bpe.token_to_id(f"<|{name}|>") for name in SPECIAL}
-        missing = [name for name, id in self.special.items() if id is None]
-        if missing:
-            raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {missing}")
+        lost = [name for name, id in self.special.items() if self.encode(f"<|{name}|>") != [id]]
+        if lost:
+            raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {lost}")
+        if self.decode(self.encode(ANY_TEXT)) != ANY_TEXT:
+            raise ValueError(f"{file}: not byte-level, it loses characters of {ANY_TEXT!r}")
+
+    @property
+    def n_id(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self.bpe.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -204,6 +218,9 @@ class MLLM(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        if tokenizer and tokenizer.n_id > config.vocab_size:
+            raise ValueError(f"{tokenizer.file} has ids up to {tokenizer.n_id - 1}, the embedding "
+                             f"table has {config.vocab_size} rows (vocab_size)")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.vision = ViT(config.vision, config.dim)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layer))

@@ -30,7 +30,13 @@ from torch import Tensor, nn
 
 from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
-from engine.files import load_weights, read_json, replacing, write_shards
+from engine.checks import FORMAT, check_config, check_rules
+from engine.device import check as check_device
+from engine.files import check_readable, read_json, replacing, write_shards
+from engine.int8 import in_dtype
+from engine.limits import MAX_TOKENIZER_BYTES
+from engine.loading import load_weights, prepare
+from engine.low_memory import take_turns
 from engine.pictures import to_images
 from ladder import Ladder
 from mllm import ASK, DRAW, MLLM, MLLMConfig, Tokenizer
@@ -56,26 +62,23 @@ class TBACConfig:
         return Ladder(self.n_query, self.mllm.dim, self.dit.caption_dim, self.mllm.n_layer,
                       self.dit.n_layer, self.wiring)
 
-    @classmethod
-    def from_dict(cls, d: dict) -> "TBACConfig":
-        """The inverse of dataclasses.asdict, from JSON (where tuples have become lists)."""
-        def build(kind, d, **nested):
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-            return kind(**values | nested)
+    def to_dict(self) -> dict:
+        """The content of config.json."""
+        return {"format": FORMAT} | asdict(self)
 
-        if not isinstance(d, dict) or not {"mllm", "dit", "dcae"} <= d.keys():
-            raise ValueError("config.json lacks mllm, dit or dcae: not a folder of this project "
-                             "(public weights: weights_convert.py)")
-        try:
-            vision = build(ViTConfig, d["mllm"]["vision"])
-            mllm = build(MLLMConfig, d["mllm"], vision=vision)
-            dit, dcae = build(DiTConfig, d["dit"]), build(DCAEConfig, d["dcae"])
-            config = build(cls, d, mllm=mllm, dit=dit, dcae=dcae)
-        except (KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"config.json: {type(e).__name__}: {e}") from None
-        dtypes = ("float32", "float16", "bfloat16")
-        if config.dtype not in dtypes:
-            raise ValueError(f"config.json: dtype {config.dtype!r}, expected one of {dtypes}")
+    @classmethod
+    def from_dict(cls, d: dict, file="config.json") -> "TBACConfig":
+        """The inverse. ValueError for whatever is missing, unknown, or makes no sense:
+        engine/checks.py lists what each key may be."""
+        d = check_config(d, file)
+        vision = ViTConfig(**d["mllm"].pop("vision"))
+        parts = dict(
+            mllm=MLLMConfig(**d.pop("mllm"), vision=vision),
+            dit=DiTConfig(**d.pop("dit")),
+            dcae=DCAEConfig(**d.pop("dcae")),
+        )
+        config = cls(**d, **parts)
+        check_rules(config, file)
         return config
 
 
@@ -92,10 +95,8 @@ class TBAC(nn.Module):
 
     def __init__(self, config: TBACConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
+        check_rules(config, "config")
         self.config = c = config
-        if c.dit.channels != c.dcae.latent_channels:
-            raise ValueError(f"the DiT paints {c.dit.channels} channels, "
-                             f"the autoencoder has {c.dcae.latent_channels}")
         self.mllm = MLLM(c.mllm, tokenizer).requires_grad_(False)
         self.ladder = c.build_ladder()
         self.dit = DiT(c.dit)
@@ -162,9 +163,9 @@ class TBAC(nn.Module):
                 x0 = self.dcae.encode(pixels)
         x0 = x0.float()
         if t is None:
-            t = 1 - torch.rand(len(x0), device=x0.device, generator=generator)   # in (0, 1]
+            t = 1 - torch.rand(len(x0), generator=generator).to(x0.device)       # in (0, 1]
         if eps is None:
-            eps = torch.randn(x0.shape, device=x0.device, generator=generator)
+            eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         rungs = self.encode(prompts, images)
         x_t, v = flow_matching(x0, t, eps)
         error = self.velocity(x_t, t, rungs).float() - v
@@ -198,32 +199,29 @@ class TBAC(nn.Module):
         whole, or left as it is if anything goes wrong."""
         tensors = tensors or self.state_dict().items()
         with replacing(folder) as new:
-            (new / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+            (new / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1))
             shutil.copyfile(self.mllm.tokenizer.file, new / "tokenizer.json")
-            write_shards(new, ((name, t.detach().to(dtype=dtype)) for name, t in tensors))
+            write_shards(new, ((name, in_dtype(t.detach(), dtype)) for name, t in tensors))
 
     @classmethod
-    def load(cls, folder, device="cpu", dtype: torch.dtype | dict | None = None) -> "TBAC":
+    def load(cls, folder, device="cpu", dtype: torch.dtype | dict | None = None, *,
+             int8: bool = False, low_memory: bool = False) -> "TBAC":
         """The model in a folder written by `save` or weights_convert.py. dtype: default the
-        config's; or one for some of the parts, {"dit": torch.float32}.
+        config's, on a GPU what it can do; or one for some of the parts, {"dit": torch.float32}.
+        int8: most weights in 8 bits (engine/int8.py); low_memory: parts are in memory only while
+        they work (engine/low_memory.py).
 
-        Parameters are made without memory and filled one file at a time, straight on the device.
-        ValueError names the tensor or file for anything missing, left over, mis-shaped, non-finite
-        or damaged.
+        Parameters are made without memory and filled one by one, straight on the device. ValueError
+        names the tensor or file for anything missing, left over, mis-shaped, non-finite or damaged.
         """
         folder = pathlib.Path(folder)
-        try:
-            torch.empty(0, device=device)
-        # No such device, or a PyTorch that was built without it.
-        except (RuntimeError, AssertionError) as e:
-            raise ValueError(f"device {device}: {str(e).splitlines()[0]}") from None
-        config = TBACConfig.from_dict(read_json(folder / "config.json"))
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder} has no tokenizer.json")
+        check_device(device)
+        file, tokenizer = folder / "config.json", folder / "tokenizer.json"
+        config = TBACConfig.from_dict(read_json(file), file)
+        check_readable(tokenizer, MAX_TOKENIZER_BYTES)
         with torch.device("meta"):
-            model = cls(config, Tokenizer(folder / "tokenizer.json"))
-        own = getattr(torch, config.dtype)
-        of_part = dtype if isinstance(dtype, dict) else {}
-        default = own if isinstance(dtype, dict) or dtype is None else dtype
-        load_weights(model, folder, lambda name: of_part.get(name.split(".")[0], default), device)
+            model = cls(config, Tokenizer(tokenizer))
+        files = prepare(model, folder, dtype, device, int8)
+        fill = take_turns if low_memory else load_weights
+        fill(model, files, device)
         return model
