@@ -9,29 +9,37 @@ DIR: a Hugging Face folder of Qwen2.5-VL (config.json, tokenizer.json; its weigh
 --tbac), a diffusers folder of SANA (transformer/, vae/), the released TBAC-UniImage checkpoint.
 Tensors pass through one at a time, so memory stays near one shard.
 """
-import argparse
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from dcae import DCAEConfig
 from dit import DiTConfig
+from engine import command
+from engine.checks import CONFIG, shown
 from engine.files import (
+    check_finite,
+    check_new_folder,
+    check_none_missing,
+    check_readable,
+    check_stored,
     check_tensor,
     read_json,
     read_tensors,
     replacing,
+    stored_tensors,
     weight_files,
     write_shards,
 )
+from engine.int8 import in_int8, is_stored
+from engine.limits import MAX_TOKENIZER_BYTES
 from mllm import MLLMConfig, Tokenizer
 from tbac import TBAC, TBACConfig
 from vit import ViTConfig
@@ -137,6 +145,8 @@ PARTS = {
     "dit":    ("model.transformer.", SANA),
     "dcae":   ("vae.", DC_AE),
 }
+# The released table ends with rows that nothing reads.
+UNUSED_ROWS = 2
 IGNORED = {"lm_head.weight": "the language head is the embedding table itself (tied)"}
 
 
@@ -169,132 +179,190 @@ def public_names(model: TBAC, part: str, prefix: str | None = None) -> dict[str,
 
 
 # ------------------------------------------------------------------------------ public configs
+#
+# Our key, then the public one; what a value may be says engine/checks.py.
 
-def must_be(found: dict, file: Path, **expected) -> None:
-    """ValueError where a config has another value than the one that this code builds."""
+QWEN_CONFIG = {
+    "vocab_size":     "vocab_size",
+    "n_layer":        "num_hidden_layers",
+    "dim":            "hidden_size",
+    "n_head":         "num_attention_heads",
+    "n_kv_head":      "num_key_value_heads",
+    "mlp_dim":        "intermediate_size",
+    "rope_theta":     "rope_theta",
+    "rope_sections":  "rope_scaling.mrope_section",
+}
+QWEN_VISION_CONFIG = {
+    "n_layer":        "vision_config.depth",
+    "dim":            "vision_config.hidden_size",
+    "n_head":         "vision_config.num_heads",
+    "mlp_dim":        "vision_config.intermediate_size",
+    "patch":          "vision_config.patch_size",
+    "frames":         "vision_config.temporal_patch_size",
+    "merge":          "vision_config.spatial_merge_size",
+    "window":         "vision_config.window_size",
+    "full_attention": "vision_config.fullatt_block_indexes",
+}
+SANA_CONFIG = {
+    "n_layer":        "num_layers",
+    "n_head":         "num_attention_heads",
+    "head_dim":       "attention_head_dim",
+    "cross_n_head":   "num_cross_attention_heads",
+    "mlp_ratio":      "mlp_ratio",
+    "channels":       "in_channels",
+    "caption_dim":    "caption_channels",
+}
+DC_AE_CONFIG = {
+    "widths":         "encoder_block_out_channels",
+    "encoder_layers": "encoder_layers_per_block",
+    "decoder_layers": "decoder_layers_per_block",
+    "latent_channels": "latent_channels",
+    "head_dim":       "attention_head_dim",
+    "scaling_factor": "scaling_factor",
+}
+RELEASED_CONFIG = {
+    "n_query":        "num_metaqueries",
+    "max_prompt":     "max_input_text_tokens",
+}
+
+
+def lookup(found, key: str, file: Path):
+    """The value of "a" or "a.b" in a config. ValueError if it has none."""
+    for name in key.split("."):
+        if not isinstance(found, dict) or name not in found:
+            raise ValueError(f"{file} has no {key}")
+        found = found[name]
+    return found
+
+
+def read_keys(found, names: dict[str, str], kinds: dict, file: Path) -> dict:
+    """names: {our key: public key} -> {our key: value}, each checked. ValueError with the file's
+    own key for one that is missing or makes no sense."""
+    return {ours: kinds[ours].check(lookup(found, public, file), f"{file}: {public}")
+            for ours, public in names.items()}
+
+
+def must_be(found, file: Path, expected: dict, optional: tuple = ()) -> None:
+    """ValueError where a config has another value than the one that this code builds. optional:
+    keys that some files lack, and that mean the same there."""
     for key, value in expected.items():
-        if found.get(key, value) != value:
-            raise ValueError(f"{file}: {key} = {found[key]!r} is not supported, only {value!r}")
+        if key in optional and isinstance(found, dict) and key not in found:
+            continue
+        stored = lookup(found, key, file)
+        # In Python 1 == True, in JSON it is not.
+        if stored != value or isinstance(stored, bool) != isinstance(value, bool):
+            raise ValueError(f"{file}: {key} = {shown(stored)} is not supported, only {value!r}")
 
 
 def read_config(qwen: Path, sana: Path, tbac: Path | None = None) -> TBACConfig:
     """The public config files -> TBACConfig. ValueError for anything that this code does not
     build."""
-    try:
-        mllm = mllm_config(qwen / "config.json")
-        dit, latent_size = dit_config(sana / "transformer" / "config.json")
-        dcae = dcae_config(sana / "vae" / "config.json")
-        released = read_json(tbac / "config.json") if tbac else {}
-    except KeyError as e:
-        raise ValueError(f"a config.json of {qwen}, {sana} or {tbac} has no {e}") from None
-    return TBACConfig(
-        mllm=mllm,
+    dcae = dcae_config(sana / "vae" / "config.json")
+    dit, latent_size = dit_config(sana / "transformer" / "config.json")
+    config = TBACConfig(
+        mllm=mllm_config(qwen / "config.json"),
         dit=dit,
         dcae=dcae,
-        n_query=released.get("num_metaqueries", 64),
         size=latent_size * dcae.factor,
-        max_prompt=released.get("max_input_text_tokens", 256),
     )
+    if tbac:
+        file = tbac / "config.json"
+        released = read_json(file)
+        config = replace(config, **read_keys(released, RELEASED_CONFIG, CONFIG, file))
+        fixed = released_config(config)
+        must_be(released, file, fixed, optional=tuple(fixed))
+    # What joins several of the files, or is computed from them.
+    return TBACConfig.from_dict(config.to_dict(), f"{qwen}, {sana}")
 
 
 def mllm_config(file: Path) -> MLLMConfig:
     """Qwen2.5-VL's config.json."""
     c = read_json(file)
     # Newer files have the decoder's part in a section of its own, with its own model_type.
-    c |= c.pop("text_config", {}) | {"model_type": c["model_type"]}
-    must_be(c, file, model_type="qwen2_5_vl", tie_word_embeddings=True, use_sliding_window=False,
-            rms_norm_eps=1e-6)
-    v = c["vision_config"]
-    vision = ViTConfig(
-        n_layer=v["depth"],
-        dim=v["hidden_size"],
-        n_head=v["num_heads"],
-        mlp_dim=v["intermediate_size"],
-        patch=v["patch_size"],
-        frames=v["temporal_patch_size"],
-        merge=v["spatial_merge_size"],
-        window=v["window_size"],
-        full_attention=tuple(v["fullatt_block_indexes"]),
-        area=256 * 28 * 28,
-    )
-    return MLLMConfig(
-        vocab_size=c["vocab_size"],
-        n_layer=c["num_hidden_layers"],
-        dim=c["hidden_size"],
-        n_head=c["num_attention_heads"],
-        n_kv_head=c["num_key_value_heads"],
-        head_dim=c["hidden_size"] // c["num_attention_heads"],
-        mlp_dim=c["intermediate_size"],
-        rope_theta=c["rope_theta"],
-        rope_sections=tuple(c["rope_scaling"]["mrope_section"]),
-        vision=vision,
-    )
+    if isinstance(c, dict) and isinstance(c.get("text_config"), dict):
+        c = c | c["text_config"] | {"model_type": c.get("model_type")}
+    must_be(c, file, {
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "vision_config.hidden_act": "silu",
+    }, optional=("use_sliding_window",))
+    own = CONFIG["mllm"]
+    vision = read_keys(c, QWEN_VISION_CONFIG, own["vision"], file)
+    decoder = read_keys(c, QWEN_CONFIG, own, file)
+    if decoder["dim"] % decoder["n_head"]:
+        raise ValueError(f"{file}: hidden_size = {decoder['dim']}, expected a multiple of "
+                         f"num_attention_heads = {decoder['n_head']}")
+    return MLLMConfig(**decoder, head_dim=decoder["dim"] // decoder["n_head"],
+                      vision=ViTConfig(**vision, area=256 * 28 * 28))
 
 
 def dit_config(file: Path) -> tuple[DiTConfig, int]:
     """SANA's transformer/config.json -> config, side of the latents that it was trained at."""
     c = read_json(file)
-    must_be(c, file, patch_size=1, attention_bias=False, qk_norm=None, guidance_embeds=False,
-            interpolation_scale=None, timestep_scale=1.0, norm_elementwise_affine=False,
-            norm_eps=1e-6, out_channels=c["in_channels"],
-            cross_attention_dim=c["num_attention_heads"] * c["attention_head_dim"])
-    config = DiTConfig(
-        n_layer=c["num_layers"],
-        n_head=c["num_attention_heads"],
-        head_dim=c["attention_head_dim"],
-        cross_n_head=c["num_cross_attention_heads"],
-        mlp_ratio=c["mlp_ratio"],
-        channels=c["in_channels"],
-        caption_dim=c["caption_channels"],
-    )
-    return config, c["sample_size"]
+    config = DiTConfig(**read_keys(c, SANA_CONFIG, CONFIG["dit"], file))
+    must_be(c, file, {
+        "patch_size": 1,
+        "attention_bias": False,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "out_channels": config.channels,
+        "cross_attention_dim": config.dim,
+        "qk_norm": None,
+        "guidance_embeds": False,
+        "interpolation_scale": None,
+        "timestep_scale": 1.0,
+    }, optional=("qk_norm", "guidance_embeds", "interpolation_scale", "timestep_scale"))
+    return config, read_keys(c, {"size": "sample_size"}, CONFIG, file)["size"]
 
 
 def dcae_config(file: Path) -> DCAEConfig:
     """SANA's vae/config.json."""
     c = read_json(file)
-    widths = c["encoder_block_out_channels"]
-    inner = c["encoder_block_types"].count("EfficientViTBlock")
-    outer = len(widths) - inner
+    found = read_keys(c, DC_AE_CONFIG, CONFIG["dcae"], file)
+    types = lookup(c, "encoder_block_types", file)
+    inner = types.count("EfficientViTBlock") if isinstance(types, list) else 0
+    outer = len(found["widths"]) - inner
     kinds = ["ResBlock"] * outer + ["EfficientViTBlock"] * inner
     scales = [[]] * outer + [[5]] * inner
-    must_be(c, file, encoder_block_types=kinds, decoder_block_types=kinds,
-            encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales,
-            decoder_block_out_channels=widths, downsample_block_type="conv",
-            upsample_block_type="interpolate", decoder_norm_types="rms_norm",
-            decoder_act_fns="silu")
-    return DCAEConfig(
-        widths=tuple(widths),
-        encoder_layers=tuple(c["encoder_layers_per_block"]),
-        decoder_layers=tuple(c["decoder_layers_per_block"]),
-        attention_stages=inner,
-        latent_channels=c["latent_channels"],
-        head_dim=c["attention_head_dim"],
-        scaling_factor=c["scaling_factor"],
-    )
+    must_be(c, file, {
+        "encoder_block_types": kinds,
+        "decoder_block_types": kinds,
+        "encoder_qkv_multiscales": scales,
+        "decoder_qkv_multiscales": scales,
+        "decoder_block_out_channels": list(found["widths"]),
+        "downsample_block_type": "conv",
+        "upsample_block_type": "interpolate",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+    })
+    return DCAEConfig(**found, attention_stages=inner)
 
 
 # ------------------------------------------------------------------------------ public to ours
 
 def convert(qwen: Path, sana: Path, tbac: Path | None, out: Path,
             dtype: torch.dtype | None = None, seed: int = 0) -> TBACConfig:
-    """Public folders -> a folder that TBAC.load reads. dtype: default as stored; seed: of a fresh
-    ladder."""
+    """Public folders -> a folder that TBAC.load reads. dtype: default as stored; torch.int8 for
+    most weights in 8 bits (engine/int8.py), the others in bfloat16; seed: of a fresh ladder."""
     config = read_config(qwen, sana, tbac)
-    with torch.device("meta"):
-        model = TBAC(config)
     tokenizer = qwen / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ValueError(f"{qwen} has no tokenizer.json")
+    check_readable(tokenizer, MAX_TOKENIZER_BYTES)
     # ValueError now, not after hours, if it is another one than ours.
-    Tokenizer(tokenizer)
+    with torch.device("meta"):
+        model = TBAC(config, Tokenizer(tokenizer))
 
-    tensors = converted(qwen, sana, tbac, model, dtype, seed)
+    if dtype == torch.int8:
+        tensors = in_int8(model, converted(qwen, sana, tbac, model, None, seed))
+    else:
+        tensors = converted(qwen, sana, tbac, model, dtype, seed)
     with replacing(out) as new:
         write_shards(new, tqdm(tensors, "convert", len(model.state_dict()), mininterval=1))
         shutil.copyfile(tokenizer, new / "tokenizer.json")
-        values = asdict(config) | {"dtype": stored_dtype(new)}
-        (new / "config.json").write_text(json.dumps(values, indent=1))
+        config = replace(config, dtype=stored_dtype(new))
+        (new / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     return config
 
 
@@ -302,19 +370,20 @@ def converted(qwen: Path, sana: Path, tbac: Path | None, model: TBAC,
               dtype: torch.dtype | None, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Yields (our name, tensor) for every tensor of our model; a fresh ladder without `tbac`."""
     missing = model.state_dict()
-    for file, public, tensor, ours in source_tensors(qwen, sana, tbac, model):
-        for name, piece in to_ours(ours, tensor, model.config):
-            check_tensor(missing, name, piece, file, public)
-            yield name, piece.to(dtype or piece.dtype)
+    fresh = {}
     if not tbac:
         ladder = model.config.build_ladder()
         ladder.init_weights(torch.Generator().manual_seed(seed))
-        for name, tensor in ladder.state_dict(prefix="ladder.").items():
-            del missing[name]
-            yield name, tensor.to(dtype or tensor.dtype)
-    if missing:
-        raise ValueError(f"{tbac or f'{qwen}, {sana}'}: {len(missing)} tensors are missing, "
-                         f"the first ones {list(missing)[:3]}")
+        fresh = ladder.state_dict(prefix="ladder.")
+    for name in fresh:
+        del missing[name]
+    for file, public, tensor, ours in source_tensors(qwen, sana, tbac, model):
+        for name, piece in to_ours(ours, tensor, model.config):
+            check_tensor(missing, name, piece, file, public)
+            yield name, check_finite(piece.to(dtype or piece.dtype), file, public)
+    check_none_missing(missing, tbac or f"{qwen}, {sana}")
+    for name, tensor in fresh.items():
+        yield name, tensor.to(dtype or tensor.dtype)
 
 
 def source_tensors(qwen: Path, sana: Path, tbac: Path | None,
@@ -340,25 +409,30 @@ def source_tensors(qwen: Path, sana: Path, tbac: Path | None,
 
 
 def to_ours(name: str | None, tensor: Tensor, config: TBACConfig) -> Iterator[tuple]:
-    """Yields (our name, tensor): the same tensor but for two. Rows of the embedding table above the
-    vocabulary are the queries (two more are unused), and a convolution whose patches never overlap
-    is a linear layer."""
-    if name == "mllm.embed_tokens.weight":
-        vocab = config.mllm.vocab_size
+    """Yields (our name, tensor): the same tensor but for two. The released embedding table goes on
+    after the vocabulary with the queries and UNUSED_ROWS, and a convolution whose patches never
+    overlap is a linear layer."""
+    vocab, n_query = config.mllm.vocab_size, config.n_query
+    v = config.mllm.vision
+    table = (vocab + n_query + UNUSED_ROWS, config.mllm.dim)
+    patches = (v.dim, 3, v.frames, v.patch, v.patch)
+    if name == "mllm.embed_tokens.weight" and tensor.shape == table:
         yield name, tensor[:vocab]
-        if len(tensor) > vocab:
-            yield "ladder.queries", tensor[vocab:vocab + config.n_query]
-    elif name == "mllm.vision.patch_embed.weight":
+        yield "ladder.queries", tensor[vocab:vocab + n_query]
+    elif name == "mllm.vision.patch_embed.weight" and tensor.shape == patches:
         yield name, tensor.flatten(1)
+    # Those two of another shape as well, which is then refused.
     else:
         yield name, tensor
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype of a folder's first tensor, such as "bfloat16"."""
-    with safe_open(weight_files(folder)[0], "pt") as f:
-        first = next(iter(f.keys()))
-        return str(f.get_tensor(first).dtype).removeprefix("torch.")
+    """The dtype of a folder's first tensor, such as "bfloat16", which is also what goes with
+    layers in 8 bits."""
+    if is_stored(folder):
+        return "bfloat16"
+    first = next(iter(stored_tensors(weight_files(folder)[0]).values()))
+    return str(first.dtype).removeprefix("torch.")
 
 
 # ------------------------------------------------------------------------------ ours to public
@@ -366,10 +440,13 @@ def stored_dtype(folder: Path) -> str:
 def export(folder: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     """A folder of ours -> the released layout: shards, index, and the config entries that
     TBAC-UniImage's code reads."""
-    config = TBACConfig.from_dict(read_json(folder / "config.json"))
+    file = folder / "config.json"
+    config = TBACConfig.from_dict(read_json(file), file)
     if config.wiring != "ladder":
         raise ValueError(f"{folder} is wired as {config.wiring!r}; "
                          "the released code knows the paper's ladder only")
+    if dtype == torch.int8 or is_stored(folder):
+        raise ValueError(f"--export {folder}: the released code knows no weights in 8 bits")
     with torch.device("meta"):
         model = TBAC(config)
     names = {}
@@ -377,7 +454,7 @@ def export(folder: Path, out: Path, dtype: torch.dtype | None = None) -> None:
         for public, ours in public_names(model, part).items():
             names[ours] = public
 
-    tensors = exported(folder, config, read_queries(folder), dict(names), dtype)
+    tensors = exported(folder, model, names, dtype)
     with replacing(out) as new:
         where = write_shards(new, tqdm(tensors, "export", len(names), mininterval=1))
         index = {"metadata": {}, "weight_map": where}
@@ -385,39 +462,23 @@ def export(folder: Path, out: Path, dtype: torch.dtype | None = None) -> None:
         (new / "config.json").write_text(json.dumps(released_config(config), indent=1))
 
 
-def read_queries(folder: Path) -> Tensor:
-    """The ladder's queries. They are needed before the rest: they go into the embedding table."""
-    found = []
-    for file in weight_files(folder):
-        with safe_open(file, "pt") as f:
-            if "ladder.queries" in list(f.keys()):
-                found.append(f.get_tensor("ladder.queries"))
-    if len(found) != 1:
-        raise ValueError(f"{folder} has {len(found)} tensors ladder.queries, expected 1")
-    return found[0]
-
-
-def exported(folder: Path, config: TBACConfig, queries: Tensor, names: dict[str, str],
+def exported(folder: Path, model: TBAC, names: dict[str, str],
              dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Yields (public name, tensor) for every tensor of ours, and removes each from `names`, {our
-    name: public name}."""
-    v = config.mllm.vision
-    for file in weight_files(folder):
-        for name, tensor in read_tensors(file):
-            if name == "ladder.queries":
-                continue
-            if name not in names:
-                raise ValueError(f"{file}: tensor {name} has no public name, or stands there twice")
+    """Yields (public name, tensor) for every tensor of ours. names: {our name: public name}"""
+    v = model.config.mllm.vision
+    files = check_stored(model, folder)
+    # The queries are needed before the rest: they go into the embedding table.
+    for file in files:
+        for name, queries in read_tensors(file, only=["ladder.queries"]):
+            check_finite(queries, file, name)
+    for file in files:
+        for name, tensor in read_tensors(file, only=names):
             if name == "mllm.embed_tokens.weight":
-                # The released table ends with two rows that nothing reads.
-                unused = tensor.new_zeros(2, tensor.shape[1])
+                unused = tensor.new_zeros(UNUSED_ROWS, tensor.shape[1])
                 tensor = torch.cat([tensor, queries.to(tensor.dtype), unused])
             if name == "mllm.vision.patch_embed.weight":
                 tensor = tensor.view(-1, 3, v.frames, v.patch, v.patch)
-            yield names.pop(name), tensor.to(dtype or tensor.dtype)
-    if names:
-        raise ValueError(f"{folder}: {len(names)} tensors are missing, "
-                         f"the first ones {list(names)[:3]}")
+            yield names[name], check_finite(tensor.to(dtype or tensor.dtype), file, name)
 
 
 def released_config(config: TBACConfig) -> dict:
@@ -436,27 +497,22 @@ def released_config(config: TBACConfig) -> dict:
 # -------------------------------------------------------------------------------- command line
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(description=__doc__)
     for name in ("--qwen", "--sana", "--tbac", "--export", "--out"):
-        parser.add_argument(name, type=Path, metavar="DIR", required=name == "--out")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
-                        help="store tensors in this type (default: as they are)")
+        parser.add_argument(name, type=command.path, metavar="DIR", required=name == "--out")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="store tensors in "
+                        "this type (default: as they are); int8: most in 8 bits, the others in "
+                        "bfloat16")
     args = parser.parse_args()
     if not args.export and not (args.qwen and args.sana):
         parser.error("give --qwen and --sana (and --tbac for the released weights), or --export")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    try:
-        for folder in (args.qwen, args.sana, args.tbac, args.export):
-            if folder and folder.resolve() == args.out.resolve():
-                raise ValueError(f"--out {args.out} is one of the folders to read, and would be "
-                                 "lost: give another one")
+    with command.one_line_errors():
+        check_new_folder(args.out, (args.qwen, args.sana, args.tbac, args.export))
         if args.export:
             export(args.export, args.out, dtype)
         else:
             convert(args.qwen, args.sana, args.tbac, args.out, dtype)
-    except (ValueError, OSError, SafetensorError) as e:
-        raise SystemExit(f"error: {e}") from None
     print(f"wrote {args.out}")
 
 

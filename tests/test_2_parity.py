@@ -3,8 +3,10 @@ gradient, 5e-5 after sampling), on the plain path and on the fast one."""
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample
 from dcae import DCAEConfig
@@ -12,7 +14,7 @@ from dit import DiTConfig
 from mllm import DRAW, MLLMConfig
 from tbac import TBAC, TBACConfig
 from tests.conftest import CASES, ROOT, relative
-from vit import ViTConfig
+from vit import ViTConfig, patchify
 from weights_convert import public_names
 
 # The tiny checkpoint's queries. In the recorded rows, they and two more tokens follow the prompt.
@@ -41,6 +43,28 @@ def test_patches_and_vision_tokens(model, golden, recorded, case):
     assert abs(patches.double().sum() / golden[f"{case}.pixel_values.sum"] - 1) < 1e-5
     tokens = model.mllm.encode_images(pictures)
     assert relative(tokens[::7], golden[f"{case}.vision_tokens.every7"]) < 1e-5
+
+
+# (width, height): the grid, the sum of all numbers, and their sum with weights 1, 2, ..., 96, 0, as
+# transformers 4.51.3 gives them. (It refuses a side below 28 pixels.)
+ODD_PICTURES = {
+    (60, 29): ((24, 48), 250994.93795803632, 12041852.812118076),
+    (31, 639): ((146, 8), 257792.21074187523, 12411769.48676047),
+    (639, 31): ((8, 146), 257785.64909617137, 12367647.854554502),
+}
+
+
+@pytest.mark.parametrize("size, recorded", ODD_PICTURES.items())
+def test_patches_of_odd_pictures(tiny, size, recorded):
+    width, height = size
+    values = np.arange(width * height * 3).reshape(height, width, 3) * 7 % 256
+    image = Image.fromarray(values.astype(np.uint8))
+    patches, grid = patchify(image, tiny.mllm.config.vision)
+    patches = patches.double().flatten()
+    weights = torch.arange(1, len(patches) + 1) % 97
+    assert grid == recorded[0]
+    assert patches.sum().item() == pytest.approx(recorded[1], rel=1e-6)
+    assert (patches * weights).sum().item() == pytest.approx(recorded[2], rel=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -188,7 +212,9 @@ def test_parameter_counts(full):
 def test_config_survives_json(full):
     other = dataclasses.replace(
         TBACConfig(), mllm=MLLMConfig(n_layer=4, vision=ViTConfig(window=56)),
-        dit=DiTConfig(n_layer=2), dcae=DCAEConfig(widths=(8, 8)))
+        dit=DiTConfig(n_layer=2),
+        dcae=DCAEConfig(widths=(32, 64), encoder_layers=(0, 1), decoder_layers=(1, 1),
+                        attention_stages=1))
     for config in (TBACConfig(), other):
-        stored = json.dumps(dataclasses.asdict(config))
+        stored = json.dumps(config.to_dict())
         assert TBACConfig.from_dict(json.loads(stored)) == config

@@ -117,7 +117,7 @@ def damaged(tmp_path, change):
 
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.pop("vae.decoder.conv_out.bias"), "missing.*dcae.decoder.conv_out.bias"),
-    (lambda t: t.update(extra=torch.zeros(2)), "tensor extra is not part"),
+    (lambda t: t.update(extra=torch.zeros(2)), "tensor 'extra' is not part"),
     (lambda t: t.update({"vae.decoder.conv_out.bias": torch.zeros(4)}),
      r"conv_out.bias has shape \(4,\), expected \(3,\)"),
     (lambda t: t["vae.decoder.conv_out.bias"].fill_(float("nan")),
