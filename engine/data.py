@@ -1,266 +1,42 @@
-"""Examples to learn from: where they come from (generated, or pictures with texts in tars or in a
-folder), in which order they come, how several processes share them, and how a run resumes.
+"""The order of examples: how it is shuffled, how several processes share it, how a run resumes;
+what is drawn at random for each; and a look at data before training on it:
 
-A source has `locations(rng)`, which yields where its records are, and `read(location)`, which turns
-one into an Example. A broken record is skipped and reported. Nothing is extracted from a tar, and
-at most one record at a time is in memory.
+    python -m engine.data 'shards-{000..123}.tar' --check --model weights --sheet out.png
+
+prints a line of JSON for each record (its name, prompt and sizes of pictures, or what is wrong with
+it), and a summary on stderr; the exit status is 1 if anything is wrong. Where examples come from:
+engine/sources.py.
 """
-import glob
+import argparse
+import collections
+import contextlib
 import hashlib
-import io
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
+import pickle
 import random
 import re
-import shutil
 import signal
-import tarfile
+import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from engine.pictures import open_image, to_pixels
-
-# Suffixes of pictures in tars.
-KINDS = ("jpg", "jpeg", "png", "webp")
-
-
-@dataclass(frozen=True)
-class Example:
-    """prompt: the text. images: the pictures it refers to (none: text to image). target: the
-    picture to draw, or its latents. name: the record's, for logs and caches; generated examples
-    have none."""
-
-    prompt: str
-    images: tuple
-    target: Image.Image | Tensor
-    name: str = ""
-
-
-# ------------------------------------------------------------------------------------- sources
-
-class Generated:
-    """An endless source: example i is make(rng, i). Its rng depends on (seed, i) alone, so there is
-    nothing to shuffle."""
-
-    pool = 0
-
-    def __init__(self, make, seed):
-        self.make = make
-        self.seed = seed
-
-    def locations(self, rng):
-        return itertools.count()
-
-    def read(self, i: int) -> Example:
-        return self.make(random.Random(f"{self.seed} {i}"), i)
-
-
-class Pictures:
-    """What the two sources of real data share: records refer to files, and every picture becomes a
-    square, resized to its shorter side and cropped at the centre.
-
-    latents: a function from a record's name to the latents of its target, or to None; what it
-    returns takes the target's place."""
-
-    # Locations to shuffle among, see `shuffled`.
-    pool = 10_000
-
-    def __init__(self, size, latents=None):
-        self.size = size
-        self.latents = latents
-
-    def square(self, file, name: str) -> Image.Image:
-        image = open_image(file, name)
-        return ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
-
-    def example(self, name, text, sources, target) -> Example:
-        """text: str or UTF-8 bytes; sources: list of files; target: a file. ValueError where one of
-        them is missing or broken."""
-        if not isinstance(text, str | bytes):
-            raise ValueError(f"{name}: the record has no text")
-        if target is None:
-            raise ValueError(f"{name}: the record has no picture to draw")
-        try:
-            # A str, too, is checked: JSON can hold what UTF-8 cannot, such as "\ud800".
-            encoded = text.encode() if isinstance(text, str) else text
-            text = encoded.decode()
-        except UnicodeError:
-            raise ValueError(f"{name}: the text is not UTF-8") from None
-        known = self.latents(name) if self.latents else None
-        images = tuple(self.square(file, f"{name}, source") for file in sources)
-        if known is None:
-            return Example(text, images, self.square(target, f"{name}, target"), name)
-        return Example(text, images, known, name)
-
-
-def key_suffix(name: str) -> tuple[str, str]:
-    """'train/0001.source.jpg' -> ('train/0001', 'source.jpg'): a record's key, and which part of
-    the record this is."""
-    folder, slash, file = name.rpartition("/")
-    key, _, suffix = file.partition(".")
-    return folder + slash + key, suffix.lower()
-
-
-class Tars(Pictures):
-    """webdataset tars: the members of a record share their name up to the first dot. `txt` and
-    `jpg` (jpeg, png, webp); for editing `txt`, `source.jpg` (or source0.jpg, source1.jpg, ...) and
-    `target.jpg`. Read in place, nothing is ever extracted."""
-
-    def __init__(self, files: list[str], size, latents=None):
-        super().__init__(size, latents)
-        self.files = files
-
-    def locations(self, rng):
-        """(file, key, {suffix: (offset, bytes)}) of every record, tar by tar in random order; only
-        headers are read."""
-        for file in rng.sample(self.files, len(self.files)):
-            try:
-                with tarfile.open(file, "r:") as tar:
-                    for key, parts in self.records(tar):
-                        # A key may occur twice, so the name says where the record begins.
-                        start, _ = next(iter(parts.values()))
-                        yield file, f"{key}, byte {start}", parts
-            except tarfile.TarError as e:
-                # A record without parts: reading it fails with this message.
-                yield file, f"damaged tar, the rest of it is lost: {e}", {}
-
-    def records(self, tar):
-        """(key, {suffix: (offset, bytes)}) of every record: neighbours with the same key."""
-        for key, members in itertools.groupby(self.members(tar), lambda m: key_suffix(m.name)[0]):
-            parts = {}
-            for member in members:
-                suffix = key_suffix(member.name)[1]
-                parts[suffix] = member.offset_data, member.size
-            yield key, parts
-
-    @staticmethod
-    def members(tar):
-        """The files in a tar. tarfile.TarError where it is damaged."""
-        while member := tar.next():
-            # tarfile remembers all members, which are too many in a long stream.
-            tar.members.clear()
-            if member.isfile():
-                yield member
-        # tarfile takes a broken header for the end, but the end is a block of zeros.
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"byte {tar.offset} begins neither a header nor the end mark")
-
-    def read(self, location) -> Example:
-        file, key, parts = location
-        text = None
-        pictures = {}
-        with open(file, "rb") as f:
-            for part, (offset, size) in parts.items():
-                f.seek(offset)
-                content = f.read(size)
-                # "source.jpg" is a picture with the role "source", "jpg" one with the role "".
-                role, _, kind = part.rpartition(".")
-                if part == "txt":
-                    text = content
-                else:
-                    pictures[role if kind in KINDS else part] = io.BytesIO(content)
-        # By length first, so that source10 comes after source9.
-        roles = sorted(pictures, key=lambda role: (len(role), role))
-        sources = [pictures[role] for role in roles if role.startswith("source")]
-        target = pictures.get("target", pictures.get(""))
-        return self.example(f"{file}: {key}", text, sources, target)
-
-
-class Folder(Pictures):
-    """A folder with metadata.jsonl, like Hugging Face's imagefolder: `text` and `file_name`; for
-    editing `text`, `source` (one name or a list) and `target`."""
-
-    def __init__(self, folder: pathlib.Path, size, latents=None):
-        super().__init__(size, latents)
-        self.folder = folder
-
-    def locations(self, rng):
-        """The byte at which each line begins."""
-        start = 0
-        with open(self.folder / "metadata.jsonl", "rb") as f:
-            for line in f:
-                if line.strip():
-                    yield start
-                start += len(line)
-
-    def read(self, start: int) -> Example:
-        file = self.folder / "metadata.jsonl"
-        with open(file, "rb") as f:
-            f.seek(start)
-            line = f.readline()
-        try:
-            row = dict(json.loads(line))
-            target = row.get("target", row.get("file_name"))
-            sources = row.get("source", [])
-            if isinstance(sources, str):
-                sources = [sources]
-            if not all(isinstance(name, str) for name in (target, *sources)):
-                raise ValueError("source, and target or file_name, must be names of files")
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{file}, byte {start}: {e}") from None
-        target = self.folder / target
-        sources = [self.folder / name for name in sources]
-        return self.example(str(target), row.get("text"), sources, target)
-
-
-def source(spec: str, makers: dict, seed: int, size: int, latents=None):
-    """What --data names: one of `makers` ({word: make(rng, i) -> Example}), a folder with
-    metadata.jsonl, a folder of tars, a tar, 'shards-{000..123}.tar' or 'a*.tar'. ValueError if no
-    record in it can be read."""
-    if spec in makers:
-        return Generated(makers[spec], seed)
-    if (pathlib.Path(spec) / "metadata.jsonl").is_file():
-        found = Folder(pathlib.Path(spec), size, latents)
-    else:
-        found = Tars(tar_files(spec, makers), size, latents)
-    check_readable(found, spec)
-    return found
-
-
-def tar_files(spec: str, makers: dict) -> list[str]:
-    """The tars that `spec` names, see `source`. ValueError where there are none."""
-    patterns = [spec]
-    if pathlib.Path(spec).is_dir():
-        patterns = [glob.escape(spec) + "/*.tar"]
-    # "{000..123}" counts, with as many digits as its first number has.
-    if span := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
-        first, last = span.groups()
-        numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-        patterns = [spec[:span.start()] + number + spec[span.end():] for number in numbers]
-    files = []
-    missing = []
-    for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-        files += found
-        if not found:
-            missing.append(pattern)
-    if missing:
-        raise ValueError(f"--data {spec}: no such files: {missing[:3]}; expected tars, "
-                         f"a folder with metadata.jsonl, or one of {list(makers)}")
-    return files
-
-
-def check_readable(found, spec: str):
-    """ValueError with the first ten reasons if a source holds no record that can be read."""
-    reasons = []
-    for location in found.locations(random.Random(0)):
-        try:
-            found.read(location)
-            return
-        except ValueError as e:
-            reasons.append(str(e))
-    message = f"--data {spec}: not one record in it can be read"
-    raise ValueError("\n".join([message, *reasons[:10]]))
-
+from engine.command import Parser, count, one_line_errors, path, path_text
+from engine.files import read_json, save_png
+from engine.limits import MAX_SIZE
+from engine.pictures import contact_sheet, printable, to_pixels
+from engine.sources import Example, open_source, read_example, square
+from mllm import Tokenizer
 
 # --------------------------------------------------------------------------- one order for all
 
@@ -333,11 +109,10 @@ class Share(torch.utils.data.IterableDataset):
 
         for position, (number, (origin, location)) in mine:
             try:
-                yield position, number, origin.read(location)
+                yield position, number, read_example(origin, location)
             except (ValueError, OSError) as e:
-                # The name of a file may hold bytes that are no text; they could not be printed.
-                message = str(e).encode(errors="backslashreplace").decode()
-                yield position, number, message
+                # Names and texts from files may hold what cannot be printed, or should not be.
+                yield position, number, printable(e, 1000)
 
 
 def ignore_signals(worker):
@@ -345,6 +120,19 @@ def ignore_signals(worker):
     answer: it needs its workers until it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def check_sendable(share, workers: int) -> None:
+    """ValueError where worker processes would have to be sent what cannot be sent. (Only those that
+    begin as a copy of this process, by "fork", need not: Linux up to Python 3.13.)"""
+    if not workers or multiprocessing.get_start_method() == "fork":
+        return
+    try:
+        pickle.dumps(share)
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise ValueError(f"--workers {workers}: a source cannot be sent to another process ({e}). "
+                         "Make examples with a function that stands at the top of a file, not with "
+                         "a lambda or a function inside a function, or take --workers 0") from None
 
 
 class Reader:
@@ -362,6 +150,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[tuple[int, Example]]:
         """ValueError with the list of broken records if they are too many."""
+        check_sendable(self.share, self.workers)
         loader = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers,
                                              worker_init_fn=ignore_signals)
         bad_in_a_row = 0
@@ -399,6 +188,24 @@ def noise(rngs, shape, device) -> tuple[Tensor, Tensor]:
     return t.to(device), torch.stack(rows).to(device)
 
 
+# What a cache of latents is called, and the files in it; the number is of a process that writes.
+LATENTS_FOLDER = re.compile(r"[0-9a-f]{16}")
+LATENTS_FILE = re.compile(r"[0-9a-f]{32}\.(safetensors|\d+)")
+
+
+def remove_latents(folder: pathlib.Path) -> None:
+    """Deletes a cache of latents: the files that were written there, and the folder if nothing else
+    is in it. What has another name was not written by this program, and stays."""
+    if not LATENTS_FOLDER.fullmatch(folder.name) or folder.is_symlink():
+        return
+    # Another process may delete it at the same time.
+    with contextlib.suppress(OSError):
+        for file in folder.iterdir():
+            if LATENTS_FILE.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        folder.rmdir()
+
+
 class Latents(nn.Module):
     """Pictures -> latents by the autoencoder. With --cache-latents it runs once per picture, and
     the result is kept in --out/latents, in a folder named after size, dtype, autoencoder and its
@@ -408,6 +215,8 @@ class Latents(nn.Module):
         super().__init__()
         self.device = args.device
         self.dtype = getattr(torch, args.dtype)
+        side = args.size // model.config.dcae.factor
+        self.shape = (model.config.dcae.latent_channels, side, side)
         self.folder = None
         if args.cache_latents:
             digest = hashlib.sha256(f"{args.size} {args.dtype} {model.config.dcae}".encode())
@@ -417,7 +226,7 @@ class Latents(nn.Module):
             self.folder.mkdir(parents=True, exist_ok=True)
             for old in self.folder.parent.iterdir():
                 if old != self.folder:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove_latents(old)
 
     def file(self, name: str) -> pathlib.Path:
         digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()
@@ -428,10 +237,11 @@ class Latents(nn.Module):
         if not self.folder:
             return None
         try:
-            return load_file(self.file(name))["x0"]
-        # The file does not exist, or a crash cut it short.
-        except (OSError, SafetensorError):
+            x0 = load_file(self.file(name))["x0"]
+        # The file does not exist, or it is damaged: then it is written anew.
+        except (OSError, SafetensorError, KeyError):
             return None
+        return x0 if x0.shape == self.shape and x0.isfinite().all() else None
 
     def keep(self, name: str, x0: Tensor):
         """Cache latents. The file gets its name once it is complete."""
@@ -453,3 +263,162 @@ class Latents(nn.Module):
                 if self.folder and examples[i].name:
                     self.keep(examples[i].name, x0)
         return torch.stack([x0.to(self.device) for x0 in targets])
+
+
+# ----------------------------------------------------------------------- look before you train
+
+# Pictures on a sheet, and their side.
+SHOWN = 16
+SHOWN_SIDE = 128
+# Pictures to start from that a sheet shows of one record.
+SHOWN_SOURCES = 3
+CONTROL = re.compile(r"<\|\w+\|>")
+
+
+class Summary:
+    """What is counted while the records pass: broken ones by reason, prompts, pictures."""
+
+    def __init__(self, args):
+        self.args = args
+        self.tokenizer = None
+        if args.model:
+            self.tokenizer = Tokenizer(args.model / "tokenizer.json")
+            self.max_prompt = read_json(args.model / "config.json").get("max_prompt")
+        self.began = time.time()
+        self.records = 0
+        self.n_usable = 0
+        self.n_pictures = 0
+        self.broken = collections.Counter()
+        self.tokens = collections.Counter()
+        self.sizes = collections.Counter()
+        self.control = collections.Counter()
+        # A sample of the records, for the sheet: (pictures, labels) each.
+        self.shown = []
+
+    def add_broken(self, error: Exception) -> None:
+        self.records += 1
+        self.broken[getattr(error, "reason", type(error).__name__)] += 1
+
+    def add(self, example: Example) -> None:
+        self.records += 1
+        self.n_pictures += 1 + len(example.images)
+        self.sizes[example.target.size] += 1
+        self.control.update(set(CONTROL.findall(example.prompt)))
+        if self.tokenizer:
+            self.tokens[len(self.tokenizer.encode(example.prompt))] += 1
+        self.n_usable += 1
+        # Each record has the same chance to be among those that are shown.
+        place = self.n_usable - 1
+        if place >= SHOWN:
+            place = random.Random(place).randrange(self.n_usable)
+        if self.args.sheet and place < SHOWN:
+            self.shown[place:place + 1] = [self.show(example)]
+
+    def show(self, example: Example) -> tuple[list, list]:
+        """What the sheet shows of a record: the pictures, small, and a label for each."""
+        target = example.target
+        if self.args.size:
+            target = square(target, self.args.size)
+        pictures = [*example.images[:SHOWN_SOURCES], target]
+        side = (SHOWN_SIDE, SHOWN_SIDE)
+        small = [ImageOps.contain(picture, side, Image.Resampling.BICUBIC) for picture in pictures]
+        return small, ["from"] * (len(pictures) - 1) + [example.prompt]
+
+    def sheet(self) -> Image.Image:
+        pictures = [picture for pictures, _ in self.shown for picture in pictures]
+        labels = [label for _, labels in self.shown for label in labels]
+        return contact_sheet(pictures, labels, columns=min(8, len(pictures)),
+                             size=(SHOWN_SIDE, SHOWN_SIDE))
+
+    def lines(self) -> list[str]:
+        n_broken = sum(self.broken.values())
+        speed = self.n_pictures / max(time.time() - self.began, 1e-9)
+        found = [f"{self.records} records, {n_broken} of them broken; {speed:.0f} pictures/s"]
+        found += [f"  {n:7} broken: {reason}" for reason, n in self.broken.most_common(20)]
+        if self.tokens:
+            cut = sum(n for length, n in self.tokens.items() if length > self.max_prompt)
+            found.append(f"tokens of a prompt: {spread(self.tokens)}; {cut} prompts have more than "
+                         f"{self.max_prompt}, which is all that is read")
+        for token, n in self.control.most_common(5):
+            found.append(f"prompts that hold {printable(token)}, which is read as a control token: "
+                         f"{n}")
+        if self.sizes:
+            sides = collections.Counter()
+            for size, n in self.sizes.items():
+                sides[min(size)] += n
+            found.append(f"shorter side of a picture to draw: {spread(sides)}{self.enlarged()}")
+            most = self.sizes.most_common(3)
+            found.append("most frequent: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in most))
+        return found
+
+    def enlarged(self) -> str:
+        side = self.args.size
+        if not side:
+            return ""
+        small = sum(n for size, n in self.sizes.items() if min(size) < side)
+        return f"; {small} are smaller than {side} and will be enlarged"
+
+
+def spread(counts: collections.Counter) -> str:
+    """{value: how often} -> the range and the median, in words."""
+    middle = sum(counts.values()) / 2
+    passed = itertools.accumulate(n for _, n in sorted(counts.items()))
+    median = next(value for value, n in zip(sorted(counts), passed) if n >= middle)
+    return f"{min(counts)} to {max(counts)}, median {median}"
+
+
+def told(example: Example) -> dict:
+    """A record as a row of JSON."""
+    sizes = ["{}x{}".format(*image.size) for image in (*example.images, example.target)]
+    return dict(name=example.name, prompt=example.prompt, sources=sizes[:-1], target=sizes[-1])
+
+
+def check(args) -> int:
+    """Reads every record as training does, and prints what it finds. -> the exit status"""
+    source = open_source(args.spec, {}, 0)
+    summary = Summary(args)
+    bar = tqdm(source.locations(), "records", disable=sys.stdout.isatty() or None)
+    for number, location in enumerate(bar):
+        try:
+            example = read_example(source, location)
+            row = told(example)
+            summary.add(example)
+        except (ValueError, OSError) as e:
+            where = getattr(e, "where", f"record {number}")
+            row = dict(name=str(where), error=printable(e, 1000))
+            summary.add_broken(e)
+        print(json.dumps(row))
+    print("\n".join(summary.lines()), file=sys.stderr)
+    if args.sheet and summary.shown:
+        save_png(summary.sheet(), args.sheet)
+        print(f"wrote {args.sheet}", file=sys.stderr)
+    return 1 if summary.broken or not summary.records else 0
+
+
+def options(argv=None) -> argparse.Namespace:
+    p = Parser(prog="python -m engine.data", description=__doc__)
+    p.add_argument("spec", type=path_text,
+                   help="as for --data of train.py: a folder, a tar, 'a-{000..123}.tar'")
+    p.add_argument("--check", action="store_true", required=True, help="read every record")
+    p.add_argument("--size", type=count(1, MAX_SIZE), help="side that training will have: tells "
+                   "which pictures are smaller, and shows on the sheet how they are cropped")
+    p.add_argument("--model", type=path, help="folder whose tokenizer counts tokens")
+    p.add_argument("--sheet", type=path, metavar="FILE",
+                   help=f"also write a picture (PNG) of {SHOWN} records, drawn by lot")
+    return p.parse_args(argv)
+
+
+def main() -> None:
+    args = options()
+    with one_line_errors():
+        try:
+            status = check(args)
+        # Whoever reads the lines has seen enough.
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 1
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,18 +2,24 @@
 import itertools
 import math
 import random
+import re
 
 from tqdm import tqdm
 
-from engine.data import Generated, Reader, Share, source
+from engine.data import Reader, Share
+from engine.limits import MAX_COUNT
+from engine.pictures import printable
+from engine.sources import Generated, source
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
     """"a=0.7" -> ("a", 0.7); without a weight None."""
     name, equals, weight = spec.rpartition("=")
-    if equals and weight.replace(".", "", 1).isdigit():
-        return name, float(weight)
-    return spec, None
+    if not equals or not re.fullmatch(r"\d+\.?\d*|\.\d+", weight, re.ASCII):
+        return spec, None
+    if not 0 < float(weight) <= MAX_COUNT:
+        raise ValueError(f"--data {printable(spec)}: a weight must be above 0, at most {MAX_COUNT}")
+    return name, float(weight)
 
 
 def open_sources(args, makers: dict, latents) -> tuple[list, list]:

@@ -5,14 +5,17 @@ import io
 import itertools
 import json
 import random
+import re
 import tarfile
 from collections import Counter
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import train
-from engine import data, pictures, stream
+from engine import data, pictures, sources, stream
 
 
 def jpeg(colour, size=(80, 60)):
@@ -48,7 +51,7 @@ def shards(tmp_path):
 
 
 def source(spec, size=32):
-    return data.source(str(spec), {}, 0, size)
+    return sources.source(str(spec), {}, 0, size)
 
 
 def read(source, **options):
@@ -143,7 +146,7 @@ def test_a_reader_says_where_to_go_on(shards):
 def test_mixtures_follow_their_weights(shards, tmp_path):
     makers = {"toy": lambda rng, i: train.draw_example(rng, i, 32),
               "toy-edit": lambda rng, i: train.edit_example(rng, i, 32)}
-    toy = data.Generated(makers["toy"], 0)
+    toy = sources.Generated(makers["toy"], 0)
     seen = Counter(t.isdigit() for t in texts([source(shards), toy], 1000, weights=[0.3, 0.7]))
     assert 250 < seen[True] < 350
     args = argparse.Namespace(data=[f"{shards}=0.3", "toy=0.7", "toy-edit"], seed=0, size=32)
@@ -205,7 +208,7 @@ def test_too_much_that_is_broken_stops_the_run_with_the_list(tmp_path):
         prompts(read(source(broken(tmp_path))), 100)
 
 
-class Unreliable(data.Generated):
+class Unreliable(sources.Generated):
     """Each record is broken with a given probability."""
 
     def __init__(self, broken):
@@ -215,7 +218,7 @@ class Unreliable(data.Generated):
     def read(self, i):
         if self.rng.random() < self.broken:
             raise ValueError(f"record {i}")
-        return data.Example("x", (), None)
+        return sources.Example("x", (), None)
 
 
 def test_chance_does_not_stop_good_data():
@@ -302,8 +305,9 @@ def test_a_missing_picture_or_a_bad_line_is_one_broken_record(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     reader = read(source(tmp_path), max_bad=1)
     assert prompts(reader, 2) == ["fine"] * 2
-    # Twelve are broken; two of them are called a.png and have no text.
-    assert len(set(reader.bad)) == 11
+    # Each of the twelve others, by its line.
+    lines = sorted({int(re.search(r"metadata.jsonl, line (\d+)", bad)[1]) for bad in reader.bad})
+    assert lines == [*range(2, 14)]
     assert all(str(tmp_path) in bad for bad in reader.bad)
     # All of it can be printed.
     "".join(reader.bad).encode()
@@ -326,3 +330,55 @@ def test_an_empty_source_is_an_error_at_once(tmp_path, spec, message):
     (tmp_path / "text.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(ValueError, match=message):
         source(tmp_path / spec)
+
+
+# ------------------------------------------------------------------------------ weights, latents
+
+@pytest.mark.parametrize("spec, name, weight", [
+    ("a=0.7", "a", 0.7), ("a=2", "a", 2.0), ("a=.5", "a", 0.5), ("a", "a", None),
+    ("a=b", "a=b", None), ("a=\u00b2", "a=\u00b2", None), ("a=1e3", "a=1e3", None)])
+def test_a_weight_stands_behind_the_last_equals_sign(spec, name, weight):
+    assert stream.split_weight(spec) == (name, weight)
+
+
+@pytest.mark.parametrize("spec", ["a=0", "a=0.0", f"a={'9' * 400}"])
+def test_a_weight_that_cannot_be_meant(spec):
+    with pytest.raises(ValueError, match="a weight must be above 0"):
+        stream.split_weight(spec)
+
+
+def test_only_latents_are_deleted(tmp_path):
+    """By their whole names: a folder may hold what somebody else put there."""
+    digest = "0123456789abcdef"
+    kept = [tmp_path / "mine" / f"{digest * 2}.safetensors", tmp_path / digest / "notes.txt",
+            tmp_path / digest / "model.safetensors", tmp_path / "elsewhere" / f"{digest * 2}.77"]
+    gone = [tmp_path / digest / f"{digest * 2}.safetensors", tmp_path / digest / f"{digest * 2}.77",
+            tmp_path / digest[::-1] / f"{digest * 2}.safetensors"]
+    for file in (*kept, *gone):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"x")
+    (tmp_path / "fedcba9876543211").symlink_to(tmp_path / "elsewhere")
+    for folder in list(tmp_path.iterdir()):
+        data.remove_latents(folder)
+    assert all(file.exists() for file in kept)
+    assert not any(file.exists() for file in gone) and not gone[-1].parent.exists()
+
+
+@pytest.mark.parametrize("stored", [
+    {}, {"other": torch.zeros(4, 8, 8)}, {"x0": torch.zeros(4, 8, 9)},
+    {"x0": torch.full((4, 8, 8), torch.nan)}, b"cut"],
+    ids=["empty", "another name", "another shape", "not finite", "damaged"])
+def test_latents_that_are_not_these_are_made_anew(tiny, tmp_path, stored):
+    args = argparse.Namespace(device="cpu", dtype="float32", cache_latents=True, out=tmp_path,
+                              size=32)
+    latents = data.Latents(tiny, args)
+    example = sources.Example("x", (), Image.new("RGB", (32, 32), "red"), "a")
+    want = latents(tiny, [example])
+    assert torch.equal(latents.known("a"), want[0])
+    if isinstance(stored, bytes):
+        latents.file("a").write_bytes(stored)
+    else:
+        save_file(stored, latents.file("a"))
+    assert latents.known("a") is None
+    latents(tiny, [example])
+    assert torch.equal(latents.known("a"), want[0])
