@@ -1,10 +1,13 @@
-"""DC-AE: shapes, its attention against the quadratic form, its only error."""
+"""DC-AE: shapes, its attention against the quadratic form, small and extreme pictures against the
+public library, its only error."""
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from bench.odd_maps import SIZES, odd_pictures
 from dcae import DCAE, DCAEConfig
 from engine import fast
-from tests.conftest import relative
+from tests.conftest import TINY, relative
 
 
 def test_shapes(tiny):
@@ -52,3 +55,34 @@ def test_pictures_are_encoded_a_few_at_a_time(tiny):
 def test_a_wrong_size_is_named(tiny):
     with pytest.raises(ValueError, match=r"multiples of 4, got \(32, 30\)"):
         tiny.dcae.encode(torch.zeros(1, 3, 32, 30))
+
+
+# ----------------------------------------------------------------------- against the public library
+
+@pytest.fixture(scope="module")
+def library():
+    """What bench/record_dcae.py wrote: latents, pixels decoded from them, and how far the library's
+    own bfloat16 is from them."""
+    return load_file(TINY / "dcae.safetensors")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["4", "32", "33"])
+@pytest.mark.parametrize("name", ["black", "white", "board", "point", "noise"])
+@pytest.mark.parametrize("path", [fast.disable, fast.enable], ids=["plain", "fast"])
+def test_few_positions_and_pictures_at_the_limits(tiny, library, size, name, path):
+    """As many positions as where the library changes the form of its attention, one more, and few;
+    in float32 to 1e-5, in bfloat16 about as near as the library itself is."""
+    dcae = path(tiny).dcae
+    x = odd_pictures(size)[name]
+    key = f"{size[0]}x{size[1]}.{name}"
+    latents, pixels, rounding = (library[f"{key}.{what}"]
+                                 for what in ("latents", "pixels", "bfloat16"))
+    scale = dcae.config.scaling_factor
+    assert relative(dcae.encode(x) / scale, latents) < 1e-5
+    assert relative(dcae.decode(latents * scale), pixels) < 1e-5
+    dcae.to(torch.bfloat16)
+    found = (dcae.encode(x.bfloat16()).float() / scale,
+             dcae.decode((latents * scale).bfloat16()).float())
+    for seen, want, of_library in zip(found, (latents, pixels), rounding.tolist()):
+        assert seen.isfinite().all()
+        assert relative(seen, want) < 2 * of_library + 0.002
