@@ -224,6 +224,28 @@ def test_window_attention_equals_masked_full_attention():
     assert sorted(index[valid].tolist()) == list(range(35))
 
 
+def test_a_far_patch_reaches_a_window_in_the_first_layer_with_full_attention():
+    """And not before. Windows of 3 x 3 units; layers 0, 1 and 3 stay inside of them."""
+    c = ViTConfig(n_layer=4, dim=16, n_head=2, mlp_dim=8, patch=2, window=12, full_attention=(2,))
+    torch.manual_seed(0)
+    vit = ViT(c, 8)
+    grid = (12, 12)
+    patches = torch.randn(1, 144, 3 * c.frames * c.patch ** 2, generator=seeded())
+    far = patches.clone()
+    # The last one: bottom right.
+    far[:, -1] += 1
+    entered = []
+    for block in vit.blocks:
+        block.register_forward_pre_hook(lambda module, args: entered.append(args[0].clone()))
+    out, out_far = vit(patches, grid), vit(far, grid)
+    # The first window's patches, 9 units of 4, stand first in both forms.
+    first = [x.reshape(-1, c.dim)[:36] for x in entered]
+    same = [torch.equal(a, b) for a, b in zip(first[:4], first[4:])]
+    # On entering layers 0, 1, 2 and 3.
+    assert same == [True, True, True, False]
+    assert not torch.equal(out[:, 0], out_far[:, 0])
+
+
 def test_vision_attention_without_padding_needs_no_mask():
     layer = VisionAttention(8, 2)
     x = torch.randn(1, 5, 8)

@@ -4,12 +4,15 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from engine import distributed
 from tests.conftest import ROOT
@@ -79,6 +82,31 @@ def test_from_two_processes_to_one_and_back(alone, tmp_path, mode):
         how = mode if processes > 1 else ("--no-fsdp",)
         found = train(processes, tmp_path, "--steps", steps, "--batch", batch, "--resume", *how)
     assert found == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_shards_has_the_moments_of_one_that_went_through(tmp_path):
+    """Weights and both moments of AdamW, of every parameter, after two more steps."""
+    def last(out):
+        folder = max((out / "checkpoints").glob("step-*"))
+        found = {}
+        for file in folder.glob("*.safetensors"):
+            found |= load_file(file)
+        return found
+
+    how = ("--fsdp", "--batch", 2)
+    train(2, tmp_path / "through", "--steps", 4, *how)
+    # The same warm-up and length, hence the same rates: stopped after two steps, then resumed.
+    train(2, tmp_path / "stopped", "--steps", 4, *how)
+    stopped = tmp_path / "stopped" / "checkpoints"
+    newest = max(stopped.glob("step-*"))
+    shutil.rmtree(newest)
+    train(2, tmp_path / "stopped", "--steps", 4, "--resume", *how)
+    a, b = last(tmp_path / "through"), last(tmp_path / "stopped")
+    assert a.keys() == b.keys()
+    assert sum(name.startswith("exp_avg_sq.") for name in a) > 50
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from torch import nn
 import sample
 from engine import distributed, fast
 from mllm import Prompt
+from tbac import TBAC
 from tests.conftest import relative
 
 RED = Image.new("RGB", (300, 200), "red")
@@ -100,6 +101,33 @@ def test_gradient_checkpointing_changes_nothing_on_the_plain_path(tiny, rows):
     assert relative(again, loss) < 1e-5
     for part in PARTS:
         assert relative(checkpointed[part], gradients[part]) < 1e-5, part
+
+
+@pytest.mark.parametrize("images", [[[], [RED]], [[RED], []], [[], [RED], [], [RED]]])
+def test_a_picture_in_a_later_row_is_in_its_pack_alone(tiny, images):
+    """Rows with a picture and rows without, in either order, begin alike up to the picture."""
+    prompts = ["make it green", LONG, "dog", "make it green"][:len(images)]
+    want = tiny.encode(prompts, images)
+    found = fast.enable(tiny).encode(prompts, images)
+    for row, (a, b) in enumerate(zip(found.unbind(1), want.unbind(1))):
+        assert relative(a, b) < 1e-5, row
+
+
+def test_weights_with_channels_last_are_trained_and_saved_like_others(tiny_folder, tmp_path):
+    """Their layout in memory is not part of a file."""
+    saved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = TBAC.load(tiny_folder).to(memory_format=layout)
+        loss, _ = loss_and_gradients(model, ["a dog", "dog"], [[], [RED]])
+        torch.optim.SGD(model.trainable(), lr=0.1).step()
+        model.save(tmp_path / str(layout))
+        again = TBAC.load(tmp_path / str(layout))
+        for name, tensor in again.state_dict().items():
+            assert tensor.is_contiguous() and torch.equal(tensor, model.state_dict()[name]), name
+        saved.append((loss, again.state_dict()))
+    (a_loss, a), (b_loss, b) = saved
+    assert relative(a_loss, b_loss) < 1e-5
+    assert all(relative(b[name], tensor) < 1e-5 for name, tensor in a.items() if tensor.any())
 
 
 def test_disable_gives_the_plain_path_back(tiny):

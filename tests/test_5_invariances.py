@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 import sample
+from tbac import TBAC
 from tests.conftest import relative
 
 RED = Image.new("RGB", (300, 200), "red")
@@ -119,6 +120,50 @@ def test_generation_with_a_cache_equals_reading_everything_again(tiny):
         assert logits.argmax().item() == token
         x = torch.cat([x, mllm.embed_tokens(torch.tensor([[token]]))], 1)
         positions = torch.cat([positions, positions[:, :, -1:] + 1], 2)
+
+
+def test_a_question_leaves_nothing_behind(tiny_folder, model):
+    """A with a picture, B without, A again: as three fresh models answer."""
+    def answer(model, question, row):
+        return model.mllm.generate(model.mllm.tokenize([question], [row]), 12)
+
+    asked = (("what is it?", [RED]), ("how many?", []), ("what is it?", [RED]))
+    answers = [answer(model, *request) for request in asked]
+    fresh = [answer(TBAC.load(tiny_folder), *request) for request in asked]
+    assert answers == fresh and answers[0] != answers[1]
+
+
+def test_long_answers_to_a_short_and_a_long_prompt_in_one_batch(model):
+    """Of 1 and of 200 words, over 40 new tokens."""
+    def generate(texts):
+        return model.mllm.generate(model.mllm.tokenize(texts), 40)
+
+    texts = ["dog", "a circle " * 100]
+    together = generate(texts)
+    assert together == generate(texts[:1]) + generate(texts[1:])
+    assert max(len(answer) for answer in together) == 40
+
+
+@pytest.mark.parametrize("size", [(27, 29), (60, 29), (31, 639), (1, 1)])
+def test_pictures_of_odd_sizes_are_read(model, size):
+    """Of few pixels, thin, or of one pixel; alone and beside another."""
+    image = Image.new("RGB", size, "green")
+    alone = model.encode(["make it red"], [[image]])
+    assert alone.isfinite().all()
+    beside = model.encode(["make it red", "dog"], [[image], [BLUE]])
+    assert relative(beside[:, :1], alone) < 1e-5
+
+
+def test_angles_are_float32_in_a_model_of_another_dtype(tiny):
+    """In bfloat16, positions above 256 would be rounded."""
+    batch = tiny.mllm.tokenize(["a circle " * 200], [[RED]])
+    grid = batch.pictures[0][1]
+    text, vision = tiny.mllm.rope_angles(batch.positions), tiny.mllm.vision.angles(grid, "cpu")
+    tiny.to(torch.bfloat16)
+    assert batch.positions.max() > 256
+    assert torch.equal(tiny.mllm.rope_angles(batch.positions), text)
+    assert torch.equal(tiny.mllm.vision.angles(grid, "cpu"), vision)
+    assert text.dtype == vision.dtype == torch.float32
 
 
 def test_temperature_draws_from_the_generator(tiny):

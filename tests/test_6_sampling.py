@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import sample
+from engine import command
 
 
 def seeded():
@@ -38,6 +39,19 @@ def test_schedule():
     assert t[-1] == 0
     assert (t.diff() < 0).all()
     assert torch.allclose(sample.schedule(10, 3.0), 3 * t / (1 + 2 * t))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5, 12.0])
+def test_times_are_shifted_exactly_once(tiny, steps, shift):
+    """By the formula, each time by itself; and the solver goes through these and no others."""
+    want = []
+    for i in range(steps + 1):
+        t = 0.999 * (1 - i / steps)
+        want.append(shift * t / (1 + (shift - 1) * t))
+    assert sample.schedule(steps, shift).tolist() == pytest.approx(want, abs=1e-12)
+    reached = [step.t for step in sample.denoise(tiny, ["dog"], steps=steps, shift=shift)]
+    assert reached == pytest.approx(want[1:], abs=1e-12)
 
 
 @pytest.mark.parametrize("steps", [6, 20, 50])
@@ -179,10 +193,8 @@ def test_bad_settings_are_named(tiny, settings, message):
 def test_size_is_height_and_width(tiny):
     picture, = sample.generate(tiny, ["a dog"], steps=1, size=(32, 48))
     assert picture.size == (48, 32)
-    assert sample.parse_size("48x32") == (32, 48)
-    assert sample.parse_size("512") == 512
-    with pytest.raises(ValueError, match="banana"):
-        sample.parse_size("banana")
+    assert command.size("48x32") == (32, 48)
+    assert command.size("512") == 512
 
 
 def test_pictures_of_one_prompt_share_the_conditioning(tiny, monkeypatch):
