@@ -77,7 +77,7 @@ def test_probes_find_what_is_there_and_nothing_else():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["wirings", "--n", "0"], "1 or more"),
+    (["wirings", "--n", "0"], "must be a whole number from 1"),
     (["rungs", "--only", "ladder"], "no kinds"),
 ])
 def test_options_that_say_nothing(argv, message, capsys):
