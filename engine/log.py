@@ -11,6 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from engine.checks import Kind, number, or_null, several, whole
+from engine.files import new_file, open_to_read
+from engine.limits import MAX_TRAINING_STEPS
 from engine.pictures import contact_sheet
 
 
@@ -78,7 +81,8 @@ def example_sheet(examples: list, drawn: list, size: int):
         target = [] if isinstance(example.target, torch.Tensor) else [example.target]
         pictures += [*example.images, *target, picture]
         labels += ["from"] * len(example.images) + ["to"] * len(target) + [example.prompt]
-    return contact_sheet(pictures, labels, scale=max(1, 128 // size), columns=6)
+    # Pictures to start from may have any size.
+    return contact_sheet(pictures, labels, scale=max(1, 128 // size), columns=6, size=(size, size))
 
 
 class Log:
@@ -145,14 +149,41 @@ class Log:
 
 # --------------------------------------------------------------------------------------- curves
 
+VALUE = or_null(number(-sys.float_info.max, sys.float_info.max))
+# What a line of log.jsonl may say of a step; the first two always.
+ROW = {
+    "step": whole(0, MAX_TRAINING_STEPS),
+    "loss": VALUE,
+    "norm": VALUE,
+    "lr": VALUE,
+    "skipped": or_null(Kind("a text", lambda value: isinstance(value, str))),
+    "by_t": or_null(several(10, 10, VALUE)),
+}
+
+
+def check_row(row, where: str) -> None:
+    """ValueError for a line that says of a step what cannot be."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no object")
+    for key, kind in ROW.items():
+        if key in row:
+            kind.check(row[key], f"{where}: {key}")
+        elif key in ("step", "loss"):
+            raise ValueError(f"{where} has no {key}")
+
+
 def read_log(out) -> list[dict]:
     """The steps in log.jsonl, in order. A run that was killed and resumed has written some twice:
     the later row counts; a crash has cut one in half."""
     rows = {}
-    for line in (out / "log.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if "loss" in row:
+    with open_to_read(out / "log.jsonl") as lines:
+        for i, line in enumerate(lines):
+            row = {}
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line.decode(errors="replace"))
+            # Lines without a loss are of broken records, or of another process.
+            if not isinstance(row, dict) or "loss" in row:
+                check_row(row, f"{out / 'log.jsonl'}, line {i + 1}")
                 rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 
@@ -179,22 +210,23 @@ def plot_curves(out) -> None:
     loss.set(title=f"loss, and its mean over {n} steps", yscale="log")
     plot_by_time(by_time, rows, n)
     plot_smoothed(norm, rows, "norm", n, "C1")
-    skipped = [row for row in rows if row["skipped"]]
-    norm.plot([row["step"] for row in skipped], [row["norm"] for row in skipped], "rx",
+    skipped = [row for row in rows if row.get("skipped")]
+    norm.plot([row["step"] for row in skipped], [row.get("norm") for row in skipped], "rx",
               label=f"{len(skipped)} skipped")
     norm.legend()
     norm.set(title="gradient norm", yscale="log")
-    rate.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="C2")
+    rate.plot([row["step"] for row in rows], [row.get("lr") for row in rows], color="C2")
     rate.set(title="learning rate")
     for axis in (loss, by_time, norm, rate):
         axis.set(xlabel="step")
         axis.grid(alpha=0.3)
-    figure.savefig(out / "curves.png", dpi=80)
+    with new_file(out / "curves.png") as file:
+        figure.savefig(file, format="png", dpi=80)
 
 
 def plot_smoothed(axis, rows: list[dict], key: str, n: int, color: str) -> None:
     steps = [row["step"] for row in rows]
-    values = [row[key] for row in rows]
+    values = [row.get(key) for row in rows]
     axis.plot(steps, values, color="0.8", lw=0.5)
     axis.plot(steps, smooth(values, n), color=color)
 
@@ -205,7 +237,7 @@ def plot_by_time(axis, rows: list[dict], n: int) -> None:
         return
     steps = [row["step"] for row in rows]
     for i in range(10):
-        values = smooth([row["by_t"][i] for row in rows], n)
+        values = smooth([row["by_t"][i] if row.get("by_t") else None for row in rows], n)
         label = f"{i / 10:.1f}-{(i + 1) / 10:.1f}"
         axis.plot(steps, values, color=cm.viridis(i / 9), label=label)
     axis.legend(fontsize=7, ncols=2, title="t (1 is noise)")

@@ -164,7 +164,11 @@ def to_pixels(images: list[Image.Image], device, dtype=torch.float32) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1], or a little outside -> list of PIL images."""
+    """(B, 3, H, W) in [-1, 1], or a little outside -> list of PIL images. ValueError for values
+    that are not finite: they would be black, as if somebody had asked for that."""
+    if not pixels.isfinite().all():
+        raise ValueError("the picture has values that are not finite: too much guidance, or "
+                         "weights that are too large for their dtype")
     pixels = (pixels.float().clamp(-1, 1) + 1) * 127.5
     arrays = pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(array) for array in arrays]

@@ -18,7 +18,6 @@ A study writes STUDY.json into --out, and all but settings a picture beside it. 
 can be trusted depends on the number of seeds and steps; both stand in the JSON file, with commit
 and hardware.
 """
-import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -41,8 +40,10 @@ from tqdm import tqdm
 
 import ladder
 import train
-from engine import fast
-from engine.files import weight_files
+from engine import command, fast
+from engine.files import new_file, prepare_folder, weight_files, write_text
+from engine.limits import MAX_STEPS, MAX_WORKERS
+from engine.options import store
 from engine.state import ema_weights
 from lab import evaluate
 from mllm import MLLM
@@ -61,10 +62,14 @@ def load(folder, device="cpu"):
 
 
 def write_json(file, content):
-    """Under another name first: a file that is there is whole."""
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1, default=str))
-    os.replace(new, file)
+    """A file that is there is whole."""
+    write_text(file, json.dumps(content, indent=1, default=str))
+
+
+def save(figure, file):
+    """A PNG that is there is whole."""
+    with new_file(file) as f:
+        figure.savefig(f, format="png", dpi=DPI)
 
 
 # ------------------------------------------------------------------------------------ to train
@@ -142,7 +147,7 @@ def train_one(args, options):
              "--warmup", "100", "--device", args.device, "--out", str(folder), "--resume",
              "--save-every", str(args.every), "--keep", "1", "--sheet-every", "0"]
     run_args = train.options([*fixed, *itertools.chain(*base.items())])
-    (folder / "options.json").write_text(json.dumps(vars(run_args), indent=1, default=str))
+    store(run_args)
     run = train.Run(run_args)
     with open(folder / "log.jsonl", "a") as log:
         for report in run.steps():
@@ -309,7 +314,7 @@ def plot_curves(curve, file):
     ax.set_ylim(0, top)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=DPI)
+    save(figure, file)
     plt.close(figure)
 
 
@@ -459,7 +464,7 @@ def plot_rungs(lost, file):
     axes[-1].set_xticks(range(len(names)), labels, rotation=60, ha="right", fontsize=10.5,
                         rotation_mode="anchor")
     figure.colorbar(shown, ax=axes, label="points lost (-) or gained (+)", shrink=0.5)
-    figure.savefig(file, dpi=DPI)
+    save(figure, file)
     plt.close(figure)
 
 
@@ -546,7 +551,7 @@ def plot_probes(rows, config, file):
     ax.set_ylim(0, 103)
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=11)
-    figure.savefig(file, dpi=DPI)
+    save(figure, file)
     plt.close(figure)
 
 
@@ -570,28 +575,29 @@ STUDIES = dict.fromkeys(TRAINS, study) | dict(settings=settings, rungs=rungs, pr
 
 
 def options(argv=None):
-    p = argparse.ArgumentParser(prog="python -m lab.ablate", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command.Parser(prog="python -m lab.ablate", description=__doc__)
     add = p.add_argument
+    many = command.count(1, 100_000)
     add("study", choices=STUDIES, help="what each one does stands above")
-    add("--model", default=str(TOY_FOLDER),
+    add("--model", type=command.path_text, default=str(TOY_FOLDER),
         help="folder whose MLLM and autoencoder training starts from; settings, rungs and probes "
         "look at all of it (default: the toy)")
-    add("--dit", help="folder with the DiT before it met a ladder (lab.pretrain --stage dit), "
-        "needed to train")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs/ablate"),
+    add("--dit", type=command.path_text, help="folder with the DiT before it met a ladder "
+        "(lab.pretrain --stage dit), needed to train")
+    add("--out", type=command.path, default=pathlib.Path("runs/ablate"),
         help="folder for runs, tables and pictures (default: runs/ablate)")
     add("--only", nargs="+", help="only these wirings (or other kinds)")
-    add("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
-    add("--steps", type=int, default=1000, help="of training (default: 1000)")
-    add("--batch", type=int, default=24, help="examples a step (default: 24)")
-    add("--every", type=int, default=250, help="steps between scores (default: 250)")
-    add("--n", type=int, default=24, help="prompts per category (default: 24)")
-    add("--pictures", type=int, default=1, help="per prompt (default: 1)")
-    add("--draw-steps", type=int, default=10, help="of a picture (default: 10)")
-    add("--jobs", type=int, default=1 if torch.cuda.is_available() else 2,
+    add("--seeds", type=many, default=3, help="runs of each kind (default: 3)")
+    add("--steps", type=many, default=1000, help="of training (default: 1000)")
+    add("--batch", type=many, default=24, help="examples a step (default: 24)")
+    add("--every", type=many, default=250, help="steps between scores (default: 250)")
+    add("--n", type=many, default=24, help="prompts per category (default: 24)")
+    add("--pictures", type=many, default=1, help="per prompt (default: 1)")
+    add("--draw-steps", type=command.count(1, MAX_STEPS), default=10,
+        help="of a picture (default: 10)")
+    add("--jobs", type=command.count(1, MAX_WORKERS), default=1 if torch.cuda.is_available() else 2,
         help="runs at a time (default: 1 on a GPU, else 2)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+    add("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: a GPU if there is one)")
     args = p.parse_args(argv)
     refuse_nonsense(p, args)
@@ -599,10 +605,6 @@ def options(argv=None):
 
 
 def refuse_nonsense(p, args):
-    counts = (args.seeds, args.steps, args.batch, args.every, args.n, args.pictures,
-              args.draw_steps, args.jobs)
-    if min(counts) < 1:
-        p.error("seeds, steps, batch, every, n, pictures, draw-steps and jobs must be 1 or more")
     if args.study not in TRAINS and args.only:
         p.error(f"--only: {args.study} has no kinds to choose from")
     if args.study in TRAINS and not args.dit:
@@ -627,13 +629,11 @@ def origin(args):
 
 def main(argv=None):
     args = options(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
+    with command.one_line_errors():
+        prepare_folder(args.out, f"{args.study}.json", f"{args.study}.png")
         args.default_queries = TBAC.load(args.model).config.n_query
         found = STUDIES[args.study](args)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
-    write_json(args.out / f"{args.study}.json", origin(args) | found)
+        write_json(args.out / f"{args.study}.json", origin(args) | found)
     print(f"wrote {args.out / args.study}.json")
 
 

@@ -33,8 +33,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import sample
-from engine import fast
+from engine import command, fast
 from engine.data import noise
+from engine.device import set_threads
+from engine.files import prepare_folder, save_png, write_text
+from engine.limits import MAX_PICTURES, MAX_STEPS
 from engine.pictures import contact_sheet, to_pixels
 from tbac import TBAC
 from toy import grader, language, world
@@ -519,56 +522,55 @@ def save(args: argparse.Namespace, rows: dict, sheet: Image.Image | None, second
     record = dict(
         options=vars(args), torch=torch.__version__, seconds=round(seconds), scores=scores,
     )
-    (args.out / "scores.json").write_text(json.dumps(record, indent=1, default=str))
-    # not one of an earlier run
-    (args.out / "failures.png").unlink(missing_ok=True)
+    write_text(args.out / "scores.json", json.dumps(record, indent=1, default=str))
     if sheet:
-        sheet.save(args.out / "failures.png")
+        save_png(sheet, args.out / "failures.png")
+    else:
+        # not one of an earlier run
+        (args.out / "failures.png").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- command line
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.evaluate", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser(prog="python -m lab.evaluate", description=__doc__)
     add = parser.add_argument
-    add("--model", default=str(sample.TOY_FOLDER), help="folder of the model (default: the toy)")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs/evaluate"),
+    add("--model", type=command.path_text, default=str(sample.TOY_FOLDER),
+        help="folder of the model (default: the toy)")
+    add("--out", type=command.path, default=pathlib.Path("runs/evaluate"),
         help="folder for scores.json and failures.png")
     add("--quick", action="store_true",
         help="{n} prompts, {pictures} pictures each, {steps} steps".format(**QUICK))
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    add("--n", type=int, default=24,
+    add("--n", type=command.count(1, 10_000), default=24,
         help="prompts per category, the first of lists that never change (default: 24)")
-    add("--pictures", type=int, default=4,
+    add("--pictures", type=command.count(1, MAX_PICTURES), default=4,
         help="pictures per prompt, when drawing (default: 4, as in GenEval)")
-    add("--seed", type=int, default=0, help="of the noise (default: 0)")
-    add("--steps", type=int, default=20, help="(default: 20)")
-    add("--guidance", type=float, default=4.5, help="(default: 4.5)")
-    add("--image-guidance", type=float, help="(default: the model's)")
-    add("--batch", type=int, default=32, help="prompts at a time (default: 32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+    add("--seed", type=command.SEED, default=0, help="of the noise (default: 0)")
+    add("--steps", type=command.count(1, MAX_STEPS), default=20, help="(default: 20)")
+    add("--guidance", type=command.FACTOR, default=4.5, help="(default: 4.5)")
+    add("--image-guidance", type=command.FACTOR, help="(default: the model's)")
+    add("--batch", type=command.count(1, 10_000), default=32,
+        help="prompts at a time (default: 32)")
+    add("--device", type=command.device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the model's)")
+    add("--int8", action="store_true", help="most weights in 8 bits: engine/int8.py")
     add("--plain", action="store_true", help="the plain path only: leave engine.fast out")
     # --quick changes defaults only: what is given on the command line still counts
     if parser.parse_args(argv).quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    if min(args.n, args.pictures, args.batch) < 1:
-        said = f"--n {args.n} --pictures {args.pictures} --batch {args.batch}"
-        parser.error(f"{said}: expected at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = options(argv)
     start = time.time()
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        model = TBAC.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
+    with command.one_line_errors():
+        prepare_folder(args.out, "scores.json", "failures.png")
+        dtype = args.dtype and getattr(torch, args.dtype)
+        model = TBAC.load(args.model, args.device, dtype, int8=args.int8)
+        set_threads(model)
         if not args.plain:
             fast.enable(model)
         if args.image_guidance is None:
@@ -577,13 +579,10 @@ def main(argv: list[str] | None = None) -> None:
             model, args.tasks, args.n, args.pictures, args.batch, args.seed, steps=args.steps,
             guidance=args.guidance, image_guidance=args.image_guidance,
         )
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
-
-    rows = summary(scores | ceilings(model, args.n, args.batch))
-    for task in dict.fromkeys(key[0] for key in rows):
-        show(rows, task)
-    save(args, rows, failures_sheet(failures, model.config.size), time.time() - start)
+        rows = summary(scores | ceilings(model, args.n, args.batch))
+        for task in dict.fromkeys(key[0] for key in rows):
+            show(rows, task)
+        save(args, rows, failures_sheet(failures, model.config.size), time.time() - start)
     print("\nPercent right, with 95 % bootstrap intervals over prompts.")
     print(f"A category has {args.n} prompts, each drawn {args.pictures} times, {args.n} edits or "
           f"{args.n * args.pictures} questions, or all that exist.")

@@ -14,7 +14,6 @@ curves   curves.png: the loss of every run, and for the last ones how it depends
 Every figure is WIDTH pixels wide when shown. Dimension key of the shapes: B batch, S tokens of the
 prompt; all others are numbers of the released model.
 """
-import argparse
 import inspect
 import io
 import math
@@ -32,7 +31,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 import sample
-from engine import fast
+from engine import command, fast
+from engine.files import save_png, write_text
 from engine.log import read_log
 from ladder import tap_layers
 from tbac import TBAC, TBACConfig
@@ -553,12 +553,12 @@ def save(figure, name):
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         # width and height in pixels
-        file.write_text(re.sub(r'="(\d+)pt"', r'="\1"', svg.getvalue(), count=2))
+        write_text(file, re.sub(r'="(\d+)pt"', r'="\1"', svg.getvalue(), count=2))
     else:
         png = io.BytesIO()
         figure.savefig(png, dpi=144)
         image = Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        image.save(file, optimize=True)
+        save_png(image, file, optimize=True)
     plt.close(figure)
     size = file.stat().st_size
     assert size < LIMIT, f"{file}: {size} bytes, more than {LIMIT}"
@@ -566,13 +566,12 @@ def save(figure, name):
 
 
 def options(argv=None):
-    p = argparse.ArgumentParser(prog="python -m lab.figures", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command.Parser(prog="python -m lab.figures", description=__doc__)
     p.add_argument("figures", nargs="*", metavar="FIGURE",
                    help=f"of {', '.join(FIGURES)} (default: all)")
-    p.add_argument("--model", default=sample.TOY_FOLDER,
+    p.add_argument("--model", type=command.path, default=sample.TOY_FOLDER,
                    help="folder of the model that draws (default: the toy)")
-    p.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs",
+    p.add_argument("--runs", type=command.path, default=ROOT / "runs",
                    help="folder of the runs for the curves (default: runs)")
     args = p.parse_args(argv)
     if unknown := set(args.figures) - set(FIGURES):
@@ -587,11 +586,9 @@ def main():
     matplotlib.rcdefaults()
     plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "tbac", "font.size": 12,
                          "axes.titlesize": 13, "axes.titleweight": "bold"})
-    try:
+    with command.one_line_errors():
         for name in args.figures or FIGURES:
             FIGURES[name](args)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
 
 
 if __name__ == "__main__":
