@@ -7,7 +7,7 @@ import re
 from tqdm import tqdm
 
 from engine.data import Reader, Share
-from engine.limits import MAX_COUNT
+from engine.limits import MAX_COUNT, MAX_TRAINING_STEPS
 from engine.pictures import printable
 from engine.sources import Generated, source
 
@@ -42,6 +42,9 @@ def open_reader(args, state, rank: int, world: int, makers: dict, latents) -> Re
         records = count_records(sources, rank)
         left = args.epochs * sum(records) - state.seen
         args.steps = state.step + math.ceil(left / (args.batch * args.accumulate * world))
+        if args.steps > MAX_TRAINING_STEPS:
+            raise ValueError(f"--epochs {args.epochs:g} are {args.steps} steps, "
+                             f"{MAX_TRAINING_STEPS} are the limit")
         # An epoch has all of each source, unless weights say otherwise.
         if set(weights) == {None}:
             weights = records
