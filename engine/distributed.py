@@ -82,6 +82,12 @@ def gather_objects(value, world: int) -> list:
     return values
 
 
+def first_of_all(value):
+    """The first process's value that is not None, on all of them; None if there is none."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return next((found for found in gather_objects(value, world) if found is not None), None)
+
+
 def stop_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

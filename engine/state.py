@@ -5,11 +5,14 @@ Under FSDP every tensor here is sharded; on the disk it is whole, so that a run 
 number of processes.
 """
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
+import pathlib
+import re
 import shutil
 
 import torch
@@ -18,7 +21,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from engine.files import read_tensors, sync, weight_files, write_shards
+from engine import checks
+from engine.distributed import first_of_all
+from engine.files import read_json, read_tensors, sync, weight_files, write_shards
+from engine.limits import MAX_COUNT, MAX_HISTORY, MAX_PROCESSES, MAX_TRAINING_STEPS
+
+
+# What an optimizer keeps for each parameter.
+MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Guard:
@@ -57,6 +68,14 @@ class Guard:
                 "these steps in log.jsonl, then --resume with a smaller --lr, a longer --warmup or "
                 "a smaller --clip; --no-guard takes every step")
         return reason
+
+
+def is_within(tensor: Tensor, largest: float = FLOAT32_MAX) -> bool:
+    """Is every value finite, and at most so large?"""
+    part = tensor.detach()
+    part = part.to_local() if isinstance(part, DTensor) else part
+    # NaN fails the comparison.
+    return part.numel() == 0 or part.abs().amax().item() <= largest
 
 
 def running_mean(old: float | None, new: float) -> float:
@@ -144,6 +163,11 @@ class State:
 
     def tensors(self):
         """Yields (name, whole tensor), on every process at once where they are sharded."""
+        for name, tensor in self.shards():
+            yield name, gather_full(tensor)
+
+    def shards(self):
+        """Yields (name, tensor), of which this process may have a part only."""
         for name, p in self.params.items():
             kinds = {"param": p}
             if self.ema is not self.params:
@@ -151,41 +175,100 @@ class State:
             # AdamW has no moments where there was no gradient yet.
             kinds |= self.optimizer.state.get(p, {})
             for kind, tensor in kinds.items():
-                yield f"{kind}.{name}", gather_full(tensor)
+                yield f"{kind}.{name}", tensor
+
+    def moments(self, name: str) -> set[str]:
+        """What the optimizer of this parameter keeps."""
+        p = self.params[name]
+        for optimizer in getattr(self.optimizer, "optimizers", [self.optimizer]):
+            if any(p is q for group in optimizer.param_groups for q in group["params"]):
+                return MOMENTS[type(optimizer).__name__]
+        return set()
 
     def counters(self) -> dict:
-        """What is not a tensor, for JSON."""
+        """What is not a tensor, for JSON. tensors: how many belong to it."""
         return dict(step=self.step, updates=self.updates, seen=self.seen, history=self.history,
-                    guard=vars(self.guard))
+                    guard=vars(self.guard), tensors=sum(1 for _ in self.shards()),
+                    model=self.model_config())
+
+    def model_config(self) -> dict:
+        """The sizes and the wiring of the model that this is the state of."""
+        config = getattr(self.model, "config", None)
+        if config is None:
+            return {}
+        found = json.loads(json.dumps(dataclasses.asdict(config)))
+        # A run may go on at another size.
+        return {key: value for key, value in found.items() if key != "size"}
 
     @torch.no_grad()
     def load(self, folder) -> None:
-        """Resumes from a checkpoint. ValueError for a checkpoint that does not fit."""
-        counters = json.loads((folder / "state.json").read_text())
+        """Resumes from a checkpoint. ValueError for one that is damaged or does not fit, before
+        anything here has changed."""
+        counters = read_counters(folder, self.model_config())
+        stored = self.check_tensors(folder, counters["tensors"])
         self.step = self.saved = counters["step"]
         self.updates, self.seen = counters["updates"], counters["seen"]
         self.history = [(world, offsets) for world, offsets in counters["history"]]
         vars(self.guard).update(counters["guard"])
-        stored = set()
         for file in weight_files(folder):
             for name, tensor in read_tensors(file):
-                self.load_tensor(folder, name, tensor)
-                stored.add(name)
+                self.load_tensor(name, tensor)
         for name, p in self.params.items():
-            if f"param.{name}" not in stored:
-                raise ValueError(f"{folder} lacks {name}, which learns here: "
-                                 "of another --stage or --model?")
             # A run with --ema 0 so far.
             if f"ema.{name}" not in stored:
                 self.ema[name].copy_(p)
         self.weights.cast(self.params)
 
-    def load_tensor(self, folder, stored_name: str, tensor: Tensor) -> None:
-        kind, name = stored_name.split(".", 1)
+    def check_tensors(self, folder, n: int) -> set[str]:
+        """-> the names of a checkpoint's n tensors. ValueError if one is missing, of another model
+        or damaged."""
+        stored = set()
+        for file in weight_files(folder):
+            for name, tensor in read_tensors(file):
+                self.check_tensor(file, name, tensor)
+                stored.add(name)
+        for name in self.params:
+            if f"param.{name}" not in stored:
+                raise ValueError(f"{folder} lacks {name}, which learns here: "
+                                 "of another --stage or --model?")
+            expected = self.moments(name)
+            if moments := [kind for kind in expected if f"{kind}.{name}" in stored]:
+                for kind in expected - set(moments):
+                    raise ValueError(f"{folder} lacks {kind}.{name}, but has {moments[0]}.{name}")
+        if len(stored) != n:
+            raise ValueError(f"{folder} has {len(stored)} tensors, and its state.json says {n}")
+        return stored
+
+    def check_tensor(self, file, stored_name: str, tensor: Tensor) -> None:
+        kind, _, name = stored_name.partition(".")
         p = self.params.get(name)
-        if p is None or (kind != "step" and tensor.shape != p.shape):
-            raise ValueError(f"{folder} holds {stored_name} {tuple(tensor.shape)}, which does not "
+        expected = () if kind == "step" else getattr(p, "shape", None)
+        known = p is not None and kind in {"param", "ema"} | self.moments(name)
+        if not known or tensor.shape != expected:
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{file} holds {checks.shown(stored_name)} {shape}, which does not "
                              "learn here: of another --stage or --model?")
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{file}: {stored_name} is {tensor.dtype}, expected torch.float32")
+        if not is_within(tensor):
+            raise ValueError(f"{file}: {stored_name} has values that are not finite")
+        if kind in ("step", "exp_avg_sq") and tensor.numel() and tensor.min() < 0:
+            raise ValueError(f"{file}: {stored_name} has values below 0")
+
+    def not_finite(self) -> str | None:
+        """The name of a tensor that must not be saved: of a weight, its mean or a moment with a
+        value that is not finite, or that is not in the dtype that the model is used in."""
+        dtype = getattr(getattr(self.model, "config", None), "dtype", "float32")
+        largest = torch.finfo(getattr(torch, dtype)).max
+        for name, tensor in self.shards():
+            weight = name.startswith(("param.", "ema."))
+            if not is_within(tensor, largest if weight else FLOAT32_MAX):
+                return name
+        return None
+
+    def load_tensor(self, stored_name: str, tensor: Tensor) -> None:
+        kind, name = stored_name.split(".", 1)
+        p = self.params[name]
         if kind == "param":
             copy_sharded(p, tensor)
         elif kind == "ema":
@@ -230,18 +313,29 @@ def ema_weights(state: State):
 
 # ---------------------------------------------------------------------------------- checkpoints
 
-def checkpoints(out) -> list:
+CHECKPOINT = re.compile(r"step-\d{8}")
+
+
+def checkpoints(out) -> list[pathlib.Path]:
     """The complete ones, oldest first. One that was being written when the machine stopped has
-    another name."""
-    return sorted((out / "checkpoints").glob("step-*"))
+    another name, and so has whatever else somebody keeps there."""
+    folder = pathlib.Path(out) / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(file for file in found if CHECKPOINT.fullmatch(file.name) and file.is_dir())
 
 
 def save(model, state: State, frozen: dict[str, Tensor], args, rank: int) -> None:
     """A checkpoint, and the model with the mean weights. Called on every process, since shards are
     put together; written by the first.
 
-    frozen: {name: tensor of the model that does not learn, as stored}
+    frozen: {name: tensor of the model that does not learn, as stored}. ValueError, and nothing is
+    written or removed, where the weights have become infinite or NaN.
     """
+    if name := first_of_all(state.not_finite()):
+        last = checkpoints(args.out)
+        intact = f"{last[-1]} is whole, --resume goes on from it: take a smaller --lr"
+        raise ValueError(f"step {state.step} is not saved: {name} has values that are not finite, "
+                         f"or too large for the model's dtype. {intact if last else ''}")
     # A resumed run may have had nothing left to do.
     new_step = state.step != state.saved
     tensors = state.tensors() if new_step else ()
@@ -282,4 +376,62 @@ def write_checkpoint(folder, state: State, tensors, keep: int) -> None:
     os.rename(new, folder / f"step-{state.step:08d}")
     sync(folder)
     for old in checkpoints(folder.parent)[:-keep]:
-        shutil.rmtree(old)
+        # A link is not what a run has written.
+        if not old.is_symlink():
+            shutil.rmtree(old)
+
+
+# ------------------------------------------------------------------------------ what state.json is
+
+def is_history(value) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_HISTORY and all(map(is_entry, value))
+
+
+def is_entry(value) -> bool:
+    """[world, [offset of each process]]"""
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], list)):
+        return False
+    world, offsets = value
+    return PROCESSES.test(world) and world == len(offsets) and all(map(EXAMPLES.test, offsets))
+
+
+PROCESSES = checks.whole(1, MAX_PROCESSES)
+EXAMPLES = checks.whole(0, MAX_COUNT * MAX_PROCESSES)
+STEPS = checks.whole(0, MAX_TRAINING_STEPS)
+COUNTERS = {
+    "step": STEPS,
+    "updates": STEPS,
+    "seen": EXAMPLES,
+    "history": checks.Kind("a list of [number of processes, [an offset of each]]", is_history),
+    "guard": {
+        "mean_loss": checks.or_null(checks.number(0, FLOAT32_MAX)),
+        "mean_norm": checks.or_null(checks.number(0, FLOAT32_MAX)),
+        "skipped": STEPS,
+        "in_a_row": checks.whole(0, 10),
+    },
+    "tensors": checks.whole(1, MAX_COUNT),
+    "model": checks.Kind("an object", lambda value: isinstance(value, dict)),
+}
+
+
+def read_counters(folder: pathlib.Path, model: dict) -> dict:
+    """state.json. ValueError that names the first key that is missing or wrong, or of another model
+    than this one (`State.model_config`)."""
+    file = folder / "state.json"
+    found = checks.check_keys(read_json(file), COUNTERS, str(file))
+    if found["step"] != int(folder.name.removeprefix("step-")):
+        raise ValueError(f"{file}: step = {found['step']}, and the folder has another one")
+    if not found["updates"] <= found["step"] <= found["seen"]:
+        raise ValueError(f"{file}: updates, step and seen, {found['updates']}, {found['step']} and "
+                         f"{found['seen']}, must not be less than the one before")
+    # After a thousand broken records in a row a run stops.
+    passed = sum(sum(offsets) for _, offsets in found["history"])
+    if passed > 1000 * (found["seen"] + len(found["history"]) + 1):
+        raise ValueError(f"{file}: history says that {passed} examples were passed, and seen "
+                         f"says {found['seen']}")
+    for key in model | found["model"]:
+        stored, here = found["model"].get(key), model.get(key)
+        if stored != here:
+            raise ValueError(f"{file}: the run has model.{key} = {checks.shown(stored)}, here it "
+                             f"is {checks.shown(here)}: take the same options, or another --out")
+    return found

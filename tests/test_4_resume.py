@@ -125,7 +125,7 @@ def main(monkeypatch, out, *args):
 
 @pytest.mark.parametrize("where, error, args", [
     ("engine.log.open", OSError(28, "No space left on device"), ()),
-    ("pathlib.Path.write_text", OSError(28, "No space left on device"), ()),
+    ("engine.options.write_text", OSError(28, "No space left on device"), ()),
     ("engine.log.contact_sheet", OSError(28, "No space left on device"), ("--sheet-every", 1)),
     ("engine.data.save_file", SafetensorError("No space left"), ()),
 ])
@@ -167,12 +167,13 @@ def test_a_resume_with_nothing_left_to_do_writes_the_model(tmp_path, monkeypatch
     model, (weights, counters) = (tmp_path / "model.safetensors").read_bytes(), state_of(tmp_path)
     # As if it had been killed between checkpoint and model.
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / ".new-1").mkdir()
-    (tmp_path / ".new-1" / "part-0").write_bytes(b"half")
+    left = tmp_path / ".new-a1b2c3d4"
+    left.mkdir()
+    (left / "part-0").write_bytes(b"half")
     main(monkeypatch, tmp_path, "--steps", 1, "--resume")
     assert f"goes on from {tmp_path}/checkpoints/step-00000001" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").read_bytes() == model
-    assert not (tmp_path / ".new-1").exists()
+    assert not left.exists()
     after, counters_after = state_of(tmp_path)
     assert counters_after == counters
     assert all(torch.equal(t, weights[n]) for n, t in after.items())
@@ -188,7 +189,8 @@ def state(ema=0.9, names=("a", "b")):
 
 
 def stored(s, folder):
-    folder.mkdir()
+    folder = folder / f"step-{s.step:08d}"
+    folder.mkdir(parents=True)
     write_shards(folder, s.tensors())
     (folder / "state.json").write_text(json.dumps(s.counters()))
     return folder
@@ -204,6 +206,7 @@ def steps(s, args, *which):
         s.optimizer.step()
         s.update_ema()
         s.step += 1
+        s.seen += 1
 
 
 def test_a_parameter_without_a_gradient_in_some_steps_goes_on_exactly(tmp_path):
@@ -238,10 +241,11 @@ def test_a_mean_begins_and_ends_where_a_run_goes_on(tmp_path):
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds \w+.b .*another --stage"):
-        state(names="a")[0].load(stored(state()[0], tmp_path / "1"))
+    folder = stored(state()[0], tmp_path)
+    with pytest.raises(ValueError, match=r"holds '\w+.b' .*another --stage"):
+        state(names="a")[0].load(folder)
     with pytest.raises(ValueError, match="lacks c.*another --stage"):
-        state(names="abc")[0].load(tmp_path / "1")
+        state(names="abc")[0].load(folder)
 
 
 def test_overfit_goes_on_with_its_batch(tmp_path):
