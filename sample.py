@@ -12,19 +12,19 @@ two-way guidance (arXiv 2211.09800, equation 3).
 Dimension key: B pictures, k rows that guidance compares for each, L, Q, C, h, w as in tbac.py.
 """
 import argparse
-import json
 import math
-import os
 import pathlib
 import sys
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import explain, fast
+from engine import command, explain, fast, limits
+from engine.device import set_threads
+from engine.outputs import check_outputs, outputs, save_png
 from engine.pictures import contact_sheet, open_image
 from tbac import TBAC
 
@@ -120,6 +120,7 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
 
     prompts, images: as for TBAC.encode, with images an edit; size: side in pixels or (height,
     width); image_guidance: default the model's own; eps: (B, C, h, w) starting noise, else drawn;
+    generator: a CPU's, on every device, so that a seed draws the same noise everywhere;
     conditioning: what `encode_for_guidance` gave, where several pictures are drawn of the same
     prompts, or rungs were changed. In a mixed batch the image term is zero for prompts without
     images.
@@ -131,7 +132,7 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
     image_guidance = c.image_guidance if image_guidance is None else image_guidance
     shape = latent_shape(c, size)
     if eps is None:
-        eps = torch.randn(len(prompts), *shape, device=device, generator=generator)
+        eps = torch.randn(len(prompts), *shape, generator=generator)
     if conditioning is None:
         conditioning = encode_for_guidance(model, prompts, images, image_guidance, negative)
     rungs, k = conditioning                                          # (L, k B, Q, caption_dim)
@@ -173,8 +174,7 @@ def generate(model: TBAC, prompts: list[str], images: list | None = None,
 # ---------------------------------------------------------------------------------- command line
 
 def options(argv=None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = command.Parser(description=__doc__)
     add_request(p)
     add_sampling(p)
     add_machine(p)
@@ -190,109 +190,65 @@ def options(argv=None) -> argparse.Namespace:
 
 
 def add_request(p: argparse.ArgumentParser) -> None:
-    p.add_argument("prompt", nargs="?",
+    p.add_argument("prompt", type=command.text, nargs="?",
                    help="what to draw, or how to change the picture given by --image")
-    p.add_argument("--image", nargs="+", default=[], metavar="FILE",
+    p.add_argument("--image", type=command.path_text, nargs="+", default=[], metavar="FILE",
                    help="pictures to edit or to ask about")
-    p.add_argument("--ask", metavar="QUESTION", help="answer a question instead of drawing")
-    p.add_argument("--out", default="out.png", help="file to write (default: out.png; several "
-                   "pictures: also out-1.png, out-2.png, ...)")
-    p.add_argument("--n", type=int, default=1, help="how many pictures, the first from --seed, the "
-                   "next from --seed + 1, ...")
+    p.add_argument("--ask", type=command.text, metavar="QUESTION",
+                   help="answer a question instead of drawing")
+    p.add_argument("--out", type=command.path, default="out.png", help="file to write (default: "
+                   "out.png; several pictures: also out-1.png, out-2.png, ...)")
+    p.add_argument("--n", type=command.count(1, limits.MAX_PICTURES), default=1,
+                   help="how many pictures, the first from --seed, the next from --seed + 1, ...")
     p.add_argument("--explain", action="store_true", help="also write OUT-explain.png, one page on "
                    "the (first) picture: how it became clear, where each DiT block looked, the "
                    "rungs, the tokens; with --ask: where the answer looked")
 
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--steps", type=int, default=20, help="(default: 20)")
-    p.add_argument("--guidance", type=float, default=4.5,
+    p.add_argument("--seed", type=command.SEED, default=0, help="of the noise")
+    p.add_argument("--steps", type=command.count(1, limits.MAX_STEPS), default=20,
+                   help="(default: 20)")
+    p.add_argument("--guidance", type=command.FACTOR, default=4.5,
                    help="how closely to follow the text, 1 = no guidance (default: 4.5)")
-    p.add_argument("--image-guidance", type=float,
+    p.add_argument("--image-guidance", type=command.FACTOR,
                    help="how closely to keep to the image (default: the model's)")
-    p.add_argument("--negative", default="", help="what the picture should not be like")
+    p.add_argument("--negative", type=command.text, default="",
+                   help="what the picture should not be like")
     p.add_argument("--solver", choices=SOLVERS, default="dpm++")
-    p.add_argument("--size", help="side in pixels, or WIDTHxHEIGHT (default: the model's)")
+    p.add_argument("--size", type=command.size,
+                   help="side in pixels, or WIDTHxHEIGHT (default: the model's)")
 
 
 def add_machine(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", default=str(TOY_FOLDER), help="folder (default: the toy)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: the model's)")
+    p.add_argument("--model", type=command.path_text, default=str(TOY_FOLDER),
+                   help="folder (default: the toy)")
+    p.add_argument("--device", type=command.device,
+                   default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the "
+                   "model's; of the two short ones, the one that the GPU can do)")
+    p.add_argument("--int8", action="store_true", help="most weights in 8 bits: half the memory")
+    p.add_argument("--low-memory", action="store_true", help="the parts take turns in memory, "
+                   "which then has to hold the largest one only")
     p.add_argument("--plain", action="store_true",
                    help="the plain path only: leave engine/fast.py out")
     p.add_argument("--compile", action="store_true",
                    help="torch.compile: slow to start, then faster; for many pictures")
 
 
-def parse_size(text: str):
-    """"512" -> 512, "640x480" (width x height) -> (480, 640)."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ValueError(f"--size {text}: expected a number of pixels or WIDTHxHEIGHT")
-    sides = [int(side) for side in sides]
-    return sides[0] if len(sides) == 1 else (sides[1], sides[0])
-
-
-@dataclass
-class Outputs:
-    """The files that a command writes: pictures, a sheet of them if there are several, a page."""
-    pictures: list[pathlib.Path]
-    sheet: pathlib.Path | None
-    page: pathlib.Path | None
-
-    def every(self) -> list[pathlib.Path]:
-        return [*self.pictures, *(file for file in (self.sheet, self.page) if file)]
-
-
-def outputs(args) -> Outputs:
-    out = pathlib.Path(args.out)
-    page = out.with_name(f"{out.stem}-explain.png") if args.explain else None
-    if args.ask is not None:
-        return Outputs([], None, page)
-    if args.n == 1:
-        return Outputs([out], None, page)
-    pictures = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.n)]
-    return Outputs(pictures, out, page)
-
-
 def check(args) -> None:
-    """ValueError for options that make no sense, before any work."""
-    out = pathlib.Path(args.out)
-    if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
-    if args.ask is None and out.suffix.lower() not in ("", ".png"):
-        name = out.with_suffix(".png")
-        raise ValueError(f"--out {out}: pictures are written as PNG, call it {name}")
-    numbers = f"--n {args.n} --guidance {args.guidance} --image-guidance {args.image_guidance}"
-    finite = math.isfinite(args.guidance) and math.isfinite(args.image_guidance or 0)
-    if args.n < 1 or not finite:
-        raise ValueError(f"{numbers}: expected at least 1 picture, and numbers")
+    """ValueError for options that make no sense together, before any work."""
     if args.explain and args.compile:
         raise ValueError("--explain reads what --compile fuses away: leave one out")
+    if args.low_memory and args.compile:
+        raise ValueError("--compile needs weights that stay where they are, and with --low-memory "
+                         "they do not: leave one out")
     if args.explain and args.ask is not None and not args.image:
         raise ValueError("--explain and --ask need an --image")
-
-
-def check_not_lost(files: list[pathlib.Path], sources: list[str]) -> None:
-    """ValueError if a file to be written is one of those that are read."""
-    for file in files:
-        if file.exists() and any(file.samefile(source) for source in sources):
-            raise ValueError(f"{file} is one of --image and would be lost: give another --out")
-
-
-def save_png(image: Image.Image, file: pathlib.Path, settings: dict) -> None:
-    """Writes the picture with its prompt and settings as text chunks; an interrupted write leaves
-    nothing half done."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in settings.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    new = file.with_name(f".{file.name}.new")
-    image.save(new, "png", pnginfo=info)
-    os.replace(new, file)
+    if len(args.image) > limits.MAX_SOURCES:
+        limit = f"{limits.MAX_SOURCES} are the limit"
+        raise ValueError(f"--image: {len(args.image)} pictures, {limit}")
+    check_outputs(args)
 
 
 def draw(args, model: TBAC, images: list[Image.Image]) -> None:
@@ -300,8 +256,7 @@ def draw(args, model: TBAC, images: list[Image.Image]) -> None:
     many others are asked for."""
     files = outputs(args)
     settings = {name: getattr(args, name) for name in
-                ("guidance", "image_guidance", "negative", "solver", "steps")}
-    settings["size"] = parse_size(args.size) if args.size else None
+                ("guidance", "image_guidance", "negative", "solver", "steps", "size")}
     record = settings | dict(prompt=args.prompt, model=str(args.model), images=args.image)
     # Once for all pictures.
     conditioning = encode_for_guidance(model, [args.prompt], [images], args.image_guidance,
@@ -315,7 +270,7 @@ def draw(args, model: TBAC, images: list[Image.Image]) -> None:
     pictures = []
     with tqdm(total=args.n * args.steps, desc="draw", unit="step") as bar:
         for i, file in enumerate(files.pictures):
-            request["generator"] = torch.Generator(args.device).manual_seed(args.seed + i)
+            request["generator"] = torch.Generator().manual_seed(args.seed + i)
             picture = draw_one(model, request, bar, watch if i == 0 else None)
             save_png(picture, file, record | dict(seed=args.seed + i))
             pictures.append(picture)
@@ -342,8 +297,7 @@ def sheet(args, images: list[Image.Image], pictures: list[Image.Image]) -> Image
     """The pictures of all seeds side by side, after those that were given."""
     size = pictures[0].size
     labels = [*args.image, *(f"seed {args.seed + i}" for i in range(args.n))]
-    shown = [*(image.resize(size) for image in images), *pictures]
-    return contact_sheet(shown, labels, scale=max(1, 256 // min(size)))
+    return contact_sheet([*images, *pictures], labels, scale=max(1, 256 // min(size)), size=size)
 
 
 def ask(args, model: TBAC, images: list[Image.Image]) -> None:
@@ -362,12 +316,13 @@ def ask(args, model: TBAC, images: list[Image.Image]) -> None:
 
 def main() -> None:
     args = options()
-    try:
+    with command.one_line_errors():
         check(args)
         images = [open_image(file) for file in args.image]
-        check_not_lost(outputs(args).every(), args.image)
         dtype = args.dtype and getattr(torch, args.dtype)
-        model = TBAC.load(args.model, args.device, dtype)
+        model = TBAC.load(args.model, args.device, dtype, int8=args.int8,
+                          low_memory=args.low_memory)
+        set_threads(model)
         if not args.plain:
             fast.enable(model)
         if args.image_guidance is None:
@@ -376,8 +331,6 @@ def main() -> None:
             ask(args, model, images)
         else:
             draw(args, model, images)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
 
 
 if __name__ == "__main__":
