@@ -13,29 +13,34 @@ What is random about an example (its noise, its time, whether its text is droppe
 (seed, step, number of the example): any number of processes takes the same steps, and a run resumes
 without any random state. lab/pretrain.py teaches the toy's parts with the same loop.
 
-Where the rest is: sources and their order in engine/data.py and stream.py; float32 weights, EMA and
-checkpoints in engine/state.py; processes in engine/distributed.py; the log in engine/log.py.
+Where the rest is: examples in engine/sources.py, their order in data.py and stream.py; float32
+weights, EMA and checkpoints in engine/state.py; processes in engine/distributed.py; the log in
+engine/log.py.
 """
 import dataclasses
 import functools
 import itertools
 import math
-import pathlib
 import random
-import tempfile
 import time
 from collections.abc import Callable
 
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from engine import distributed, fast, log
-from engine.data import Example, Latents, noise
+from engine.command import one_line_errors
+from engine.data import Latents, noise
+from engine.device import set_threads
 from engine.distributed import average_gradients, mean_over_processes
+from engine.files import save_png
+from engine.loading import belongs, check_learnable
 from engine.options import parse, store
-from engine.state import State, checkpoints, ema_weights, gather_full, save
+from engine.runs import last_checkpoint, run_folder
+from engine.sources import Example
+from engine.state import State, ema_weights, gather_full, save
 from engine.stream import batches, first_examples, open_reader
 from sample import TOY_FOLDER, generate, shifted
 from tbac import TBAC
@@ -60,10 +65,17 @@ PRESETS = {
         "mix": PAPER | dict(epochs=100, batch=4),
     },
 }
+# What --train lets learn: parts of the model, as regular expressions. All is the paper's, and what
+# TBAC.trainable() lists; the others need a third of the memory (docs/training.md).
+LEARNS = {
+    "all": ("ladder", "dit"),
+    "ladder+cross": ("ladder", r"dit\.blocks\.\d+\.cross"),
+    "ladder": ("ladder",),
+}
 
 
 def options(argv=None):
-    return parse(argv, __doc__, PRESETS)
+    return parse(argv, __doc__, PRESETS, LEARNS)
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -103,11 +115,11 @@ def drop_condition(example: Example, rng: random.Random, p: float) -> tuple[str,
 # --------------------------------------------------------------------------------------- model
 
 def build(args) -> TBAC:
-    """Loads --model, ladder and DiT in float32. --take replaces parts by those of other folders,
+    """Loads --model, what learns in float32. --take replaces parts by those of other folders,
     --wiring and --queries the ladder by a fresh one."""
     if not (args.model and args.data):
         raise ValueError(f"--preset {args.preset} needs --model and --data")
-    dtype = {"ladder": torch.float32, "dit": torch.float32}
+    dtype = dict.fromkeys(LEARNS[args.train], torch.float32)
     model = TBAC.load(args.model, args.device, dtype)
     for part, folder in (take.split("=", 1) for take in args.take):
         other = TBAC.load(folder, args.device, dtype)
@@ -160,18 +172,15 @@ class Task:
     (B,) and times (B,) or None; makers: {word for --data: make(rng, number, size) -> example};
     build(args) -> model; helper(model, args) -> a module that the loss needs beside the model and
     no saved model keeps: an auxiliary head, whose parameters learn along, or here the autoencoder's
-    latents. draws: does the stage learn to draw, so that sheets show how well?"""
+    latents. sheet(run): a page of pictures that shows how well it goes, or None; optimizer({name:
+    parameter}, args)."""
     learns: tuple[str, ...]
     loss: Callable
     makers: dict[str, Callable]
     build: Callable
     helper: Callable
-    draws: bool = True
-
-
-# What learns is what TBAC.trainable() lists.
-LADDER_TASK = Task(("ladder", "dit"), ladder_loss,
-                   {"toy": draw_example, "toy-edit": edit_example}, build, Latents)
+    sheet: Callable
+    optimizer: Callable
 
 
 # ----------------------------------------------------------------------------------- optimizer
@@ -192,6 +201,23 @@ def adamw(params: dict[str, nn.Parameter], args) -> torch.optim.Optimizer:
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
+
+
+# ---------------------------------------------------------------------------------------- sheet
+
+def ladder_sheet(run) -> Image.Image:
+    """Fixed prompts from fixed noise: for each example what it starts from, what it should become,
+    and what is drawn."""
+    args, drawn = run.args, []
+    for i, example in enumerate(run.shown):
+        generator = torch.Generator().manual_seed(i)
+        drawn += generate(run.model, [example.prompt], [list(example.images)],
+                          generator=generator, size=args.size, steps=1 if args.dry_run else 20)
+    return log.example_sheet(run.shown, drawn, args.size)
+
+
+LADDER_TASK = Task(LEARNS["all"], ladder_loss, {"toy": draw_example, "toy-edit": edit_example},
+                   build, Latents, ladder_sheet, adamw)
 
 
 # ---------------------------------------------------------------------------------------- step
@@ -236,34 +262,34 @@ class Run:
         self.args, self.task = args, task
         self.rank, self.world = distributed.start_processes(args)
         self.stop = distributed.StopSignal()
-        last = checkpoints(args.out)
-        if last and not args.resume:
-            raise ValueError(f"{args.out} holds a run already: --resume, or another --out")
+        last = last_checkpoint(args)
         torch.manual_seed(args.seed)
         self.model = task.build(args)
+        set_threads(self.model)
         if not args.plain:
             fast.enable(self.model)
         self.helper = task.helper(self.model, args)
         self.state, self.frozen = self.prepare()
         if last:
-            self.state.load(last[-1])
+            self.state.load(last)
         if args.resume and self.rank == 0:
             start = f"no checkpoint in {args.out}: starts anew"
-            print(f"goes on from {last[-1]}" if last else start)
+            print(f"goes on from {last}" if last else start)
         makers = {word: functools.partial(make, size=args.size)
                   for word, make in task.makers.items()}
         # Latents.known: a record whose latents are cached need not be decoded.
         latents = getattr(self.helper, "known", None)
         self.reader = open_reader(args, self.state, self.rank, self.world,
                                   makers | (own or {}), latents)
-        self.shown = first_examples(self.reader, 8) if task.draws else []
+        self.shown = first_examples(self.reader, 8)
 
     def prepare(self) -> tuple[State, dict]:
         """Freezes what does not learn and keeps it in --dtype. -> the state of what does, and
         {name: tensor that is frozen, as stored}."""
         args, dtype = self.args, getattr(torch, self.args.dtype)
-        learns = tuple(f"{part}." for part in self.task.learns)
-        trained = {name for name, _ in self.model.named_parameters() if name.startswith(learns)}
+        learns = self.task.learns if args.train == "all" else LEARNS[args.train]
+        check_learnable(self.model, learns)
+        trained = {name for name, _ in self.model.named_parameters() if belongs(name, learns)}
         # Taken first: below the model gets new tensors, these stay as they were stored.
         frozen = {name: t for name, t in self.model.state_dict().items() if name not in trained}
         for name, p in self.model.named_parameters():
@@ -278,7 +304,8 @@ class Run:
             dtype = torch.float32
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         trained |= {f"aux_head.{name}": p for name, p in self.helper.named_parameters()}
-        state = State(trained, functools.partial(adamw, args=args), args.ema, dtype, self.model)
+        optimizer = functools.partial(self.task.optimizer, args=args)
+        state = State(trained, optimizer, args.ema, dtype, self.model)
         return state, frozen
 
     def loss(self, rows: list) -> tuple[Tensor, Tensor | None]:
@@ -308,18 +335,11 @@ class Run:
         save(self.model, self.state, self.frozen, self.args, self.rank)
 
     def save_sheet(self) -> None:
-        """Pictures for fixed prompts from fixed noise: for each example what it starts from, what
-        it should become, and what is drawn."""
-        args, drawn = self.args, []
-        with ema_weights(self.state):
-            for i, example in enumerate(self.shown):
-                generator = torch.Generator(args.device).manual_seed(i)
-                drawn += generate(self.model, [example.prompt], [list(example.images)],
-                                  generator=generator, size=args.size,
-                                  steps=1 if args.dry_run else 20)
+        """How well it goes, in pictures."""
+        with ema_weights(self.state), torch.no_grad():
+            page = self.task.sheet(self)
         if self.rank == 0:
-            page = log.example_sheet(self.shown, drawn, args.size)
-            page.save(args.out / f"sheet-{self.state.step:08d}.png")
+            save_png(page, self.args.out / f"sheet-{self.state.step:08d}.png")
 
 
 def train(run: Run) -> None:
@@ -335,7 +355,7 @@ def train(run: Run) -> None:
             if last or report.step % args.save_every == 0:
                 run.save()
                 written = report.step
-            if run.shown and args.sheet_every and (last or report.step % args.sheet_every == 0):
+            if args.sheet_every and (last or report.step % args.sheet_every == 0):
                 run.save_sheet()
             began = time.time()
     # Stopped early, or resumed to write the model only.
@@ -345,10 +365,7 @@ def train(run: Run) -> None:
 
 def launch(args, task: Task = LADDER_TASK, finish: Callable | None = None) -> None:
     """A run from its options to its end. finish(args): what is left to do for the first process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.dry_run:
-            args.out = pathlib.Path(scratch)
-        args.out.mkdir(parents=True, exist_ok=True)
+    with run_folder(args):
         run = Run(args, task)
         if run.rank == 0:
             store(args)
@@ -366,13 +383,11 @@ def launch(args, task: Task = LADDER_TASK, finish: Callable | None = None) -> No
 
 def main(args=None, task: Task = LADDER_TASK, finish: Callable | None = None) -> None:
     args = args or options()
-    try:
+    with one_line_errors():
         if args.curves:
             log.plot_curves(args.out)
         else:
             launch(args, task, finish)
-    except (ValueError, OSError, SafetensorError) as e:
-        raise SystemExit(f"error: {e}") from None
 
 
 if __name__ == "__main__":

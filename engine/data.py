@@ -16,13 +16,13 @@ import json
 import multiprocessing
 import os
 import pathlib
-import pickle
 import random
 import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 from PIL import Image, ImageOps
@@ -127,9 +127,10 @@ def check_sendable(share, workers: int) -> None:
     begin as a copy of this process, by "fork", need not: Linux up to Python 3.13.)"""
     if not workers or multiprocessing.get_start_method() == "fork":
         return
+    # As multiprocessing does it. What an object raises that cannot be sent is its own affair.
     try:
-        pickle.dumps(share)
-    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        ForkingPickler.dumps(share)
+    except Exception as e:
         raise ValueError(f"--workers {workers}: a source cannot be sent to another process ({e}). "
                          "Make examples with a function that stands at the top of a file, not with "
                          "a lambda or a function inside a function, or take --workers 0") from None

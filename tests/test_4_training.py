@@ -111,7 +111,7 @@ def test_every_stage_runs_and_saves_a_model(stage, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert (tmp_path / "sheet-00000003.png").is_file() == (stage in LADDER_STAGES)
+    assert (tmp_path / "sheet-00000003.png").stat().st_size > 1000
     model, old = TBAC.load(tmp_path), TBAC.load(TOY_FOLDER).state_dict()
     moved = [n for n, t in model.state_dict().items() if not torch.equal(t, old[n])]
     for part in LEARNS[stage]:
@@ -169,12 +169,16 @@ def test_presets_are_the_papers_and_the_command_line_wins():
 
 
 @pytest.mark.parametrize("wrong", [
-    "--queries 0", "--steps 0", "--epochs 0", "--shift 0", "--clip 0", "--cond-drop 0.5",
-    "--batch 0"])
+    "--queries 0", "--steps 0", "--epochs 0", "--epochs inf", "--shift 0", "--shift nan",
+    "--clip 0", "--clip nan", "--cond-drop 0.5", "--batch 0", "--lr inf", "--lr 1e38",
+    "--weight-decay nan", "--min-lr-ratio nan", "--ema -1", "--ema nan", "--ema 1",
+    "--max-bad nan", "--max-bad -1", "--seed 18446744073709551616", "--size 0", "--workers -1",
+    "--steps 1000000000", "--betas 0.9 1", "--warmup -1", "--keep 0.5"])
 def test_numbers_that_cannot_be_meant(wrong, capsys):
     with pytest.raises(SystemExit):
         train.options(wrong.split())
-    assert f"{wrong.split()[0]} must be" in capsys.readouterr().err
+    error, = capsys.readouterr().err.splitlines()
+    assert f"argument {wrong.split()[0]}: must be a" in error
 
 
 def test_parts_that_do_not_fit(tmp_path, tiny_folder):
@@ -199,12 +203,16 @@ def test_steps_and_epochs():
 
 
 @pytest.mark.parametrize("args, words", [
-    (("--batch", "0"), "--batch must be"),
-    (("--save-every", "0"), "--save-every must be"),
-    (("--keep", "0"), "--keep must be"),
-    (("--accumulate", "-1"), "--accumulate must be"),
-    (("--take", "dcae"), "dcae: expected PART=FOLDER"),
-    (("--take", "vit=x"), "vit=x: expected PART=FOLDER, where PART is mllm"),
+    (("--save-every", "0"), "--save-every: must be"),
+    (("--keep", "0"), "--keep: must be"),
+    (("--accumulate", "-1"), "--accumulate: must be"),
+    (("--take", "dcae"), "'dcae': expected PART=FOLDER"),
+    (("--take", "vit=x"), "'vit=x': expected PART=FOLDER, where PART is mllm"),
+    (("--device", "hpu"), "--device: must be cpu, cuda"),
+    (("--wiring", "x"), "invalid choice: 'x'"),
+    (("--out", ""), "is empty"),
+    (("--out", "\udcff"), "is not UTF-8"),
+    (("--model", "\udcff"), "is not UTF-8"),
 ])
 def test_what_the_command_line_cannot_mean(args, words, capsys):
     with pytest.raises(SystemExit):
@@ -531,7 +539,7 @@ def test_summary_tokens_tell_each_thing_in_turn():
 
 def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, monkeypatch):
     """The labels of stage mllm, and the states that they are asked of: those of the token in which
-    the words end, in rows of any length."""
+    the words end, also where conversations share a row, which changes nothing for either."""
     scene = world.Scene((CIRCLE, CROSS))
     found = language.mentions("is the circle left of the blue cross?", scene)
     assert found == [(13, CIRCLE), (36, CROSS)]
@@ -552,7 +560,8 @@ def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, mo
     rows = [(row, random.Random(0)) for row in (short, long)]
     pretrain.mllm_loss(started.model, head, rows, started.args)
     (states, labels), = asked
-    assert [t["shape"] for t in labels] == ["circle", "cross", "circle"]
+    # Both in one row, the longest first.
+    assert [t["shape"] for t in labels] == ["cross", "circle", "circle"]
     assert states.shape[:2] == (9 - head.DEPTH, 3)
 
     batch = mllm.tokenize([question], [[world.render(scene)]])
@@ -560,7 +569,7 @@ def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, mo
     ids = batch.ids[0].tolist()
     assert ids.count(token) == 1
     last = mllm(mllm.embed(batch), batch.positions, batch.attention_mask)[-1]
-    assert relative(last[0, ids.index(token)], states[-1, 0]) < 1e-5
+    assert relative(last[0, ids.index(token)], states[-1, 2]) < 1e-5
 
 
 def test_each_thing_keeps_its_place_in_the_list_through_an_edit():
