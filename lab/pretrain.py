@@ -18,7 +18,7 @@ end; the loop is train.py's. A stage without --model starts from a fresh toy. (T
 mllm are means over the rows of one process, and the noise of dcae is scaled by them: with more
 processes they differ a little.)
 
-Dimension key: B rows, U units, S tokens, M MLLM width, N marked tokens.
+Dimension key: B examples, R packed rows, U units, S tokens of a row, M MLLM width, N marked tokens.
 """
 import dataclasses
 import math
@@ -36,10 +36,22 @@ from dit import DiTConfig
 from engine.data import noise
 from engine.options import parse
 from engine.pictures import to_pixels
-from mllm import ASK, DRAW, SPECIAL, MLLMConfig, Prompt, Tokenizer, chat, mrope_positions
+from lab import sheets
+from mllm import (
+    ASK,
+    DRAW,
+    MLLM,
+    SPECIAL,
+    Batch,
+    MLLMConfig,
+    Prompt,
+    Tokenizer,
+    chat,
+    mrope_positions,
+)
 from tbac import TBAC, TBACConfig, flow_matching
 from toy import language, world
-from train import Task
+from train import Task, adamw
 from train import main as run_stage
 from vit import ViTConfig, patchify
 
@@ -58,19 +70,27 @@ TOY = TBACConfig(
     # 1.5 loses more of the picture: python -m lab.ablate settings
     image_guidance=3.0)
 
-COMMON = dict(lr=2e-3, batch=32, warmup=200, weight_decay=0.01, clip=1.0, ema=0.999, size=64,
-              save_every=250, sheet_every=0, data=["toy"])
+COMMON = dict(lr=2e-3, batch=32, warmup=100, weight_decay=0.01, clip=1.0, ema=0.998, size=64,
+              save_every=250, sheet_every=500, data=["toy"], min_lr_ratio=0.02)
 PRESETS = {"toy": {
-    "vit": COMMON | dict(steps=3000),
+    "vit": COMMON | dict(steps=1500),
     # AdamW's default memory of squared gradients (0.999) learns more slowly here.
-    "mllm": COMMON | dict(steps=8000, betas=[0.9, 0.98], ema=0.998),
-    "dcae": COMMON | dict(steps=2000),
+    "mllm": COMMON | dict(steps=8000, betas=[0.9, 0.98]),
+    "dcae": COMMON | dict(steps=1500),
     "dit": COMMON | dict(steps=3000, batch=48, lr=1e-3),
 }}
+# What stage mllm learns besides captions and answers, see SummaryTokens and mark_words.
+AUX = ("summary", "pointing")
 
 
 def options(argv=None):
-    return parse(argv, __doc__, PRESETS)
+    return parse(argv, __doc__, PRESETS, own=own_options)
+
+
+def own_options(add) -> None:
+    add("--aux", nargs="*", choices=AUX, default=AUX, help="what stage mllm learns besides "
+        "captions and answers: attributes at summary tokens, at words that point (--aux alone: "
+        "nothing)")
 
 
 def build(args) -> TBAC:
@@ -93,9 +113,10 @@ def build(args) -> TBAC:
 
 
 def toy_tokenizer(file) -> Tokenizer:
-    """A byte-level BPE with Qwen's special tokens, trained on the toy world's own text."""
+    """A byte-level BPE with Qwen's special tokens, trained on the toy world's own text. Unlike
+    Qwen's it knows lower case only, so "RED CIRCLE" is nothing new to it."""
     t = tokenizers.Tokenizer(models.BPE())
-    t.normalizer = normalizers.NFC()
+    t.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     t.decoder = decoders.ByteLevel()
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -110,6 +131,47 @@ def toy_tokenizer(file) -> Tokenizer:
     t.save(str(new))
     os.replace(new, file)
     return Tokenizer(file)
+
+
+# ------------------------------------------------------------------------------------ optimizer
+
+class Together:
+    """Several optimizers as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        self.param_groups, self.state = [], {}
+        for optimizer in optimizers:
+            self.param_groups += optimizer.param_groups
+            for group in optimizer.param_groups:
+                # The same objects: what is put in here is in the optimizer.
+                self.state |= {p: optimizer.state[p] for p in group["params"]}
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+def muon(params: dict[str, nn.Parameter], args) -> Together:
+    """Muon (kellerjordan.github.io/posts/muon) for the weight matrices, AdamW for the rest. An
+    update of Muon is the momentum with all its singular values made equal, so that rare directions
+    are learnt as fast as common ones. Tables and heads are looked up, not multiplied through, and
+    stay with AdamW."""
+    def is_matrix(name: str, p: nn.Parameter) -> bool:
+        inner = not name.startswith("aux_head.") and "embed" not in name and "table" not in name
+        return inner and p.dim() == 2
+
+    matrices = [p for name, p in params.items() if is_matrix(name, p)]
+    others = {name: p for name, p in params.items() if not is_matrix(name, p)}
+    # Its updates are as large as AdamW's are, so both take one learning rate.
+    return Together(
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,
+                         adjust_lr_fn="match_rms_adamw"),
+        adamw(others, args))
 
 
 # ------------------------------------------------------------------------ attributes of a thing
@@ -230,10 +292,10 @@ def after_edit(scene, target) -> list:
 
 
 def conversation(rng: random.Random, number: int, size: int) -> Conversation:
-    """96 with pictures, then 32 without: rows of a batch are alike."""
+    """Three quarters with a picture."""
+    if rng.random() < 0.25:
+        return about_words(rng)
     scene, kind = world.sample_scene(rng), rng.random()
-    if number // 32 % 4 == 3:
-        return about_words(scene, rng, kind)
     if kind < 0.35:
         turns = [language.question(scene, rng)[:2] for _ in range(5)]
         return Conversation(ASK, scene, turns)
@@ -247,8 +309,9 @@ def conversation(rng: random.Random, number: int, size: int) -> Conversation:
     return Conversation(DRAW, scene, turns, after_edit(scene, target), target)
 
 
-def about_words(scene, rng: random.Random, kind: float) -> Conversation:
-    if kind < 0.5:
+def about_words(rng: random.Random) -> Conversation:
+    scene = world.sample_scene(rng)
+    if rng.random() < 0.5:
         # A caption, in any words -> what it says, its things in the order of the text.
         text, said = language.request(scene, rng)
         things = sorted(scene.things, key=lambda t: text.find(t.name))
@@ -299,8 +362,8 @@ class SummaryTokens(AttributeProbe):
 
 @dataclasses.dataclass
 class Marked:
-    """A row of a batch, tokenized: a weight for each token to predict; marks: [(its place among the
-    row's tokens, {attribute: class})] of summary tokens and of words that point at a thing."""
+    """A conversation, tokenized: a weight for each token to predict; marks: [(its place among the
+    tokens, {attribute: class})] of summary tokens and of words that point at a thing."""
     prompt: Prompt
     weight: list[float]
     summary: list
@@ -308,20 +371,23 @@ class Marked:
 
 
 def tokenize_conversation(model: TBAC, aux_head: SummaryTokens, talk: Conversation,
-                          rng: random.Random, size: int) -> Marked:
+                          rng: random.Random, args) -> Marked:
     """Of the conversations that end in a drawing two thirds are followed by summary tokens in place
     of the answer."""
     tok, c = model.mllm.tokenizer, model.config.mllm.vision
-    pictures = [patchify(world.render(talk.scene, size), c)] if talk.scene else []
+    pictures = [patchify(world.render(talk.scene, args.size), c)] if talk.scene else []
     grids = [(h // c.merge, w // c.merge) for _, (h, w) in pictures]
     units = [h * w for h, w in grids]
-    summed_up = bool(talk.drawn) and rng.random() < 2 / 3
+    summed_up = "summary" in args.aux and bool(talk.drawn) and rng.random() < 2 / 3
     ids, weight, pointing = [], [], []
     for i, (question, answer) in enumerate(talk.turns):
         text = next_turn(question) if i else chat(question, units, talk.system)
-        pointing += mark_words(tok, aux_head, talk.scene, question, text, len(ids))
+        if "pointing" in args.aux:
+            pointing += mark_words(tok, aux_head, talk.scene, question, text, len(ids))
         asked = tok.encode(text)
         said = tok.encode("<|vision_start|>" if summed_up else answer + "<|im_end|>")
+        if i and len(ids) + len(asked) + len(said) > PACKED_LENGTH:
+            break
         ids += asked + said
         # Every answer counts the same, however long.
         weight += [0.0] * len(asked) + [0.0 if summed_up else 1 / len(said)] * len(said)
@@ -350,28 +416,77 @@ def mark_words(tok: Tokenizer, aux_head, scene, question: str, text: str, offset
     return marks
 
 
+# Longer than any conversation; what does not fit any more is left out.
+PACKED_LENGTH = 256
+
+
+def pack(marked: list[Marked]) -> list[list[Marked]]:
+    """Conversations that share a row, of PACKED_LENGTH tokens at most: each, the longest first,
+    goes where it leaves the least room. Padded to the longest one, half of a batch would be
+    padding."""
+    rows, room = [], []
+    for talk in sorted(marked, key=lambda talk: -len(talk.prompt.ids)):
+        n = len(talk.prompt.ids)
+        fits = [i for i, free in enumerate(room) if free >= n]
+        if not fits:
+            rows.append([])
+            room.append(PACKED_LENGTH)
+            fits = [len(rows) - 1]
+        best = min(fits, key=room.__getitem__)
+        rows[best].append(talk)
+        room[best] -= n
+    return rows
+
+
+def join(mllm: MLLM, rows: list[list[Marked]]) -> tuple[Batch, Tensor, list[Marked]]:
+    """Packed rows -> Batch, whose attention_mask (R, 1, S, S) says who attends to whom: each token
+    to its own conversation, up to itself; weights (R, S); and each row as one Marked."""
+    joined, owners = [], []
+    for talks in rows:
+        whole, owner = Marked(Prompt([], torch.empty(3, 0, dtype=torch.long), []), [], [], []), []
+        for k, talk in enumerate(talks, 1):
+            offset = len(owner)
+            owner += [k] * len(talk.prompt.ids)
+            whole.weight += talk.weight
+            whole.summary += [(offset + place, known) for place, known in talk.summary]
+            whole.pointing += [(offset + place, known) for place, known in talk.pointing]
+        prompts = [talk.prompt for talk in talks]
+        whole.prompt.ids = [id for prompt in prompts for id in prompt.ids]
+        whole.prompt.positions = torch.cat([prompt.positions for prompt in prompts], 1)
+        whole.prompt.pictures = [picture for prompt in prompts for picture in prompt.pictures]
+        joined.append(whole)
+        owners.append(torch.tensor(owner))
+    batch = mllm.left_pad([row.prompt for row in joined])
+    S = batch.ids.shape[1]
+    owner = torch.stack([F.pad(o, (S - len(o), 0)) for o in owners])                 # (R, S)
+    mask = (owner[:, :, None] == owner[:, None]).tril()[:, None]                     # (R, 1, S, S)
+    weight = torch.stack([F.pad(torch.tensor(row.weight), (S - len(row.weight), 0))
+                          for row in joined])
+    device = batch.ids.device
+    return dataclasses.replace(batch, attention_mask=mask.to(device)), weight.to(device), joined
+
+
 def mllm_loss(model: TBAC, aux_head: SummaryTokens, rows: list, args):
     """Cross-entropy of the answers, several questions per picture, plus that of the attributes at
     the marked tokens. Every answer counts the same: the loss of "red" must not drown in that of
     descriptions, since it alone asks which colour belongs to which shape."""
     mllm = model.mllm
-    marked = [tokenize_conversation(model, aux_head, talk, rng, args.size) for talk, rng in rows]
-    batch = mllm.left_pad([row.prompt for row in marked])
+    marked = [tokenize_conversation(model, aux_head, talk, rng, args) for talk, rng in rows]
+    batch, weight, joined = join(mllm, pack(marked))
     S = batch.ids.shape[1]
-    summary, summary_labels = places(marked, "summary", S)
-    pointing, pointing_labels = places(marked, "pointing", S)
+    summary, summary_labels = places(joined, "summary", S)
+    pointing, pointing_labels = places(joined, "pointing", S)
 
-    x = mllm.embed(batch).clone()                                      # (B, S, M)
+    x = mllm.embed(batch).clone()                                      # (R, S, M)
     if summary_labels:
         x[summary] = aux_head.vectors(rows[0][1], len(summary_labels), x)
-    states = mllm(x, batch.positions, batch.attention_mask)            # of each depth (B, S, M)
+    states = mllm(x, batch.positions, batch.attention_mask)            # of each depth (R, S, M)
 
-    padded = [[0.0] * (S - len(row.weight)) + row.weight for row in marked]
-    weight = torch.tensor(padded, device=args.device)[:, 1:]           # (B, S - 1), to predict
+    weight = weight[:, 1:]                                             # (R, S - 1), to predict
     counts = weight > 0
     logits = mllm.logits(states[-1][:, :-1][counts]).float()           # (answer tokens, vocab)
     losses = F.cross_entropy(logits, batch.ids[:, 1:][counts], reduction="none")
-    # All rows may end in summary tokens.
+    # All conversations may end in summary tokens.
     loss = (losses * weight[counts]).sum() / weight.sum().clamp(min=1)
     for place, labels in ((summary, summary_labels), (pointing, pointing_labels)):
         if labels:
@@ -380,13 +495,13 @@ def mllm_loss(model: TBAC, aux_head: SummaryTokens, rows: list, args):
     return loss.expand(len(rows)), None
 
 
-def places(marked: list[Marked], kind: str, S: int) -> tuple[tuple[list, list], list[dict]]:
+def places(joined: list[Marked], kind: str, S: int) -> tuple[tuple[list, list], list[dict]]:
     """The marks of all rows -> their rows and columns in the padded batch (padding is on the left),
     and their labels."""
     rows, columns, labels = [], [], []
-    for b, row in enumerate(marked):
+    for r, row in enumerate(joined):
         for place, known in getattr(row, kind):
-            rows.append(b)
+            rows.append(r)
             columns.append(S - len(row.prompt.ids) + place)
             labels.append(known)
     return (rows, columns), labels
@@ -478,19 +593,19 @@ def dit_loss(model: TBAC, aux_head: SceneEncoder, rows: list, args):
 
 # ------------------------------------------------------------------------------------- stages
 
-def task(learns: str, loss, aux_head=None, make=sample_scene) -> Task:
+def task(learns: str, loss, sheet, aux_head=None, make=sample_scene) -> Task:
     """Heads live on the model's device and are thrown away at the end."""
     def head(model: TBAC, args) -> nn.Module:
         return aux_head(model.config).to(args.device) if aux_head else nn.Module()
 
-    return Task((learns,), loss, {"toy": make}, build, head, draws=False)
+    return Task((learns,), loss, {"toy": make}, build, head, sheet, muon)
 
 
 TASKS = {
-    "vit": task("mllm.vision", vit_loss, PatchNames),
-    "mllm": task("mllm", mllm_loss, SummaryTokens, conversation),
-    "dcae": task("dcae", dcae_loss),
-    "dit": task("dit", dit_loss, SceneEncoder),
+    "vit": task("mllm.vision", vit_loss, sheets.vit, PatchNames),
+    "mllm": task("mllm", mllm_loss, sheets.mllm, SummaryTokens, conversation),
+    "dcae": task("dcae", dcae_loss, sheets.dcae),
+    "dit": task("dit", dit_loss, sheets.dit, SceneEncoder),
 }
 
 
