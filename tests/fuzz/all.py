@@ -1,0 +1,32 @@
+"""All cases, by area. FAST: those of the gate."""
+from tests.fuzz import commands, data, models, runs
+
+AREAS = {
+    "config": models.config_cases,
+    "files": models.file_cases,
+    "weights": models.weight_cases,
+    "tokenizer": models.tokenizer_cases,
+    "public configs": models.public_cases,
+    "conversion": models.conversion_cases,
+    "numbers": commands.number_cases,
+    "options": commands.option_cases,
+    "places": commands.place_cases,
+    "pictures": commands.picture_cases,
+    "runs": commands.run_cases,
+    "other scripts": commands.other_cases,
+    "curves": commands.curve_cases,
+    "resume": runs.resume_cases,
+    "data": data.data_cases,
+}
+# Areas of which every n-th case is in the gate.
+EVERY = {"config": 6, "public configs": 12, "numbers": 8, "resume": 8, "runs": 4, "places": 2,
+         "pictures": 3, "data": 3, "options": 3, "curves": 2}
+
+
+def prepare() -> None:
+    """What the cases share, before the first of them."""
+    runs.finished()
+
+
+def fast(area: str) -> list:
+    return list(AREAS[area]())[::EVERY.get(area, 1)]
