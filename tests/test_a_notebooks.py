@@ -306,11 +306,44 @@ def test_the_first_cell_finds_the_repository(file, folder, clean, monkeypatch):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_the_first_cell_fetches_what_is_not_there(file, clean, monkeypatch, tmp_path):
+    """On a notebook server: cloned and installed, once."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def run(command, check):
+        assert check
+        commands.append(command)
+        if "clone" in command:
+            (tmp_path / command[-1] / "notebooks").mkdir(parents=True)
+            (tmp_path / command[-1] / "tbac.py").touch()
+
+    monkeypatch.setattr("subprocess.run", run)
+    names = {}
+    for _ in range(2):
+        execute(cells(file)[0], names)
+        assert names["ROOT"] == tmp_path / "project"
+        assert sys.path[0] == str(names["ROOT"])
+    cloned, installed = commands
+    assert cloned[:2] == ["git", "clone"] and cloned[-2] == names["REPOSITORY"]
+    assert installed[1:4] == ["-m", "pip", "install"]
+
+
+def test_every_address_is_that_of_the_project():
+    """In the cell that fetches."""
+    project = (ROOT / "pyproject.toml").read_text()
+    address = re.search(r'^Repository = "https://github.com/(\S+)"$', project, re.M)[1]
+    for file in FILES:
+        assert f'REPOSITORY = "https://github.com/{address}"' in source(cells(file)[0])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_what_is_committed(file):
     assert file.stat().st_size < 400_000
     notebook = json.loads(file.read_text())
     text = prose(file)
-    assert len(notebook["cells"]) <= 25
+    # And the one that finds the files.
+    assert len(notebook["cells"]) <= 25 + 1
     assert "predict before you run" in text.lower()
     assert "What happened" in text
     assert notebook["metadata"].keys() <= {"kernelspec", "language_info"}
@@ -364,4 +397,6 @@ def test_plain_python_without_model_code(file):
 def test_cells_are_at_most_100_columns_wide(file):
     for cell in [*cells(file), *cells(file, "markdown")]:
         for line in source(cell).splitlines():
-            assert len(line) <= 100, f"{len(line)} columns: {line[:60]}"
+            # An address cannot be broken.
+            fits = len(line) <= 100 or re.fullmatch(r"\[\w+\]: http\S+", line)
+            assert fits, f"{len(line)} columns: {line[:60]}"
