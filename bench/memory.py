@@ -13,62 +13,24 @@ import argparse
 import dataclasses
 import pathlib
 import random
-import weakref
 
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import sample
 import train
+from bench.measure import Counter
+from bench.sizes import ROOT, empty_model
 from engine import fast
-from engine.data import Example
+from engine.sources import Example
 from engine.files import read_json
 from engine.log import peak_memory
-from mllm import Tokenizer
-from tbac import TBAC, TBACConfig
-
-ROOT = pathlib.Path(__file__).parent.parent
-TOKENIZER = ROOT / "tests" / "fixtures" / "tiny" / "qwen" / "tokenizer.json"
-
-
-class Counter(TorchDispatchMode):
-    """Bytes of the storages that operations make and that are still alive: `now`, and `most` at
-    once. held: tensors that exist already and count, too."""
-
-    def __init__(self, *held):
-        super().__init__()
-        self.sizes = {}
-        self.now = self.most = 0
-        for t in held:
-            self.add(t)
-
-    def add(self, t):
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.now += self.sizes[key]
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.free, key)
-
-    def free(self, key):
-        self.now -= self.sizes.pop(key, 0)
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **kwargs or {})
-        for t in tree_flatten(out)[0]:
-            if isinstance(t, torch.Tensor):
-                self.add(t)
-        return out
+from tbac import TBACConfig
 
 
 def model_of(config, trained, device="meta"):
     """A model of these sizes: bfloat16; if it is to be trained, what learns in float32."""
-    with torch.device(device):
-        model = TBAC(config, Tokenizer(TOKENIZER))
-    model.to(torch.bfloat16)
+    model = empty_model(config, device, torch.bfloat16)
     if trained:
         model.ladder.float()
         model.dit.float()
@@ -93,7 +55,7 @@ def options(*given):
 def train_step(model, args, batch, edit):
     """-> bytes at the worst moment of a step. AdamW in one fused operation needs its two moments
     and nothing beside them."""
-    task = dataclasses.replace(train.LADDER_TASK, build=lambda args: model, draws=False)
+    task = dataclasses.replace(train.LADDER_TASK, build=lambda args: model)
     run = train.Run(args, task)
     params = run.state.params.values()
     moments = [torch.zeros_like(p) for p in params for _ in range(2)]
