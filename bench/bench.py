@@ -4,9 +4,7 @@ within one run.
     # Beside requirements.txt, needed here only:
     pip install transformers==4.51.3 diffusers==0.34.0 accelerate
     # 121M random parameters (--size full: 5.7e9)
-    python bench/make_random.py /tmp/mid --size mid
-    python weights_convert.py --qwen /tmp/mid/qwen --sana /tmp/mid/sana --tbac /tmp/mid/tbac \\
-        --out /tmp/mid/ours
+    python -m bench.make_random /tmp/mid --size mid
     python -m bench.bench /tmp/mid --threads 2
 
 Each piece of work is done by both after a warm-up, in alternating pairs; printed are the medians,
@@ -15,25 +13,23 @@ shared machine do not. The floor is what ours could take at best: its operations
 that this machine showed for a large matrix product or convolution, or its weights through the
 measured memory bandwidth, whichever is longer.
 """
-import argparse
-import pathlib
 
 import torch
 from torch import nn
 
-from bench.measure import best_rates, cost, in_turns
-from bench.memory import Counter
+from bench.measure import best_rates, cost, in_turns, peak
 from bench.peer import Peer
-from bench.work import distance, load, write
+from bench.sizes import size_of
+from bench.work import distance, load, parser, write
 from mllm import ASK, chat
 
 
 class Theirs:
     """The peer's side of each piece of work."""
 
-    def __init__(self, folder, inputs):
+    def __init__(self, folder, inputs, tensors=None):
         folders = [folder / part for part in ("qwen", "sana", "tbac")]
-        self.peer = Peer(*folders, inputs.device, inputs.dtype)
+        self.peer = Peer(*folders, inputs.device, inputs.dtype, tensors)
         self.inputs = inputs
 
     def prepare(self, task):
@@ -43,8 +39,8 @@ class Theirs:
         return torch.no_grad()(lambda: self.peer.encode(task.prompts, task.images))
 
     def draw(self, task):
-        eps = self.inputs.noise(len(task.prompts))
-        return lambda: self.peer.sample(task.prompts, eps, task.images, steps=20)
+        eps = self.inputs.noise(len(task.prompts), task.size)
+        return lambda: self.peer.sample(task.prompts, eps, task.images, task.steps)
 
     def train(self, task):
         """It knows neither cached latents nor checkpoints."""
@@ -82,17 +78,6 @@ class Theirs:
 
 # ------------------------------------------------------------------------------- the comparison
 
-def peak(f, model, device):
-    """Bytes alive at once, tensor by tensor; on a GPU the allocator's own count."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        f()
-        return torch.cuda.max_memory_allocated()
-    with Counter(*model.parameters()) as counter:
-        f()
-    return counter.most
-
-
 def compare_speed(ours, theirs, tasks, args):
     """-> {name: row of the table}, the machine's best rates while it was made."""
     dtype = ours.inputs.dtype
@@ -118,8 +103,8 @@ def compare_memory(ours, theirs, tasks, args):
     rows = {}
     for name, task in tasks.items():
         if task.kind == "train" and not task.cached:
-            x = peak(theirs.prepare(task), theirs.peer, args.device)
-            y = peak(ours.prepare(task), ours.model, args.device)
+            x = peak(theirs.prepare(task), theirs.peer.parameters(), args.device)
+            y = peak(ours.prepare(task), ours.model.parameters(), args.device)
             rows[f"peak memory, {name}"] = dict(peer=x, ours=y, ratio=y / x)
     return rows
 
@@ -144,16 +129,7 @@ def print_memory(rows):
 # --------------------------------------------------------------------------------- command line
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folder", type=pathlib.Path,
-                   help="with qwen, sana, tbac (public layouts) and ours")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--pairs", type=int, default=5)
-    p.add_argument("--only", default="", help="rows whose name contains this")
-    p.add_argument("--out", type=pathlib.Path, help="results as JSON")
+    p = parser(__doc__, "qwen, sana, tbac, ours")
     p.add_argument("--plain", action="store_true", help="ours without engine/fast.py")
     return p.parse_args()
 
@@ -168,7 +144,8 @@ def main():
     print_speed(speed)
     memory = compare_memory(ours, theirs, tasks, args)
     print_memory(memory)
-    write(args, speed | memory, **machine, plain=args.plain)
+    size = size_of(ours.model.config)
+    write(args, speed | memory, **machine, plain=args.plain, size=size)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import statistics
 
 import matplotlib
 import numpy as np
@@ -24,8 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import sample
-from bench.measure import timed
-from bench.memory import Counter
+from bench.measure import Counter, repeated
 from dit import linear_attention
 from engine import fast
 from tbac import TBAC
@@ -127,7 +125,7 @@ def measure(model, curves):
 def cost(model, f):
     """-> seconds, bytes beside the weights"""
     f()
-    seconds = statistics.median(timed(f, "cpu")[0] for _ in range(5))
+    seconds = repeated(f, 5, "cpu")["seconds"]
     with Counter(*model.parameters()) as counter:
         held = counter.now
         f()

@@ -1,19 +1,26 @@
 """What loading costs: peak host memory over the weights' own size, seconds, and seconds from the
-command to the first picture.
+command to the first picture and to an answer.
 
-    python -m bench.load DIR [--device cuda] [--dtype bfloat16]
+    python -m bench.load DIR [--device cuda] [--dtype bfloat16] [--picture] [--out FILE]
 
 Each measurement is a process of its own; counted is what its peak (getrusage) adds to that of the
 imports alone. On a CPU the weights themselves are part of it, on a GPU only what passes through.
+A whole model of the released sizes on a laptop (23 GB of disk, 13 GB of memory, in bfloat16):
+
+    python -m bench.make_random /tmp/full --size full --dtype bfloat16
+    python -m bench.load /tmp/full/ours --dtype bfloat16 --picture --out laptop.json
 """
 import argparse
+import json
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).parent.parent
+from bench.measure import machine
+from bench.sizes import ROOT
+
 LOAD = """
 import time
 import torch
@@ -27,6 +34,14 @@ weights = sum(t.nbytes for t in model.state_dict().values()) / 1e9
 print(weights, peak_memory("cpu") - before, seconds)
 """
 
+RUN = """
+import sample
+from engine.log import peak_memory
+
+sample.main()
+print(peak_memory("cpu"))
+"""
+
 
 def options():
     p = argparse.ArgumentParser(description=__doc__,
@@ -35,41 +50,65 @@ def options():
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"))
     p.add_argument("--picture", action="store_true",
-                   help="also the time to the first picture, 20 steps")
-    p.add_argument("--plain", action="store_true", help="the picture without engine/fast.py")
+                   help="also the commands to a picture of 2 and of 20 steps, and to an answer")
+    p.add_argument("--plain", action="store_true", help="the commands without engine/fast.py")
+    p.add_argument("--out", type=pathlib.Path, help="results as JSON")
     return p.parse_args()
 
 
 def measure_load(args):
-    """Twice: the first time the files may have to come from the disk."""
+    """-> rows. Twice: the first time the files may have to come from the disk."""
     dtype = args.dtype and f"torch.{args.dtype}"
     code = LOAD.format(folder=str(args.folder.resolve()), device=args.device, dtype=dtype)
-    for disk in ("cold or not", "warm"):
+    rows = {}
+    for disk in ("load, cold disk or not", "load, warm disk"):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
                               capture_output=True, text=True)
         weights, added, seconds = map(float, done.stdout.split())
+        rows[disk] = dict(seconds=seconds, weights=weights, peak=added)
         print(f"{disk}: {weights:.2f} GB of weights, "
-              f"peak {added:.2f} GB = {added / weights:.2f} x, {seconds:.1f} s")
+              f"peak {added:.2f} GB = {added / weights:.2f} x, {seconds:.1f} s", flush=True)
+    return rows
 
 
-def measure_picture(args):
+def measure_commands(args):
+    """-> rows: seconds of whole commands and the peak of their memory in GB"""
+    rows = {}
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "sample.py", "a dog", "--model", str(args.folder.resolve()),
-                   "--device", args.device, "--out", f"{scratch}/first.png"]
-        if args.dtype:
-            command += ["--dtype", args.dtype]
-        if args.plain:
-            command += ["--plain"]
-        start = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, check=True)
-        print(f"command to first picture: {time.perf_counter() - start:.1f} s")
+        picture = f"{scratch}/first.png"
+        commands = {
+            "picture, 2 steps": ["a dog", "--steps", "2", "--out", picture],
+            "picture, 20 steps": ["a dog", "--out", picture],
+            "answer about it": ["--ask", "what is in the picture?", "--image", picture],
+        }
+        for name, words in commands.items():
+            rows[name] = measure_command(args, words)
+            print(f"{name}: {rows[name]['seconds']:.1f} s, peak {rows[name]['peak']:.2f} GB",
+                  flush=True)
+    return rows
+
+
+def measure_command(args, words):
+    command = [sys.executable, "-c", RUN, *words, "--model", str(args.folder.resolve()),
+               "--device", args.device]
+    if args.dtype:
+        command += ["--dtype", args.dtype]
+    if args.plain:
+        command += ["--plain"]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    return dict(seconds=seconds, peak=float(done.stdout.split()[-1]))
 
 
 def main():
     args = options()
-    measure_load(args)
+    rows = measure_load(args)
     if args.picture:
-        measure_picture(args)
+        rows |= measure_commands(args)
+    if args.out:
+        found = dict(run=machine(args.device) | dict(dtype=args.dtype), rows=rows)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,23 @@
-"""To measure with: seconds in alternating pairs, operations counted one by one, what the machine
-can do at best."""
+"""To measure with, on a CPU and on a GPU alike: seconds, alone or in alternating pairs; bytes alive
+at once; operations counted one by one; what the machine is, and what it can do at best.
+
+The protocol: one run to warm up, in which operations are counted; then n runs, each between two
+points where the device has nothing left to do; the median counts, lowest and highest are kept.
+"""
+import importlib.metadata
+import os
+import pathlib
+import platform
 import statistics
 import time
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def timed(f, device):
@@ -19,6 +29,12 @@ def timed(f, device):
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start, out
+
+
+def repeated(f, n, device):
+    """-> {seconds: the median of n runs, low, high}"""
+    times = [timed(f, device)[0] for _ in range(n)]
+    return dict(seconds=statistics.median(times), low=min(times), high=max(times))
 
 
 @dataclass
@@ -40,7 +56,57 @@ def in_turns(f, g, n, device):
     return Pairs(first, second, statistics.median(ratios), min(ratios), max(ratios))
 
 
+# --------------------------------------------------------------------------------------- memory
+
+class Counter(TorchDispatchMode):
+    """Bytes of the storages that operations make and that are still alive: `now`, and `most` at
+    once. held: tensors that exist already and count, too."""
+
+    def __init__(self, *held):
+        super().__init__()
+        self.sizes = {}
+        self.now = self.most = 0
+        for t in held:
+            self.add(t)
+
+    def add(self, t):
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += self.sizes[key]
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.free, key)
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        for t in tree_flatten(out)[0]:
+            if isinstance(t, torch.Tensor):
+                self.add(t)
+        return out
+
+
+def peak(f, held, device):
+    """Bytes alive at once while f runs: on a GPU the allocator's own count, else tensor by tensor,
+    those in `held` included."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        f()
+        return torch.cuda.max_memory_allocated()
+    with Counter(*held) as counter:
+        f()
+    return counter.most
+
+
 # ----------------------------------------------------------------------------------- operations
+
+# Attention in one operation on a CPU, which torch's own count does not know.
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 class Operations(TorchDispatchMode):
     """Counts those of matrix products and convolutions: n."""
@@ -48,14 +114,22 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **kwargs or {})
+        self.n += self.count(f, args, kwargs or {}, out)
+        return out
+
+    def count(self, f, args, kwargs, out):
         # torch's own count is wrong for the gradient of grouped convolutions.
         if f is torch.ops.aten.convolution_backward.default:
             gradient, _, weight = args[:3]
             wanted = sum(args[-1][:2])
-            self.n += 2 * gradient.numel() * weight[0].numel() * wanted
-        elif f.overloadpacket in flop_registry:
-            self.n += flop_registry[f.overloadpacket](*args, **kwargs or {}, out_val=out)
-        return out
+            return 2 * gradient.numel() * weight[0].numel() * wanted
+        if f is FUSED:
+            return sdpa_flop_count(*(t.shape for t in args[:3]))
+        if f is FUSED_BACKWARD:
+            return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+        if f.overloadpacket in flop_registry:
+            return flop_registry[f.overloadpacket](*args, **kwargs, out_val=out)
+        return 0
 
 
 def operations(f):
@@ -90,13 +164,45 @@ def cost(f):
 
 # ----------------------------------------------------------------------------------- the machine
 
-def best_rates(device, dtype):
+def processor():
+    """Its name; where the system hides it, family and model."""
+    file = pathlib.Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    facts = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    number = f"family {facts.get('cpu family')}, model {facts.get('model')}"
+    return f"{facts['model name']} ({number})"
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device):
+    """What a number was measured on: processor, cores, threads, versions."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    packages = ("torch", "transformers", "diffusers", "triton")
+    versions = {package: version(package) for package in packages}
+    return dict(device=name, processor=processor(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), python=platform.python_version(),
+                system=platform.system(), cuda=torch.version.cuda, versions=versions)
+
+
+def best_rates(device, dtype, large=None, room=1 << 30):
     """-> operations per second of a matrix product or a 1x1 convolution, one that fits a cache or a
-    large one; bytes per second of a large sum. The best of 20."""
+    large one of this side; bytes per second of a sum over `room` bytes. The best of 20."""
     def best(f, *args):
         return min(timed(lambda: f(*args), device)[0] for _ in range(20))
 
-    large = 8192 if device == "cuda" else 2048
+    # The second product is too large for a cache.
+    large = large or (8192 if device == "cuda" else 2048)
     flops = 0
     for n, k, m in ((512, 448, 2240), (large, large, large)):
         x = torch.randn(n, k, device=device, dtype=dtype)
@@ -104,5 +210,5 @@ def best_rates(device, dtype):
         product = best(torch.mm, x, w.T)
         convolution = best(nn.functional.conv2d, x.T[None, ..., None], w[..., None, None])
         flops = max(flops, 2 * n * k * m / min(product, convolution))
-    numbers = torch.ones(1 << 30, dtype=torch.uint8, device=device).view(dtype)
+    numbers = torch.ones(room, dtype=torch.uint8, device=device).view(dtype)
     return flops, numbers.nbytes / best(torch.sum, numbers)

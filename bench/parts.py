@@ -6,13 +6,11 @@ The folder is made as for bench.py; only its `ours` is read. Operations are coun
 are switched on one after the other; time is measured for each state against the plain path, in
 alternating pairs.
 """
-import argparse
 import functools
-import pathlib
 import unittest.mock
 
 from bench.measure import in_turns, operations
-from bench.work import distance, load, write
+from bench.work import distance, load, parser, write
 from engine import fast
 
 ROWS = ("encode a prompt with its null prompt", "encode an edit (three rows)",
@@ -65,21 +63,8 @@ def fast_against_plain(ours, tasks, args):
     return rows
 
 
-def options():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folder", type=pathlib.Path, help="with ours")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--pairs", type=int, default=5)
-    p.add_argument("--only", default="", help="rows whose name contains this")
-    p.add_argument("--out", type=pathlib.Path, help="results as JSON")
-    return p.parse_args()
-
-
 def main():
-    args = options()
+    args = parser(__doc__, "ours").parse_args()
     ours, tasks = load(args)
     tasks = {name: task for name, task in tasks.items() if name in ROWS}
     write(args, fast_against_plain(ours, tasks, args))

@@ -1,12 +1,15 @@
-"""The pieces of work that are measured, one for each row of the tables, and how ours does them."""
+"""The pieces of work that are measured, one for each row of the tables, and how ours does them; and
+what the command lines of bench/ have in common."""
+import argparse
 import json
-import platform
+import pathlib
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
 import sample
+from bench.measure import machine
 from engine import distributed, fast
 from engine.pictures import to_pixels
 from mllm import ASK
@@ -25,6 +28,8 @@ class Task:
     kind: str
     prompts: list
     images: list | None = None
+    size: int | None = None             # side in pixels, where it is not the model's
+    steps: int = 20                     # of a picture
     cached: bool = False                # the latents of the target are known
     grad_checkpoint: bool = False
 
@@ -68,28 +73,27 @@ class Inputs:
     device: str
     dtype: torch.dtype
 
-    def noise(self, n):
+    def noise(self, n, size=None):
         generator = torch.Generator().manual_seed(n)
-        shape = sample.latent_shape(self.config)
+        shape = sample.latent_shape(self.config, size)
         return torch.randn(n, *shape, generator=generator).to(self.device)
 
-    def training(self, n):
+    def training(self, n, size=None):
         """-> pixels (n, 3, H, W), times (n,), noise (n, C, h, w)"""
-        pictures = [picture(self.config.size, seed) for seed in range(n)]
+        pictures = [picture(size or self.config.size, seed) for seed in range(n)]
         pixels = to_pixels(pictures, self.device, self.dtype)
         times = torch.linspace(0.1, 0.9, n, device=self.device)
-        return pixels, times, self.noise(n).to(self.dtype)
+        return pixels, times, self.noise(n, size).to(self.dtype)
 
 
 class Ours:
     """One method for each kind of work: Task -> a function that does it once and returns a tensor
     to compare."""
 
-    def __init__(self, folder, device, dtype, plain):
-        self.model = TBAC.load(folder, device, dtype)
-        if not plain:
-            fast.enable(self.model)
-        self.inputs = Inputs(self.model.config, device, dtype)
+    def __init__(self, model, plain=False):
+        self.model = model if plain else fast.enable(model)
+        queries = model.ladder.queries
+        self.inputs = Inputs(model.config, queries.device.type, queries.dtype)
 
     def prepare(self, task):
         return getattr(self, task.kind)(task)
@@ -98,10 +102,11 @@ class Ours:
         return torch.no_grad()(lambda: self.model.encode(task.prompts, task.images))
 
     def draw(self, task):
-        eps = self.inputs.noise(len(task.prompts))
+        eps = self.inputs.noise(len(task.prompts), task.size)
 
         def run():
-            *_, last = sample.denoise(self.model, task.prompts, task.images, steps=20, eps=eps)
+            *_, last = sample.denoise(self.model, task.prompts, task.images, steps=task.steps,
+                                      eps=eps, size=task.size)
             return last.x_t
         return run
 
@@ -143,23 +148,35 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# ------------------------------------------------------------------------- of both command lines
+# ------------------------------------------------------------------------ of the command lines
+
+def parser(doc, folder):
+    """With the options that bench.bench and bench.parts share. folder: what it must hold."""
+    p = argparse.ArgumentParser(description=doc,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=pathlib.Path, help=f"made by bench.make_random: {folder}")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--pairs", type=int, default=5)
+    p.add_argument("--only", default="", help="rows whose name contains this")
+    p.add_argument("--out", type=pathlib.Path, help="results as JSON")
+    return p
+
 
 def load(args, plain=False):
     """-> Ours, the tasks that are asked for"""
     torch.set_num_threads(args.threads)
-    ours = Ours(args.folder / "ours", args.device, getattr(torch, args.dtype), plain)
-    tasks = {name: task for name, task in all_tasks(ours.model.config.size).items()
+    model = TBAC.load(args.folder / "ours", args.device, getattr(torch, args.dtype))
+    tasks = {name: task for name, task in all_tasks(model.config.size).items()
              if args.only in name}
     if not tasks:
         raise SystemExit(f"error: --only {args.only}: no row has this in its name")
-    return ours, tasks
+    return Ours(model, plain), tasks
 
 
 def write(args, rows, **run):
     """To --out, if it is given: the rows and what they were measured with."""
     if args.out:
-        device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-        run |= dict(device=device, dtype=args.dtype, threads=args.threads, pairs=args.pairs,
-                    torch=torch.__version__)
-        args.out.write_text(json.dumps(dict(run=run, rows=rows), indent=1))
+        run |= machine(args.device) | dict(dtype=args.dtype, pairs=args.pairs)
+        args.out.write_text(json.dumps(dict(run=run, rows=rows), indent=1) + "\n")
