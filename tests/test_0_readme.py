@@ -13,6 +13,7 @@ import pytest
 
 import sample
 import train
+from engine import data
 from lab import ablate, evaluate, figures, pretrain
 from sample import TOY_FOLDER
 from tbac import TBACConfig
@@ -43,8 +44,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 
 
 def test_there_is_a_page_for_each_question():
-    expected = {"study", "paper_to_code", "training", "public_weights", "questions", "glossary",
-                "references"}
+    expected = {"study", "paper_to_code", "training", "data", "public_weights", "questions",
+                "promises", "glossary", "references"}
     assert {page[5:-3] for page in PAGES if page.startswith("docs/")} == expected
     for name in expected:
         assert f"](docs/{name}.md" in README, name
@@ -350,7 +351,7 @@ def test_the_notebooks_point_at_what_exists():
 
 # -------------------------------------------------------------------------------------- commands
 
-COMMAND = re.compile(r"python (?:-m ((?:lab|bench)\.\w+)|(?!-)([\w/]+\.py))([^`\n]*)"
+COMMAND = re.compile(r"python (?:-m ((?:lab|bench|engine)\.\w+)|(?!-)([\w/]+\.py))([^`\n]*)"
                      r"|torchrun --nproc-per-node \d+ (train\.py)([^`\n]*)")
 
 
@@ -367,7 +368,7 @@ def commands():
 PARSERS = {
     "train.py": train.options, "sample.py": sample.options, "lab.evaluate": evaluate.options,
     "lab.ablate": ablate.options, "lab.pretrain": pretrain.options,
-    "lab.figures": figures.options,
+    "lab.figures": figures.options, "engine.data": data.options,
 }
 
 
@@ -378,7 +379,9 @@ def test_every_command_is_understood(page, script, said):
     argv = shlex.split(said, comments=True)
     if script not in PARSERS:
         file = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
-        constants = {node.value for node in ast.walk(TREES[file])
+        # bench.bench and bench.parts share some options.
+        files = [file, "bench/work.py"] if file.startswith("bench/") else [file]
+        constants = {node.value for name in files for node in ast.walk(TREES[name])
                      if isinstance(node, ast.Constant)}
         assert {word for word in argv if word.startswith("--")} <= constants
         return
@@ -392,7 +395,7 @@ def test_every_command_is_understood(page, script, said):
 def test_there_are_commands_for_every_script():
     found = {script for _, script, _ in commands()}
     expected = {"train.py", "sample.py", "weights_convert.py", "lab.evaluate", "lab.ablate",
-                "lab.pretrain", "lab.figures"}
+                "lab.pretrain", "lab.figures", "engine.data"}
     assert expected <= found and len(commands()) > 20
 
 
