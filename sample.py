@@ -26,6 +26,7 @@ from engine import command, explain, fast, limits
 from engine.device import set_threads
 from engine.outputs import check_outputs, outputs, save_png
 from engine.pictures import contact_sheet, open_image
+from engine.sources import check_shape
 from tbac import TBAC
 
 TOY_FOLDER = pathlib.Path(__file__).parent / "toy" / "weights"
@@ -319,6 +320,8 @@ def main() -> None:
     with command.one_line_errors():
         check(args)
         images = [open_image(file) for file in args.image]
+        for file, image in zip(args.image, images):
+            check_shape(image.size, file)
         dtype = args.dtype and getattr(torch, args.dtype)
         model = TBAC.load(args.model, args.device, dtype, int8=args.int8,
                           low_memory=args.low_memory)
