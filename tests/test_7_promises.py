@@ -1,5 +1,6 @@
 """What docs/promises.md promises of writing, commands and --resume: nothing is destroyed, nothing
 that is wrong passes."""
+import functools
 import json
 import os
 import re
@@ -391,8 +392,10 @@ def test_what_evaluate_cannot_mean(args, message, capsys):
                                     ("-m", "lab.evaluate", "--tasks", "draw")])
 def test_ctrl_c_is_one_line_and_status_130(small, tmp_path, script):
     words = [*script, "--model", small, "--out", tmp_path / "a.png"]
+    # A shell that starts the tests in the background lets them, and what they start, ignore Ctrl-C.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, text=True,
-                               stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heard)
     # A bar that has begun: what is imported is imported.
     seen = process.stderr.read(1)
     time.sleep(1)
