@@ -324,6 +324,12 @@ def checkpoints(out) -> list[pathlib.Path]:
     return sorted(file for file in found if CHECKPOINT.fullmatch(file.name) and file.is_dir())
 
 
+def resumable(out) -> str:
+    """What --resume goes on from, for a message; nothing where there is no checkpoint."""
+    found = checkpoints(out)
+    return f"{found[-1]} is whole, --resume goes on from it" if found else ""
+
+
 def save(model, state: State, frozen: dict[str, Tensor], args, rank: int) -> None:
     """A checkpoint, and the model with the mean weights. Called on every process, since shards are
     put together; written by the first.
@@ -332,10 +338,9 @@ def save(model, state: State, frozen: dict[str, Tensor], args, rank: int) -> Non
     written or removed, where the weights have become infinite or NaN.
     """
     if name := first_of_all(state.not_finite()):
-        last = checkpoints(args.out)
-        intact = f"{last[-1]} is whole, --resume goes on from it: take a smaller --lr"
         raise ValueError(f"step {state.step} is not saved: {name} has values that are not finite, "
-                         f"or too large for the model's dtype. {intact if last else ''}")
+                         "or too large for the model's dtype; take a smaller --lr. "
+                         + resumable(args.out))
     # A resumed run may have had nothing left to do.
     new_step = state.step != state.saved
     tensors = state.tensors() if new_step else ()
@@ -350,9 +355,8 @@ def save(model, state: State, frozen: dict[str, Tensor], args, rank: int) -> Non
             model.save(args.out, tensors=weights)
         except (OSError, SafetensorError) as e:
             shutil.rmtree(args.out / "checkpoints" / ".new", ignore_errors=True)
-            last = checkpoints(args.out)
-            intact = f"{last[-1]} is whole, --resume goes on from it" if last else ""
-            raise ValueError(f"step {state.step} could not be saved: {e}. {intact}") from None
+            raise ValueError(f"step {state.step} could not be saved: {e}. "
+                             + resumable(args.out)) from None
     state.saved = state.step
 
 

@@ -170,6 +170,16 @@ def test_weights_that_are_not_finite_are_never_saved(copy):
     assert [file.name for file in checkpoints(copy)] == ["step-00000003"]
 
 
+def test_a_first_save_that_is_not_finite_is_refused_in_words(small, tmp_path):
+    """There is no checkpoint to go on from yet."""
+    begun = train.Run(train.options(["--model", str(small), "--out", str(tmp_path / "run"),
+                                     "--steps", "1", "--batch", "1", "--size", "32"]))
+    next(iter(begun.state.params.values())).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="step 0 is not saved: .*take a smaller --lr"):
+        begun.save()
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_that_the_models_dtype_cannot_hold_are_not_saved(copy):
     again = train.Run(train.options(["--resume", "--out", str(copy), "--steps", "3"]))
     next(again.steps())
