@@ -177,13 +177,13 @@ class State:
             for kind, tensor in kinds.items():
                 yield f"{kind}.{name}", tensor
 
-    def moments(self, name: str) -> set[str]:
-        """What the optimizer of this parameter keeps."""
-        p = self.params[name]
+    def moments(self) -> dict[str, set[str]]:
+        """What the optimizer (or one of several) keeps of each parameter."""
+        kept = {}
         for optimizer in getattr(self.optimizer, "optimizers", [self.optimizer]):
-            if any(p is q for group in optimizer.param_groups for q in group["params"]):
-                return MOMENTS[type(optimizer).__name__]
-        return set()
+            for group in optimizer.param_groups:
+                kept |= dict.fromkeys(group["params"], MOMENTS[type(optimizer).__name__])
+        return {name: kept[p] for name, p in self.params.items()}
 
     def counters(self) -> dict:
         """What is not a tensor, for JSON. tensors: how many belong to it."""
@@ -222,28 +222,27 @@ class State:
     def check_tensors(self, folder, n: int) -> set[str]:
         """-> the names of a checkpoint's n tensors. ValueError if one is missing, of another model
         or damaged."""
-        stored = set()
+        stored, moments = set(), self.moments()
         for file in weight_files(folder):
             for name, tensor in read_tensors(file):
-                self.check_tensor(file, name, tensor)
+                self.check_tensor(file, name, tensor, moments)
                 stored.add(name)
         for name in self.params:
             if f"param.{name}" not in stored:
                 raise ValueError(f"{folder} lacks {name}, which learns here: "
                                  "of another --stage or --model?")
-            expected = self.moments(name)
-            if moments := [kind for kind in expected if f"{kind}.{name}" in stored]:
-                for kind in expected - set(moments):
-                    raise ValueError(f"{folder} lacks {kind}.{name}, but has {moments[0]}.{name}")
+            if found := [kind for kind in moments[name] if f"{kind}.{name}" in stored]:
+                for kind in moments[name] - set(found):
+                    raise ValueError(f"{folder} lacks {kind}.{name}, but has {found[0]}.{name}")
         if len(stored) != n:
             raise ValueError(f"{folder} has {len(stored)} tensors, and its state.json says {n}")
         return stored
 
-    def check_tensor(self, file, stored_name: str, tensor: Tensor) -> None:
+    def check_tensor(self, file, stored_name: str, tensor: Tensor, moments: dict) -> None:
         kind, _, name = stored_name.partition(".")
         p = self.params.get(name)
         expected = () if kind == "step" else getattr(p, "shape", None)
-        known = p is not None and kind in {"param", "ema"} | self.moments(name)
+        known = p is not None and kind in {"param", "ema"} | moments[name]
         if not known or tensor.shape != expected:
             shape = tuple(tensor.shape)
             raise ValueError(f"{file} holds {checks.shown(stored_name)} {shape}, which does not "
