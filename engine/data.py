@@ -35,7 +35,7 @@ from engine.command import Parser, count, one_line_errors, path, path_text
 from engine.files import read_json, save_png
 from engine.limits import MAX_SIZE
 from engine.pictures import contact_sheet, printable, to_pixels
-from engine.sources import Example, open_source, read_example, square
+from engine.sources import Example, open_source, square
 from mllm import Tokenizer
 
 # --------------------------------------------------------------------------- one order for all
@@ -109,7 +109,7 @@ class Share(torch.utils.data.IterableDataset):
 
         for position, (number, (origin, location)) in mine:
             try:
-                yield position, number, read_example(origin, location)
+                yield position, number, origin.read(location)
             except (ValueError, OSError) as e:
                 # Names and texts from files may hold what cannot be printed, or should not be.
                 yield position, number, printable(e, 1000)
@@ -381,7 +381,7 @@ def check(args) -> int:
     bar = tqdm(source.locations(), "records", disable=sys.stdout.isatty() or None)
     for number, location in enumerate(bar):
         try:
-            example = read_example(source, location)
+            example = source.read(location)
             row = told(example)
             summary.add(example)
         except (ValueError, OSError) as e:

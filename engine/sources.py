@@ -54,19 +54,6 @@ class Example:
     name: str = ""
 
 
-def read_example(source, location) -> Example:
-    """The example at a location, fit for training. Unusable where the MLLM would refuse it."""
-    example = source.read(location)
-    if not isinstance(example, Example):
-        # Of a stage of the toy's pretraining: a scene, a conversation.
-        return example
-    where = example.name or printable(example.prompt)
-    check_text(example.prompt, where)
-    for image in example.images:
-        check_shape(image.size, where)
-    return example
-
-
 def check_text(text: str, where: str) -> None:
     """Other control tokens pass as such, as in the released code (docs/data.md)."""
     if IMAGE_TOKEN in text:
@@ -101,7 +88,14 @@ class Generated:
         return itertools.count()
 
     def read(self, i: int) -> Example:
-        return self.make(random.Random(f"{self.seed} {i}"), i)
+        example = self.make(random.Random(f"{self.seed} {i}"), i)
+        # lab/pretrain.py learns from scenes and conversations, too.
+        if isinstance(example, Example):
+            where = example.name or printable(example.prompt)
+            check_text(example.prompt, where)
+            for image in example.images:
+                check_shape(image.size, where)
+        return example
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -622,7 +616,7 @@ def check_readable(found, spec: str) -> None:
     reasons = []
     for location in itertools.islice(found.locations(random.Random(0)), 1000):
         try:
-            read_example(found, location)
+            found.read(location)
             return
         except ValueError as e:
             reasons.append(printable(e, 1000))

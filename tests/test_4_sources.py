@@ -51,7 +51,7 @@ def read_all(spec, size=None):
     good, bad = [], []
     for location in source.locations():
         try:
-            good.append(sources.read_example(source, location))
+            good.append(source.read(location))
         except Unusable as e:
             bad.append(str(e))
     return good, bad
@@ -440,7 +440,7 @@ def test_what_the_reader_lets_pass_the_mllm_reads(tiny, text, size):
     source = sources.Generated(lambda rng, i: sources.Example(text, (image,), image), 0)
     wrong = "<|image_pad|>" in text or size == (201, 1)
     assert refused(tiny.encode, [text], [[image]]) == wrong
-    assert refused(sources.read_example, source, 0) == wrong
+    assert refused(source.read, 0) == wrong
 
 
 def test_other_control_tokens_are_read_as_such():
