@@ -34,6 +34,15 @@ def shown(value) -> str:
     return text
 
 
+def printable(text, limit: int = MAX_NAME_CHARACTERS) -> str:
+    """What comes from a file, for a message: control characters are escaped (they would steer a
+    terminal), and what is too long is cut."""
+    text = str(text)
+    cut = "..." if len(text) > limit else ""
+    letters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return "".join(letters) + cut
+
+
 # --------------------------------------------------------------------------------------- kinds
 
 @dataclass(frozen=True)

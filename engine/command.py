@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from safetensors import SafetensorError
 
-from engine.checks import Kind, number, shown, whole
+from engine.checks import Kind, number, printable, shown, whole
 from engine.limits import MAX_CAPTION_BYTES, MAX_FACTOR, MAX_SEED, MAX_SIZE
 
 def of_kind(kind: Kind, read: Callable) -> Callable:
@@ -104,23 +104,20 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError, SafetensorError) as e:
-        raise SystemExit(f"error: {printable(e)}") from None
+        raise SystemExit(f"error: {whole_lines(e)}") from None
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
         raise SystemExit("error: this needs more memory than there is: take a smaller size, "
-                         f"batch or model ({printable(e)})") from None
+                         f"batch or model ({whole_lines(e)})") from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def printable(e: Exception) -> str:
-    """Names of files may hold bytes that are no text, or control a terminal, or fill it."""
-    lines = str(e).encode(errors="backslashreplace").decode().splitlines()
-    lines = [line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}" for line in lines]
-    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-                     for line in lines)
+def whole_lines(e: Exception) -> str:
+    """A message of several lines stays one, and nothing of it is cut."""
+    return "\n".join(printable(line, sys.maxsize) for line in str(e).splitlines())
 
 
 def is_out_of_memory(e: Exception) -> bool:

@@ -31,10 +31,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.checks import printable
 from engine.command import Parser, count, one_line_errors, path, path_text
 from engine.files import read_json, save_png
 from engine.limits import MAX_SIZE
-from engine.pictures import contact_sheet, printable, to_pixels
+from engine.pictures import contact_sheet, to_pixels
 from engine.sources import Example, open_source, square
 from mllm import Tokenizer
 

@@ -10,13 +10,9 @@ import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from engine.checks import printable
 from engine.files import regular_file
-from engine.limits import (
-    MAX_NAME_CHARACTERS,
-    MAX_PICTURE_BYTES,
-    MAX_PIXELS,
-    MAX_PROFILE_BYTES,
-)
+from engine.limits import MAX_PICTURE_BYTES, MAX_PIXELS, MAX_PROFILE_BYTES
 
 # What is opened at all. Pillow knows many more, and for some of them it starts other programs on
 # bytes that come from outside (Ghostscript for PostScript).
@@ -33,15 +29,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-def printable(text, limit: int = MAX_NAME_CHARACTERS) -> str:
-    """What comes from a file, for a message: control characters are escaped (they would steer a
-    terminal), and what is too long is cut."""
-    text = str(text)
-    cut = "..." if len(text) > limit else ""
-    letters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
-    return "".join(letters) + cut
 
 
 class Unusable(ValueError):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from engine.checks import printable
 from engine.files import parse_json
 from engine.limits import (
     MAX_CAPTION_BYTES,
@@ -31,7 +32,7 @@ from engine.limits import (
     MAX_TAR_HEADER_BYTES,
     MIN_TARGET_SIDE,
 )
-from engine.pictures import Unusable, open_image, printable
+from engine.pictures import Unusable, open_image
 from vit import smart_size
 
 # Suffixes of pictures in tars.

@@ -6,9 +6,9 @@ import re
 
 from tqdm import tqdm
 
+from engine.checks import printable
 from engine.data import Reader, Share
 from engine.limits import MAX_COUNT, MAX_TRAINING_STEPS
-from engine.pictures import printable
 from engine.sources import Generated, source
 
 

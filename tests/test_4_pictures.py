@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from engine import limits
-from engine.pictures import FORMATS, contact_sheet, open_image, printable
+from engine.checks import printable
+from engine.pictures import FORMATS, contact_sheet, open_image
 from tests.conftest import ROOT
 
 
