@@ -217,15 +217,19 @@ class AttributeProbe(nn.Module):
                          for attribute, classes in self.CLASSES.items()])
         return torch.tensor(rows)
 
+    def logits(self, hidden: Tensor) -> dict[str, Tensor]:
+        """hidden (..., M) -> of each attribute (..., classes)"""
+        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float()
+        sizes = [len(classes) for classes in self.CLASSES.values()]
+        return dict(zip(self.CLASSES, logits.split(sizes, -1)))
+
     def forward(self, hidden: Tensor, labels: list[dict]) -> Tensor:
         """hidden (depths, N, M), labels: N times {attribute: class} -> the mean over attributes of
         the mean cross-entropy of what is known."""
         target = self.indices(labels).to(hidden.device)                # (N, attributes)
         target = target.expand(len(hidden), -1, -1)                    # (depths, N, attributes)
-        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float()
-        logits = logits.split(list(map(len, self.CLASSES.values())), -1)
         losses = []
-        for x, y in zip(logits, target.unbind(-1)):                    # (depths, N, classes)
+        for x, y in zip(self.logits(hidden).values(), target.unbind(-1)):  # (depths, N, classes)
             total = F.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="sum")
             # Of an attribute that is not known anywhere the loss is 0.
             losses.append(total / (y >= 0).sum().clamp(min=1))

@@ -1,7 +1,6 @@
 """What one sees while the toy's parts are taught: a page of pictures for each stage of
 lab/pretrain.py, drawn every --sheet-every steps."""
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from engine.pictures import contact_sheet, to_images, to_pixels
@@ -42,11 +41,8 @@ def vit(run) -> Image.Image:
 
 def said(aux_head, hidden: torch.Tensor, attribute: str) -> list[str]:
     """hidden (U, M) -> the likeliest class of this attribute, for each."""
-    names = list(aux_head.CLASSES)
-    sizes = [len(classes) for classes in aux_head.CLASSES.values()]
-    logits = aux_head.head(F.rms_norm(hidden, hidden.shape[-1:])).split(sizes, -1)
     classes = aux_head.CLASSES[attribute]
-    return [classes[i] for i in logits[names.index(attribute)].argmax(-1).tolist()]
+    return [classes[i] for i in aux_head.logits(hidden)[attribute].argmax(-1).tolist()]
 
 
 def mllm(run) -> Image.Image:
@@ -82,13 +78,7 @@ def dit(run) -> Image.Image:
     model, scenes = run.model, run.shown
     told = [None] * len(scenes) + list(scenes)
     rungs = run.helper(told).expand(model.config.dit.n_layer, -1, -1, -1)
-    eps = torch.randn(len(scenes), *noise_shape(run), generator=torch.Generator().manual_seed(0))
-    *_, last = denoise(model, [""] * len(scenes), eps=eps, steps=1 if run.args.dry_run else 20,
-                       conditioning=(rungs, 2))
+    *_, last = denoise(model, [""] * len(scenes), steps=1 if run.args.dry_run else 20,
+                       generator=torch.Generator().manual_seed(0), conditioning=(rungs, 2))
     pictures = [world.render(scene, run.args.size) for scene in scenes]
     return beside(list(zip(pictures, model.decode(last.x_t))), ["drawn"] * len(scenes))
-
-
-def noise_shape(run) -> tuple[int, int, int]:
-    side = run.args.size // run.model.config.dcae.factor
-    return run.model.config.dit.channels, side, side
