@@ -18,7 +18,6 @@ import time
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mllm import DRAW, MLLM, Batch, KVCache, Prompt, matching_images
@@ -134,13 +133,19 @@ def join_packs(mllm: MLLM, packs: list[list[Prompt]], n_query: int) -> tuple[Bat
     for prompts in packs:
         prompt, owner = join(prompts, n_query, mllm.tokenizer.special["endoftext"])
         joined.append(prompt)
-        owners.append(torch.tensor(owner))
+        owners.append(owner)
     batch = mllm.left_pad(joined)
-    S = batch.ids.shape[1]
-    owner = torch.stack([F.pad(o, (S - len(o), 0), value=-1) for o in owners])   # -1: padding
+    return batch, pack_mask(owners, batch.ids)
+
+
+def pack_mask(owners: list[list[int]], ids: Tensor) -> Tensor:
+    """Whose each token of a pack is (0: everybody's), and the padded ids (P, S) -> the mask
+    (P, 1, S, S): a token attends to what precedes it, of its own and of everybody's."""
+    S = ids.shape[1]
+    padded = [[-1] * (S - len(owner)) + owner for owner in owners]               # -1: padding
+    owner = torch.tensor(padded, device=ids.device)                              # (P, S)
     same = owner[:, :, None] == owner[:, None]
-    mask = (same | (owner[:, None] == 0)).tril()                                 # (P, S, S)
-    return batch, mask[:, None].to(batch.ids.device)
+    return (same | (owner[:, None] == 0)).tril()[:, None]
 
 
 def join(prompts: list[Prompt], n_query: int, placeholder: int) -> tuple[Prompt, list[int]]:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from dcae import DCAEConfig
 from dit import DiTConfig
 from engine.data import noise
+from engine.fast import pack_mask
 from engine.options import parse
 from engine.pictures import to_pixels
 from lab import sheets
@@ -459,15 +460,13 @@ def join(mllm: MLLM, rows: list[list[Marked]]) -> tuple[Batch, Tensor, list[Mark
         whole.prompt.positions = torch.cat([prompt.positions for prompt in prompts], 1)
         whole.prompt.pictures = [picture for prompt in prompts for picture in prompt.pictures]
         joined.append(whole)
-        owners.append(torch.tensor(owner))
+        owners.append(owner)
     batch = mllm.left_pad([row.prompt for row in joined])
     S = batch.ids.shape[1]
-    owner = torch.stack([F.pad(o, (S - len(o), 0)) for o in owners])                 # (R, S)
-    mask = (owner[:, :, None] == owner[:, None]).tril()[:, None]                     # (R, 1, S, S)
-    weight = torch.stack([F.pad(torch.tensor(row.weight), (S - len(row.weight), 0))
-                          for row in joined])
-    device = batch.ids.device
-    return dataclasses.replace(batch, attention_mask=mask.to(device)), weight.to(device), joined
+    padded = [[0.0] * (S - len(row.weight)) + row.weight for row in joined]
+    weight = torch.tensor(padded, device=batch.ids.device)
+    batch = dataclasses.replace(batch, attention_mask=pack_mask(owners, batch.ids))
+    return batch, weight, joined
 
 
 def mllm_loss(model: TBAC, aux_head: SummaryTokens, rows: list, args):
