@@ -1,5 +1,4 @@
 """What a device can do, and whether it does it right."""
-import json
 import os
 import pathlib
 
@@ -7,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dit import DiT, DiTConfig
-from engine.files import read_tensors, weight_files
+from engine.files import read_json, read_tensors, weight_files
 
 TOY = pathlib.Path(__file__).parent.parent / "toy" / "weights"
 # Models of fewer parameters run on one thread: see `set_threads`.
@@ -77,7 +76,7 @@ def masked_fill(device) -> torch.Tensor:
 @torch.no_grad()
 def first_velocity(device) -> torch.Tensor:
     """The toy's DiT at t = 1, on rungs of noise."""
-    config = DiTConfig(**json.loads((TOY / "config.json").read_text())["dit"])
+    config = DiTConfig(**read_json(TOY / "config.json")["dit"])
     dit = DiT(config)
     stored = {name.removeprefix("dit."): t for file in weight_files(TOY)
               for name, t in read_tensors(file) if name.startswith("dit.")}

@@ -15,7 +15,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from engine.files import FLOATS, INT8, open_to_read, parse_json, stored_tensors
+from engine.files import FLOATS, INT8, read_header, stored_tensors
 from engine.loading import put
 
 PARTS = ("mllm", "dit", "dcae")
@@ -61,15 +61,12 @@ def absent(t: Tensor, device) -> Tensor:
 def mapped_tensors(file, names: set[str]):
     """Yields (name, tensor) of these, views of one mapping of the file, which goes with the last of
     them. (safetensors itself gives copies on a CPU.)"""
-    with open_to_read(file) as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = parse_json(f.read(size).decode(), file)
-        end = f.seek(0, os.SEEK_END)
-    storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=end)
+    header, start = read_header(file)
+    storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=os.stat(file).st_size)
     for name in names:
         entry = header[name]
         first, last = entry["data_offsets"]
-        stored = torch.empty(0, dtype=torch.uint8).set_(storage, 8 + size + first, (last - first,))
+        stored = torch.empty(0, dtype=torch.uint8).set_(storage, start + first, (last - first,))
         yield name, stored.view((FLOATS | INT8)[entry["dtype"]]).view(entry["shape"])
 
 
@@ -82,7 +79,7 @@ class Turns:
         for file in files:
             for name in stored_tensors(file):
                 self.stored[name.split(".")[0]].setdefault(file, set()).add(name)
-        self.limit = max(size(getattr(model, part)) for part in PARTS)
+        self.limit = max(map(self.size_of, PARTS))
         self.present = []
         # Those whose convolutions fast.enable has laid out by channels.
         self.channels_last = set()
@@ -96,7 +93,7 @@ class Turns:
             if other not in self.present:
                 # Some switch may have given it memory since.
                 self.leave(other)
-        needed = size(getattr(self.model, part))
+        needed = self.size_of(part)
         while self.present and needed + sum(map(self.size_of, self.present)) > self.limit:
             self.leave(self.present.pop(0))
         self.read(part)

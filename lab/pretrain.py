@@ -22,7 +22,6 @@ Dimension key: B examples, R packed rows, U units, S tokens of a row, M MLLM wid
 """
 import dataclasses
 import math
-import os
 import random
 
 import tokenizers
@@ -35,6 +34,7 @@ from dcae import DCAEConfig
 from dit import DiTConfig
 from engine.data import noise
 from engine.fast import pack_mask
+from engine.files import write_text
 from engine.options import parse
 from engine.pictures import to_pixels
 from lab import sheets
@@ -128,9 +128,7 @@ def toy_tokenizer(file) -> Tokenizer:
                           trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may do this at once.
-    new = file.with_suffix(f".{os.getpid()}")
-    t.save(str(new))
-    os.replace(new, file)
+    write_text(file, t.to_str(pretty=True))
     return Tokenizer(file)
 
 
