@@ -59,6 +59,14 @@ def command(main: Callable, *words) -> Callable:
     return call
 
 
+def damaged_copy(make: Callable[[], pathlib.Path], name: str, edit: Callable) -> Callable:
+    """arrange: the folder that make() gives, copied under this name, with something wrong in it"""
+    def arrange(folder):
+        shutil.copytree(make(), folder / name)
+        edit(folder / name)
+    return arrange
+
+
 # --------------------------------------------------------------------------- what was there before
 
 def fingerprint(folder: pathlib.Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ import weights_convert
 from engine.checks import CONFIG
 from tbac import TBAC
 from tests.conftest import TINY
-from tests.fuzz.harness import Case, command
+from tests.fuzz.harness import Case, command, damaged_copy
 
 
 @functools.cache
@@ -37,11 +37,7 @@ def load(folder) -> TBAC:
 
 
 def edit_model(edit):
-    """arrange: a copy of the tiny model with something wrong in it"""
-    def arrange(folder):
-        shutil.copytree(tiny(), folder / "model")
-        edit(folder / "model")
-    return arrange
+    return damaged_copy(tiny, "model", edit)
 
 
 def edit_json(name: str, key: str, value):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from tests.fuzz.harness import Case, command
+from tests.fuzz.harness import Case, command, damaged_copy
 from tests.fuzz.models import edit_json, tiny
 
 STATE = "checkpoints/step-00000002/state.json"
@@ -34,10 +34,7 @@ def finished() -> pathlib.Path:
 
 
 def damaged(edit):
-    def arrange(folder):
-        shutil.copytree(finished(), folder / "run")
-        edit(folder / "run")
-    return arrange
+    return damaged_copy(finished, "run", edit)
 
 
 def edit_tensors(change):
