@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sample
-from bench.work import CAPTION, ORDER, picture
+from bench.work import CAPTION, ORDER, distance, picture
 from engine.pictures import to_pixels
 from sample import TOY_FOLDER
 from tbac import TBAC
@@ -93,12 +93,6 @@ def trace(model, steps=2):
 
 # ------------------------------------------------------------------------------- the comparison
 
-def relative_error(a, b):
-    """|a - b| / |b|; 0 where both are 0."""
-    difference, norm = (a - b).norm().item(), b.norm().item()
-    return difference / norm if difference else 0.0
-
-
 def differences(found, recorded):
     """Yields (call, relative error). ValueError where not the same layers ran, or with other
     shapes."""
@@ -108,7 +102,7 @@ def differences(found, recorded):
             raise ValueError(f"call {mine} {tuple(found[mine].shape)} was {theirs} "
                              f"{tuple(recorded[theirs].shape)}: other layers run than were "
                              "recorded, or a layer has another size")
-        yield mine, relative_error(found[mine], recorded[theirs])
+        yield mine, distance(found[mine], recorded[theirs])
     if len(found) != len(recorded):
         raise ValueError(f"{len(found)} calls of layers, {len(recorded)} were recorded")
 

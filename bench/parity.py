@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample
-from bench.first_difference import relative_error
 from bench.sizes import ROOT
+from bench.work import distance
 from engine import fast
 from tbac import TBAC
 from weights_convert import convert
@@ -77,5 +77,5 @@ class Recorded:
         for case in self.meta["captions"]:
             for name, t in self.results(model, case).items():
                 expected = self.golden[f"{case}.{name}"]
-                rows[f"{case}: {name}"] = relative_error(t.detach().float().cpu(), expected)
+                rows[f"{case}: {name}"] = distance(t.cpu(), expected)
         return rows

@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
-from bench.first_difference import differences, relative_error, some_values, trace
+from bench.first_difference import differences, some_values, trace
 from bench.measure import machine
 from bench.peer import Peer
-from bench.work import CAPTION, ORDER, Inputs, picture
+from bench.work import CAPTION, ORDER, Inputs, distance, picture
 from engine import fast
 from engine.files import read_json
 from engine.pictures import to_pixels
@@ -202,13 +202,13 @@ def errors(folder, side):
     if found.keys() != expected.keys():
         raise ValueError(f"{side} and peer do not have the same results: delete their files in "
                          f"{folder}")
-    rows = {name: relative_error(tensor, expected[name]) for name, tensor in found.items()}
+    rows = {name: distance(tensor, expected[name]) for name, tensor in found.items()}
     for part in ("connector", "DiT"):
         for case in TRAINED:
             names = [name for name in found if name.startswith(f"gradients of the {part}: {case}")]
             ours, theirs = (torch.cat([side[name].flatten() for name in names])
                             for side in (found, expected))
-            rows[f"gradients of the {part}, as one vector: {case}"] = relative_error(ours, theirs)
+            rows[f"gradients of the {part}, as one vector: {case}"] = distance(ours, theirs)
     return rows
 
 

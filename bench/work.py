@@ -143,9 +143,10 @@ def undo_checkpoints(model):
 
 
 def distance(a, b):
-    """|a - b| / |b|"""
+    """|a - b| / |b|; 0 where they are equal, also where both are 0"""
     a, b = a.detach().float(), b.detach().float()
-    return ((a - b).norm() / b.norm()).item()
+    difference = (a - b).norm()
+    return (difference / b.norm()).item() if difference else 0.0
 
 
 # ------------------------------------------------------------------------ of the command lines
