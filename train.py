@@ -375,10 +375,11 @@ def launch(args, task: Task = LADDER_TASK, finish: Callable | None = None) -> No
             log.plot_curves(args.out)
             if finish:
                 finish(args)
-        distributed.stop_processes()
+    status = 0
     if run.stop.number:
         print(f"stopped at step {run.state.step}, saved; --resume goes on")
-        raise SystemExit(128 + run.stop.number)
+        status = 128 + run.stop.number
+    distributed.end_process(status)
 
 
 def main(args=None, task: Task = LADDER_TASK, finish: Callable | None = None) -> None:

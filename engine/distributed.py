@@ -2,6 +2,7 @@
 import functools
 import os
 import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -88,9 +89,17 @@ def first_of_all(value):
     return next((found for found in gather_objects(value, world) if found is not None), None)
 
 
-def stop_processes() -> None:
+def end_process(status: int) -> None:
+    """The end of a run. One of many processes ends at once: the threads of gloo may hold a last
+    tensor while Python closes down, and letting go of it then aborts (pytorch pull request
+    179291)."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        raise SystemExit(status)
 
 
 class StopSignal:
