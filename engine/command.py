@@ -116,8 +116,11 @@ def one_line_errors():
 
 
 def whole_lines(e: Exception) -> str:
-    """A message of several lines stays one, and nothing of it is cut."""
-    return "\n".join(printable(line, sys.maxsize) for line in str(e).splitlines())
+    """A message of several lines stays one. Of a line that would fill the page, a name of thousands
+    of letters in it, the middle is left out."""
+    lines = [printable(line, sys.maxsize) for line in str(e).splitlines()]
+    return "\n".join(line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}"
+                     for line in lines)
 
 
 def is_out_of_memory(e: Exception) -> bool:

@@ -435,6 +435,15 @@ def test_messages_do_not_control_the_terminal():
     assert ended.value.code == r"error: a\x1b[2J\udcffname"
 
 
+def test_a_message_does_not_fill_the_page():
+    name = "x" * 5000
+    with pytest.raises(SystemExit) as ended:
+        with command.one_line_errors():
+            raise ValueError(f"--data {name}: no such file: {name}, what then?")
+    message = ended.value.code
+    assert len(message) < 1000 and "--data x" in message and message.endswith("what then?")
+
+
 def test_the_scripts_that_draw_tables_share_the_checks(tmp_path):
     done = run("-m", "lab.ablate", "settings", "--draw-steps", "0", "--out", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: argument --draw-steps: must be")
