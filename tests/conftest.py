@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from engine import fast
 from tbac import TBAC
+from tests.browser import PROGRAMS, Browser, program
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "tests" / "fixtures" / "tiny"
@@ -70,3 +71,12 @@ def recorded():
         images = names and [list(map(picture, row)) for row in names]
         cases[case] = meta["captions"][case], images
     return cases, meta["samples"], picture
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium (tests/browser.py)."""
+    if program() is None:
+        pytest.skip(f"there is no {' or '.join(PROGRAMS)}")
+    with Browser() as started:
+        yield started
