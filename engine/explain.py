@@ -5,8 +5,11 @@ how much it added. An answer: for each of its tokens, where on the pictures the 
 of it is read by plain forward hooks, which change no number and are removed afterwards. What is
 kept are means and a few moments, so that memory does not grow with the number of steps.
 
-Dimension key: L rungs = blocks, N latent positions, Q queries, D width, H, G heads of queries and
-keys, K head dim, T tokens read.
+The page here is one picture. The one to touch is made in engine/explain_html.py, of what is watched
+here.
+
+Dimension key: L rungs = blocks, N = h * w latent positions, Q queries, S slots of queries
+(mixer.py), D width, H, G heads of queries and keys, K head dim, T tokens read.
 """
 import contextlib
 import math
@@ -14,24 +17,28 @@ import textwrap
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from mllm import ASK
+from engine.mixer import slots
+from mllm import ASK, DRAW
 from vit import apply_rope
 
 # ------------------------------------------------------------------------------------ watching
 
 
 class Mean:
-    """A running mean, on the CPU."""
+    """A running mean, on the CPU, and what was added last."""
 
     def __init__(self):
         self.n = 0
         self.value = 0.0
+        self.last = None
 
     def add(self, x):
         self.n += 1
-        self.value = self.value + (x.detach().float().cpu() - self.value) / self.n
+        self.last = x.detach().float().cpu()
+        self.value = self.value + (self.last - self.value) / self.n
 
 
 @contextlib.contextmanager
@@ -53,6 +60,8 @@ class Drawn:
     attention: of every block (N, Q), the softmax, a mean over heads and steps
     added: of every block (N,), the norm of what cross-attention adds, as a share of the norm of
         what it is added to, a mean over steps
+    maps: for each of `steps`, of that step alone: attention to each slot (L, S, h, w) and what is
+        added (L, h, w), on a grid of at most MAP_SIDE x MAP_SIDE
     """
 
     def __init__(self, steps, moments=8):
@@ -60,6 +69,8 @@ class Drawn:
         self.steps = []
         self.attention = []
         self.added = []
+        self.maps = []
+        self.pictures = []
 
     def watch(self, dit, steps):
         """Passes on what `denoise` yields; the hooks are there until it ends."""
@@ -73,7 +84,39 @@ class Drawn:
             for step in steps:
                 if step.i in self.at:
                     self.steps.append(step)
+                    self.maps.append(self.maps_of(step.x_t.shape[2:]))
                 yield step
+
+    def maps_of(self, grid):
+        """Of the step just done, on this grid (h, w) of latents."""
+        attention = torch.stack([per_slot(mean.last) for mean in self.attention])  # (L, N, S)
+        added = torch.stack([mean.last for mean in self.added])                    # (L, N)
+        attention = attention.transpose(1, 2).unflatten(2, grid)                   # (L, S, h, w)
+        return pooled(attention), pooled(added.unflatten(1, grid))
+
+    def decoded(self, model):
+        """The pictures (x_t, x0) of each of `steps`; decoded once, whoever asks."""
+        if not self.pictures:
+            for step in self.steps:
+                self.pictures.append((model.decode(step.x_t)[0], model.decode(step.x0)[0]))
+        return self.pictures
+
+
+# Side of the largest map that is kept of a moment, in places.
+MAP_SIDE = 16
+
+
+def per_slot(weights):
+    """Attention over queries (..., Q) -> over slots (..., S): what all queries of a slot get."""
+    sums = [weights[..., slot.start:slot.stop].sum(-1) for slot in slots(weights.shape[-1])]
+    return torch.stack(sums, -1)
+
+
+def pooled(maps):
+    """(..., h, w) -> the same with at most MAP_SIDE rows and columns, means over what lies there"""
+    sides = [min(side, MAP_SIDE) for side in maps.shape[-2:]]
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    return F.adaptive_avg_pool2d(flat, sides).reshape(*maps.shape[:-2], *sides)
 
 
 def softmax_hook(mean):
@@ -86,6 +129,51 @@ def added_hook(mean):
     def hook(module, args, y):                                         # (B, N, D)
         x = args[0]
         mean.add(y[-1].float().norm(dim=1) / x[-1].float().norm(dim=1))
+    return hook
+
+
+def watched_encoding(model, prompt, images):
+    """-> the prompt as a Batch of one row; and for every rung and slot, (L, S, T), how much its
+    queries read of each of the T tokens before them: attention, a mean over heads and over the
+    slot's queries. It is that of the layer below the tap, which wrote the state; 0 for a rung that
+    taps the embeddings; a mixture for a wiring that mixes states. What is left to 1 went to
+    queries."""
+    batch = model.mllm.tokenize([prompt], [images], DRAW, "<|vision_start|>",
+                                model.config.max_prompt)
+    routes = routes_of(model.ladder, model.config)                         # (L, n_mllm + 1)
+    below = max(model.ladder.taps)
+    layers = model.mllm.layers[:below]
+    read = []
+    hooks = [reading_hook(read, model.config.n_query) for _ in layers]
+    with hooked([layer.attn for layer in layers], hooks), torch.no_grad():
+        model.query_states([prompt], [images], below)
+    nothing = torch.zeros(len(slots(model.config.n_query)), batch.ids.shape[1])
+    below_each = torch.stack([nothing, *read])                             # (states, S, T)
+    return batch, torch.einsum("li,ist->lst", routes[:, :below + 1], below_each)
+
+
+def routes_of(ladder, config):
+    """Which mixture of the MLLM's states feeds which block: (L, n_mllm + 1), rows that sum to 1."""
+    n_state = config.mllm.n_layer + 1
+    if ladder.routes is not None:
+        return ladder.routes.detach().float().softmax(1).cpu()
+    return F.one_hot(torch.tensor(ladder.taps), n_state).float()
+
+
+def reading_hook(read, n_query):
+    """Adds to `read` what the last n_query positions attend to before them, (S, T); computed once
+    more, as by `last_position_hook`."""
+    def hook(attn, args, y):
+        x, angle = args[:2]
+        q = apply_rope(attn.heads(attn.q(x[:, -n_query:])), angle[:, :, -n_query:])
+        k = apply_rope(attn.heads(attn.k(x)), angle)                       # (1, G, T + Q, K)
+        q = q.unflatten(1, (k.shape[1], -1)).float()                       # (1, G, H/G, Q, K)
+        scores = q @ k[:, :, None].transpose(3, 4).float() / math.sqrt(attn.head_dim)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device)
+        # Query i sees the T tokens and the queries up to itself.
+        scores = scores.masked_fill(later.triu(1 + x.shape[1] - n_query), -torch.inf)
+        weights = scores.softmax(-1).mean((0, 1, 2))[:, :-n_query].cpu()   # (Q, T)
+        read.append(torch.stack([weights[slot].mean(0) for slot in map(list, slots(n_query))]))
     return hook
 
 
@@ -222,7 +310,7 @@ def drawing(model, prompt, images, picture, rungs, drawn):
         title = "input" if i else f"the picture, {picture.width} x {picture.height}"
         page.show(20 + (side + 10) * i, 60, side, image, title)
     show_prompt(page, 30 + (side + 10) * len(shown), side, model, prompt, images, rungs)
-    show_steps(page, steps_y, model, drawn.steps)
+    show_steps(page, steps_y, model, drawn)
     norms = rungs.float().norm(dim=2).cpu().numpy()                        # (L, Q)
     show_blocks(page, blocks_y, drawn, norms)
     return page.image()
@@ -241,13 +329,13 @@ def show_prompt(page, x, side, model, prompt, images, rungs):
     page.tokens(x, 112, 980 - x, words, max(1, side // 20 - 3))
 
 
-def show_steps(page, y, model, steps):
+def show_steps(page, y, model, drawn):
     """Two rows of pictures: x_t after each of these steps, and the estimate x0 that it used."""
     page.text(20, y - 10, STEPS_TITLE, 9)
-    for i, step in enumerate(steps):
+    for i, (step, (x_t, x0)) in enumerate(zip(drawn.steps, drawn.decoded(model))):
         x = 62 + 116 * i
-        page.show(x, y + 28, 108, model.decode(step.x_t)[0], f"t = {step.t:.2f}")
-        page.show(x, y + 150, 108, model.decode(step.x0)[0])
+        page.show(x, y + 28, 108, x_t, f"t = {step.t:.2f}")
+        page.show(x, y + 150, 108, x0)
     page.text(20, y + 76, "x_t", 9)
     page.text(20, y + 198, "x0", 9)
 

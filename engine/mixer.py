@@ -37,9 +37,11 @@ def exchange(n_block: int, n_slot: int, block: int | None = None,
     return choice
 
 
-def single_exchanges(n_block: int, n_slot: int) -> dict[str, Tensor]:
-    """The choices worth a look in advance, by name: "" is A alone, "all" is B alone; "block 2" or
-    "slot 2" takes that one from B, "not block 2" or "not slot 2" everything but that one."""
+def single_exchanges(rungs: Tensor) -> dict[str, Tensor]:
+    """For rungs (L, ..., Q, D), the choices worth a look in advance, by name: "" is A alone, "all"
+    is B alone; "block 2" or "slot 2" takes that one from B, "not block 2" or "not slot 2"
+    everything but that one."""
+    n_block, n_slot = len(rungs), len(slots(rungs.shape[-2]))
     singles = {f"block {j}": exchange(n_block, n_slot, block=j) for j in range(n_block)}
     singles |= {f"slot {s}": exchange(n_block, n_slot, slot=s) for s in range(n_slot)}
     everything = exchange(n_block, n_slot)

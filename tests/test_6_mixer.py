@@ -34,7 +34,7 @@ def test_each_cell_comes_from_the_prompt_asked_for(shape):
 
 def test_only_the_prompts_row_is_mixed_and_rows_stand_as_denoise_reads_them():
     a, b = torch.randn(4, 3, 16, 5), torch.randn(4, 3, 16, 5)
-    choices = list(mixer.single_exchanges(4, 8).values())
+    choices = list(mixer.single_exchanges(a).values())
     rows = mixer.mixed_rows(a, b, choices).chunk(3, 1)                     # k of (L, n, Q, D)
     for i, choice in enumerate(choices):
         assert torch.equal(rows[0][:, i], a[:, 0]) and torch.equal(rows[1][:, i], a[:, 1])
@@ -42,7 +42,7 @@ def test_only_the_prompts_row_is_mixed_and_rows_stand_as_denoise_reads_them():
 
 
 def test_the_choices_in_advance_are_each_single_exchange_and_its_opposite():
-    found = mixer.single_exchanges(6, 8)
+    found = mixer.single_exchanges(torch.zeros(6, 2, 16, 3))
     different = {str(choice.tolist()) for choice in found.values()}
     assert len(found) == len(different) == 2 * (6 + 8) + 2
     assert not found[""].any() and found["all"].all()
@@ -61,7 +61,7 @@ def test_the_ends_of_the_mixer_are_the_two_prompts_own_pictures(tiny):
         *_, last = sample.denoise(tiny, [""] * len(eps), conditioning=(rungs, k), eps=eps, steps=2)
         return list(last.x_t)
 
-    choices = mixer.single_exchanges(len(a), 8)
+    choices = mixer.single_exchanges(a)
     one_by_one = dict(mixer.draw_mixed(draw, a, b, choices, eps))
     assert list(one_by_one) == list(choices)
     for name, prompt in (("", "a dog"), ("all", "two cats")):
