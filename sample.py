@@ -3,7 +3,7 @@
     python sample.py "a red circle left of a blue square"
     python sample.py "make the circle green" --image circle.png
     python sample.py --ask "how many circles?" --image circle.png
-    python sample.py "a red circle left of a blue square" --explain    # also out-explain.png
+    python sample.py "a red circle left of a blue square" --explain    # also out-explain.html, .png
 
 The ordinary differential equation dx/dt = v(x, t) is followed from noise (t = 1) to data (t = 0);
 see the box in tbac.py. Sources: DPM-Solver++ (arXiv 2211.01095, algorithm 2), InstructPix2Pix for
@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import command, explain, fast, limits
+from engine import command, explain, explain_html, fast, limits, mixer
 from engine.device import set_threads
+from engine.files import write_text
 from engine.outputs import check_outputs, outputs, save_png
 from engine.pictures import contact_sheet, open_image
 from engine.sources import check_shape
@@ -201,9 +202,12 @@ def add_request(p: argparse.ArgumentParser) -> None:
                    "out.png; several pictures: also out-1.png, out-2.png, ...)")
     p.add_argument("--n", type=command.count(1, limits.MAX_PICTURES), default=1,
                    help="how many pictures, the first from --seed, the next from --seed + 1, ...")
-    p.add_argument("--explain", action="store_true", help="also write OUT-explain.png, one page on "
-                   "the (first) picture: how it became clear, where each DiT block looked, the "
-                   "rungs, the tokens; with --ask: where the answer looked")
+    p.add_argument("--explain", action="store_true", help="also write OUT-explain.html, a page to "
+                   "touch on the (first) picture: how it became clear, where each DiT block "
+                   "looked, the rungs, the tokens; with --ask: where the answer looked; and "
+                   "OUT-explain.png, the same as one picture")
+    p.add_argument("--compare", type=command.text, metavar="PROMPT", help="with --explain: another "
+                   "prompt; the page then shows the picture with single rungs taken from it")
 
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
@@ -246,6 +250,8 @@ def check(args) -> None:
                          "they do not: leave one out")
     if args.explain and args.ask is not None and not args.image:
         raise ValueError("--explain and --ask need an --image")
+    if args.compare is not None and (args.prompt is None or not args.explain):
+        raise ValueError("--compare needs a prompt and --explain, whose page it adds to")
     if len(args.image) > limits.MAX_SOURCES:
         limit = f"{limits.MAX_SOURCES} are the limit"
         raise ValueError(f"--image: {len(args.image)} pictures, {limit}")
@@ -281,6 +287,9 @@ def draw(args, model: TBAC, images: list[Image.Image]) -> None:
         rungs = conditioning[0][:, -1]
         page = explain.drawing(model, args.prompt, images, pictures[0], rungs, watch)
         save_png(page, files.page, record | dict(seed=args.seed))
+        exchanges = draw_exchanges(model, request, args.seed, args.compare)
+        shown = explain_html.drawing(model, request, args.seed, pictures[0], watch, exchanges)
+        write_text(files.html, shown.html())
     print("wrote", *files.every())
 
 
@@ -294,6 +303,41 @@ def draw_one(model: TBAC, request: dict, bar: tqdm, watch: explain.Drawn | None)
     return model.decode(latents)[0]
 
 
+def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare: str | None = None,
+              seed: int = 0, **settings) -> explain_html.Explanation:
+    """What --explain writes as a page, of a picture drawn now; in a notebook it displays itself.
+    settings: other ones than those of the command line."""
+    request = dict(prompts=[prompt], images=[list(images)], steps=20, guidance=4.5, negative="",
+                   image_guidance=model.config.image_guidance, solver="dpm++", size=None) | settings
+    request["conditioning"] = encode_for_guidance(
+        model, [prompt], [images], request["image_guidance"], request["negative"])
+    request["generator"] = torch.Generator().manual_seed(seed)
+    watch = explain.Drawn(request["steps"])
+    with tqdm(total=request["steps"], desc="draw", unit="step") as bar:
+        picture = draw_one(model, request, bar, watch)
+    exchanges = draw_exchanges(model, request, seed, compare)
+    return explain_html.drawing(model, request, seed, picture, watch, exchanges)
+
+
+def draw_exchanges(model: TBAC, request: dict, seed: int, compare: str | None) -> tuple | None:
+    """With another prompt to compare with: that one, and {name: picture} of every single exchange
+    of rungs with it (engine/mixer.py), from the same noise."""
+    if compare is None:
+        return None
+    a, k = request["conditioning"]
+    b, _ = encode_for_guidance(model, [compare], request["images"], request["image_guidance"],
+                               request["negative"])
+    noise = torch.randn(1, *latent_shape(model.config, request["size"]),
+                        generator=torch.Generator().manual_seed(seed))
+
+    def draw(rungs: Tensor, eps: Tensor) -> list[Image.Image]:
+        return generate(model, **request | dict(conditioning=(rungs, k), eps=eps))
+
+    choices = mixer.single_exchanges(a)
+    pictures = mixer.draw_mixed(draw, a, b, choices, noise)
+    return compare, dict(tqdm(pictures, "exchange", len(choices), unit="picture"))
+
+
 def sheet(args, images: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:
     """The pictures of all seeds side by side, after those that were given."""
     size = pictures[0].size
@@ -302,17 +346,18 @@ def sheet(args, images: list[Image.Image], pictures: list[Image.Image]) -> Image
 
 
 def ask(args, model: TBAC, images: list[Image.Image]) -> None:
-    """Prints the answer; with --explain it also writes the page on it."""
-    page = outputs(args).page
-    if not page:
+    """Prints the answer; with --explain it also writes the pages on it."""
+    files = outputs(args)
+    if not files.page:
         print(model.ask(args.ask, images))
         return
     ids, seen = explain.watched_answer(model, args.ask, images)
     print(model.mllm.tokenizer.decode(ids).strip())
     record = dict(question=args.ask, model=str(args.model), images=args.image)
-    save_png(explain.answer(model, args.ask, images, ids, seen), page, record)
+    save_png(explain.answer(model, args.ask, images, ids, seen), files.page, record)
+    write_text(files.html, explain_html.answer(model, args.ask, images, ids, seen).html())
     # Not among what is printed to be read on: the answer alone.
-    print("wrote", page, file=sys.stderr)
+    print("wrote", *files.every(), file=sys.stderr)
 
 
 def main() -> None:

@@ -9,35 +9,38 @@ from PIL import Image, PngImagePlugin
 from engine import files
 from engine.files import check_replaceable, check_writable
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# How a file of this kind begins.
+SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".html": b"<!DOCTYPE html>"}
 
 
 @dataclass
 class Outputs:
-    """Pictures, a sheet of them if there are several, a page that explains."""
+    """Pictures, a sheet of them if there are several, a page that explains, the same to touch."""
     pictures: list[pathlib.Path]
     sheet: pathlib.Path | None
     page: pathlib.Path | None
+    html: pathlib.Path | None
 
     def every(self) -> list[pathlib.Path]:
-        return [*self.pictures, *(file for file in (self.sheet, self.page) if file)]
+        return [*self.pictures, *filter(None, (self.sheet, self.page, self.html))]
 
 
 def outputs(args) -> Outputs:
     """args: of sample.py."""
     out = pathlib.Path(args.out)
     page = out.with_name(f"{out.stem}-explain.png") if args.explain else None
+    html = page and page.with_suffix(".html")
     if args.ask is not None:
-        return Outputs([], None, page)
+        return Outputs([], None, page, html)
     if args.n == 1:
-        return Outputs([out], None, page)
+        return Outputs([out], None, page, html)
     pictures = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.n)]
-    return Outputs(pictures, out, page)
+    return Outputs(pictures, out, page, html)
 
 
 def check_outputs(args) -> None:
     """Before any work: ValueError or OSError where a file could not be written, or would take the
-    place of something that is not a PNG, or of a picture that is read."""
+    place of something of another kind, or of a picture that is read."""
     out = pathlib.Path(args.out)
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")
@@ -48,22 +51,24 @@ def check_outputs(args) -> None:
     if found and not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     for file in found:
-        check_png(file)
+        check_kind(file)
         if file.exists() and any(file.samefile(source) for source in args.image):
             raise ValueError(f"{file} is one of --image and would be lost: give another --out")
     if found:
         check_writable(out.parent)
 
 
-def check_png(file: pathlib.Path) -> None:
-    """ValueError where something has this name that is not a PNG file."""
+def check_kind(file: pathlib.Path) -> None:
+    """ValueError where something has this name that is not of the kind that it says."""
     check_replaceable(file)
     if not file.exists():
         return
+    kind = file.suffix.lower()
     with open(file, "rb") as f:
-        found = f.read(len(PNG_SIGNATURE))
-    if found != PNG_SIGNATURE:
-        raise ValueError(f"{file} is not a PNG and would be lost: give another --out")
+        found = f.read(len(SIGNATURES[kind]))
+    if found != SIGNATURES[kind]:
+        name = "a PNG" if kind == ".png" else "an HTML page of ours"
+        raise ValueError(f"{file} is not {name} and would be lost: give another --out")
 
 
 def save_png(image: Image.Image, file: pathlib.Path, settings: dict) -> None:
