@@ -113,8 +113,9 @@ def per_slot(weights):
 
 
 def pooled(maps):
-    """(..., h, w) -> the same with at most MAP_SIDE rows and columns, means over what lies there"""
-    sides = [min(side, MAP_SIDE) for side in maps.shape[-2:]]
+    """(..., h, w) -> the same with at most MAP_SIDE rows and columns, means of what lies there."""
+    factor = min(1, MAP_SIDE / max(maps.shape[-2:]))
+    sides = [max(1, round(side * factor)) for side in maps.shape[-2:]]
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     return F.adaptive_avg_pool2d(flat, sides).reshape(*maps.shape[:-2], *sides)
 

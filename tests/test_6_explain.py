@@ -1,5 +1,7 @@
 """--explain looks and does not touch: the same pictures and answers, no hook left, and no more kept
 for more steps."""
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -77,6 +79,23 @@ def test_what_is_kept_does_not_grow_with_steps(tiny):
     assert torch.allclose(many.attention[0].value.sum(1), torch.ones(64))
 
 
+def test_the_maps_of_a_moment_are_its_own_and_add_up(tiny):
+    """Of one step they are the mean over steps, slot by slot; on a grid that does not grow."""
+    kept = explain.Drawn(1)
+    drawn(tiny, kept, steps=1)
+    (attention, added), = kept.maps
+    assert attention.shape == (4, 8, 8, 8) and added.shape == (4, 8, 8)
+    assert torch.allclose(attention.flatten(2).transpose(1, 2), values(kept.attention))
+    assert torch.allclose(added.flatten(1), values(kept.added))
+    kept = explain.Drawn(2)
+    drawn(tiny, kept, steps=2, size=(64, 128))
+    attention, added = kept.maps[-1]
+    assert attention.shape == (4, 8, 8, 16) and added.shape == (4, 8, 16)
+    assert torch.allclose(attention.sum(1), torch.ones(4, 8, 16))
+    of_both = torch.stack([added for _, added in kept.maps]).mean()
+    assert torch.allclose(of_both, values(kept.added).mean())
+
+
 def test_a_ladder_that_adds_nothing_yet_can_be_explained(tiny):
     """As before training, when cross-attention is zero; two pictures, one token large."""
     for block in tiny.dit.blocks:
@@ -88,6 +107,38 @@ def test_a_ladder_that_adds_nothing_yet_can_be_explained(tiny):
     page = explain.drawing(tiny, "", [picture] * 5, picture, rungs, kept)
     assert page.width == 1500
     assert (values(kept.added) == 0).all()
+
+
+# ------------------------------------------------------------------------------- what was read
+
+@pytest.mark.parametrize("wiring", ["ladder", "final", "first", "mean", "routed"])
+def test_what_the_queries_read_is_the_models_own_attention(model, recorded, monkeypatch, wiring):
+    """On both paths, and for every kind of wiring, against the softmax inside mllm.attention."""
+    config = replace(model.config, wiring=wiring)
+    ladder = config.build_ladder()
+    ladder.load_state_dict(model.ladder.state_dict(), strict=False)
+    model.ladder, model.config = ladder, config
+    if wiring == "routed":
+        torch.nn.init.normal_(ladder.routes)
+    image, inside, attention = recorded[2]("wide"), [], mllm.attention
+
+    def spy(q, k, v, mask):
+        one_hot = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+        inside.append(attention(q, k, one_hot, mask)[0].mean(0)[-8:, :-8])   # (Q, T)
+        return attention(q, k, v, mask)
+
+    monkeypatch.setattr(mllm, "attention", spy)
+    batch, read = explain.watched_encoding(model, "make it blue", [image])
+    assert hooks(model) == 0
+    # Nothing has been read of what enters layer 0.
+    below = torch.stack([torch.zeros_like(inside[0]), *inside])             # (states, Q, T)
+    if ladder.routes is None:
+        expected = below[ladder.taps]
+    else:
+        expected = torch.einsum("li,iqt->lqt", ladder.routes.softmax(1), below)
+    # (8 queries, 8 slots.)
+    assert read.shape == (4, 8, batch.ids.shape[1])
+    assert torch.allclose(read, expected.detach(), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------- an answer
@@ -145,18 +196,21 @@ def test_draw_edit_and_ask_on_the_command_line(which, command, tiny_folder, tmp_
         say("plain", prompt, *args)
         say("seen", prompt, *args, "--explain")
         assert (tmp_path / "seen.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+        assert (tmp_path / "seen-explain.html").stat().st_size < 1_500_000
         page = Image.open(tmp_path / "seen-explain.png")
         assert page.width == 1500
         assert page.text["prompt"] == prompt and page.text["seed"] == "0"
     ask = ["--ask", "what?", "--image", red]
     assert say("plain", *ask) == say("asked", *ask, "--explain")
     assert Image.open(tmp_path / "asked-explain.png").text["question"] == "what?"
-    assert not (tmp_path / "plain-explain.png").exists()
+    assert (tmp_path / "asked-explain.html").exists()
+    assert not list(tmp_path.glob("plain-explain.*"))
 
 
 @pytest.mark.parametrize("args, message", [
     (["--ask", "what?"], "--ask need an --image"),
     (["a dog", "--compile"], "--compile"),
+    (["--ask", "what?", "--image", "a.png", "--compare", "a cat"], "--compare needs a prompt"),
 ])
 def test_what_cannot_be_explained_is_said(command, tiny_folder, args, message):
     with pytest.raises(SystemExit, match=message):

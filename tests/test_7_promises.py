@@ -272,12 +272,15 @@ def write_jpeg(file):
     (lambda file: file.mkdir(), "is a folder"),
 ])
 @pytest.mark.parametrize("name, more", [
-    ("a.png", ()), ("a-2.png", ("--n", 2)), ("a-explain.png", ("--explain",))])
+    ("a.png", ()), ("a-2.png", ("--n", 2)), ("a-explain.png", ("--explain",)),
+    ("a-explain.html", ("--explain",))])
 def test_only_a_png_is_written_over(small, tmp_path, monkeypatch, make, message, name, more):
     (tmp_path / "aim").write_text("precious")
     make(tmp_path / name)
     before = contents(tmp_path), os.lstat(tmp_path / name)
     said = draws(monkeypatch, small, tmp_path / "a.png", *more)
+    if name.endswith("html"):
+        message = message.replace("a PNG", "an HTML page of ours")
     assert message in said or "is not a regular file" in said
     assert (contents(tmp_path), os.lstat(tmp_path / name)) == before
 

@@ -101,12 +101,14 @@ PLACES = {
 
 
 def place_cases():
-    for name, more in (("o.png", ()), ("o-2.png", ("--n", 2)), ("o-explain.png", ("--explain",))):
+    for name, more in (("o.png", ()), ("o-2.png", ("--n", 2)), ("o-explain.png", ("--explain",)),
+                       ("o-explain.html", ("--explain",))):
         for what, make in PLACES.items():
             yield Case(f"sample: {name} is {what}", draw("a dog", "--out", "{}/o.png", *more),
-                       held(name, make), names="o.*png")
-        yield Case(f"sample: {name} is a PNG", draw("a dog", "--out", "{}/o.png", *more),
-                   held(name, png), "works", writes=("o*.png",))
+                       held(name, make), names=r"o.*(png|html)")
+        if name.endswith("png"):
+            yield Case(f"sample: {name} is a PNG", draw("a dog", "--out", "{}/o.png", *more),
+                       held(name, png), "works", writes=("o*.png", "o-explain.html"))
     for out in ("aim", "LICENSE.txt", "o.jpg", "no/o.png", "x" * 300 + ".png", ".png", "/dev/null",
                 "/proc/o.png", "."):
         path = out if out.startswith("/") else "{}/" + out
