@@ -320,8 +320,8 @@ def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare:
 
 
 def draw_exchanges(model: TBAC, request: dict, seed: int, compare: str | None) -> tuple | None:
-    """With another prompt to compare with: that one, and {name: picture} of every single exchange
-    of rungs with it (engine/mixer.py), from the same noise."""
+    """With another prompt to compare with: that one, and (name, picture) of every single exchange
+    of rungs with it (engine/mixer.py), from the same noise, drawn as they are asked for."""
     if compare is None:
         return None
     a, k = request["conditioning"]
@@ -335,7 +335,7 @@ def draw_exchanges(model: TBAC, request: dict, seed: int, compare: str | None) -
 
     choices = mixer.single_exchanges(a)
     pictures = mixer.draw_mixed(draw, a, b, choices, noise)
-    return compare, dict(tqdm(pictures, "exchange", len(choices), unit="picture"))
+    return compare, tqdm(pictures, "exchange", len(choices), unit="picture")
 
 
 def sheet(args, images: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:

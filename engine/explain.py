@@ -14,6 +14,7 @@ Dimension key: L rungs = blocks, N = h * w latent positions, Q queries, S slots 
 import contextlib
 import math
 import textwrap
+import warnings
 
 import numpy as np
 import torch
@@ -139,15 +140,17 @@ def watched_encoding(model, prompt, images):
     slot's queries. It is that of the layer below the tap, which wrote the state; 0 for a rung that
     taps the embeddings; a mixture for a wiring that mixes states. What is left to 1 went to
     queries."""
-    batch = model.mllm.tokenize([prompt], [images], DRAW, "<|vision_start|>",
-                                model.config.max_prompt)
-    routes = routes_of(model.ladder, model.config)                         # (L, n_mllm + 1)
     below = max(model.ladder.taps)
-    layers = model.mllm.layers[:below]
+    attention = [layer.attn for layer in model.mllm.layers[:below]]
     read = []
-    hooks = [reading_hook(read, model.config.n_query) for _ in layers]
-    with hooked([layer.attn for layer in layers], hooks), torch.no_grad():
+    hooks = [reading_hook(read, model.config.n_query) for _ in attention]
+    with hooked(attention, hooks), torch.no_grad(), warnings.catch_warnings():
+        # That the prompt is cut was said when it was drawn.
+        warnings.simplefilter("ignore")
+        batch = model.mllm.tokenize([prompt], [images], DRAW, "<|vision_start|>",
+                                    model.config.max_prompt)
         model.query_states([prompt], [images], below)
+    routes = routes_of(model.ladder, model.config)                         # (L, n_mllm + 1)
     nothing = torch.zeros(len(slots(model.config.n_query)), batch.ids.shape[1])
     below_each = torch.stack([nothing, *read])                             # (states, S, T)
     return batch, torch.einsum("li,ist->lst", routes[:, :below + 1], below_each)

@@ -166,8 +166,8 @@ SETTINGS = ("steps", "solver", "guidance", "image_guidance", "negative")
 def drawing(model, request: dict, seed: int, picture: Image.Image, drawn,
             exchanges: tuple | None = None) -> Explanation:
     """Of a drawing or an edit. request: what `denoise` was given, one prompt with its images;
-    drawn: what explain.Drawn kept; exchanges: another prompt, and {name: picture} of
-    mixer.single_exchanges."""
+    drawn: what explain.Drawn kept; exchanges: another prompt, and (name, picture) of
+    mixer.single_exchanges, one after the other."""
     prompt, images = request["prompts"][0], request["images"][0]
     batch, read = watched_encoding(model, prompt, images)
     parts, places = tokens_of(batch, model.mllm.tokenizer)
@@ -218,8 +218,10 @@ def mixer_of(exchanges: tuple | None) -> dict | None:
     if exchanges is None:
         return None
     other, pictures = exchanges
-    addresses = shown(list(pictures.values()), **EXCHANGES)
-    return dict(other=printable(other, MAX_TEXT), pictures=dict(zip(pictures, addresses)))
+    # Made small as they come: of large ones, all would be too many to hold.
+    small = {name: smaller(picture, EXCHANGES["side"]) for name, picture in pictures}
+    addresses = shown(list(small.values()), **EXCHANGES)
+    return dict(other=printable(other, MAX_TEXT), pictures=dict(zip(small, addresses)))
 
 
 def answer(model, question: str, images: list, ids: list[int], seen: list) -> Explanation:
