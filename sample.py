@@ -287,9 +287,8 @@ def draw(args, model: TBAC, images: list[Image.Image]) -> None:
         rungs = conditioning[0][:, -1]
         page = explain.drawing(model, args.prompt, images, pictures[0], rungs, watch)
         save_png(page, files.page, record | dict(seed=args.seed))
-        exchanges = draw_exchanges(model, request, args.seed, args.compare)
-        shown = explain_html.drawing(model, request, args.seed, pictures[0], watch, exchanges)
-        write_text(files.html, shown.html())
+        write_text(files.html, explanation(model, request, args.seed, pictures[0], watch,
+                                           args.compare).html())
     print("wrote", *files.every())
 
 
@@ -315,15 +314,21 @@ def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare:
     watch = explain.Drawn(request["steps"])
     with tqdm(total=request["steps"], desc="draw", unit="step") as bar:
         picture = draw_one(model, request, bar, watch)
-    exchanges = draw_exchanges(model, request, seed, compare)
+    return explanation(model, request, seed, picture, watch, compare)
+
+
+def explanation(model: TBAC, request: dict, seed: int, picture: Image.Image,
+                watch: explain.Drawn, compare: str | None) -> explain_html.Explanation:
+    """Of a picture that was drawn of this request, and watched."""
+    exchanges = None
+    if compare is not None:
+        exchanges = compare, draw_exchanges(model, request, seed, compare)
     return explain_html.drawing(model, request, seed, picture, watch, exchanges)
 
 
-def draw_exchanges(model: TBAC, request: dict, seed: int, compare: str | None) -> tuple | None:
-    """With another prompt to compare with: that one, and (name, picture) of every single exchange
-    of rungs with it (engine/mixer.py), from the same noise, drawn as they are asked for."""
-    if compare is None:
-        return None
+def draw_exchanges(model: TBAC, request: dict, seed: int, compare: str):
+    """-> (name, picture) of every single exchange of rungs with another prompt (engine/mixer.py),
+    from the same noise, drawn as they are asked for."""
     a, k = request["conditioning"]
     b, _ = encode_for_guidance(model, [compare], request["images"], request["image_guidance"],
                                request["negative"])
@@ -335,7 +340,7 @@ def draw_exchanges(model: TBAC, request: dict, seed: int, compare: str | None) -
 
     choices = mixer.single_exchanges(a)
     pictures = mixer.draw_mixed(draw, a, b, choices, noise)
-    return compare, tqdm(pictures, "exchange", len(choices), unit="picture")
+    return tqdm(pictures, "exchange", len(choices), unit="picture")
 
 
 def sheet(args, images: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:

@@ -2,13 +2,15 @@
 pictures from the shipped model.
 
     python -m lab.figures                       # all
-    python -m lab.figures ladder                # one: ladder, samples, edits or curves
+    python -m lab.figures ladder                # one: ladder, samples, edits, explain or curves
     python -m lab.figures curves --runs runs    # the folder of train.py's runs
 
 ladder   ladder-light.svg, ladder-dark.svg: the paper's Fig. 2 with the names and shapes of this
          code
 samples  samples.png: twelve prompts, and the first picture that the model draws for each
 edits    edits.png: one edit of every kind, source -> instruction -> result
+explain  explain.png: what `sample.py "..." --explain --compare "..."` writes as a page, as headless
+         Chromium shows it
 curves   curves.png: the loss of every run, and for the last ones how it depends on t
 
 Every figure is WIDTH pixels wide when shown. Dimension key of the shapes: B batch, S tokens of the
@@ -19,6 +21,9 @@ import io
 import math
 import pathlib
 import re
+import shutil
+import subprocess
+import tempfile
 import textwrap
 
 import matplotlib
@@ -460,6 +465,31 @@ def draw_edits(args):
     save(p.figure, "edits.png")
 
 
+# -------------------------------------------------------------------------- the page that explains
+
+EXPLAINED = ("a red circle left of a blue square", "a green triangle right of a yellow cross")
+# Of the window, in pixels: all of the page.
+WINDOW = (1120, 1730)
+
+
+def draw_explain(args):
+    """ValueError where there is no Chromium."""
+    program = shutil.which("chromium")
+    if program is None:
+        raise ValueError("the figure explain needs a browser: install chromium")
+    model = fast.enable(TBAC.load(args.model))
+    prompt, other = EXPLAINED
+    html = sample.explained(model, prompt, compare=other).html()
+    with tempfile.TemporaryDirectory() as folder:
+        page, shot = pathlib.Path(folder, "page.html"), pathlib.Path(folder, "shot.png")
+        write_text(page, html)
+        subprocess.run([program, "--headless", "--no-sandbox", "--hide-scrollbars",
+                        "--window-size={},{}".format(*WINDOW), f"--screenshot={shot}",
+                        page.as_uri()], check=True, capture_output=True)
+        with Image.open(shot) as image:
+            save_picture(image, OUT / "explain.png")
+
+
 # ----------------------------------------------------------------------------- training curves
 
 # in the order of training
@@ -541,25 +571,36 @@ def draw_curves(args):
 # -------------------------------------------------------------------------------- command line
 
 FIGURES = {"ladder": draw_ladder, "samples": draw_samples, "edits": draw_edits,
-           "curves": draw_curves}
+           "explain": draw_explain, "curves": draw_curves}
 
 
 def save(figure, name):
     """The same bytes every time: no date, no random ids, letters as outlines. A PNG has twice the
-    pixels and 256 colours."""
+    pixels."""
     file = OUT / name
-    OUT.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".svg":
+        OUT.mkdir(parents=True, exist_ok=True)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         # width and height in pixels
         write_text(file, re.sub(r'="(\d+)pt"', r'="\1"', svg.getvalue(), count=2))
+        check_size(file)
     else:
         png = io.BytesIO()
         figure.savefig(png, dpi=144)
-        image = Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        save_png(image, file, optimize=True)
+        save_picture(Image.open(png), file)
     plt.close(figure)
+
+
+def save_picture(image, file):
+    """A PIL picture as a PNG of 256 colours."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    image = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    save_png(image, file, optimize=True)
+    check_size(file)
+
+
+def check_size(file):
     size = file.stat().st_size
     assert size < LIMIT, f"{file}: {size} bytes, more than {LIMIT}"
     print(f"wrote {file.relative_to(ROOT)}, {size // 1000} kB")
