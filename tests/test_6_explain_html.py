@@ -327,9 +327,10 @@ def test_a_keyboard_is_enough(browser, pages, edit):
     clean(page)
 
 
-def test_the_mixer_swaps_pictures_at_a_click(browser, pages, edit):
+@pytest.mark.parametrize("width", [1000, 400])
+def test_the_mixer_swaps_pictures_at_a_click(browser, pages, edit, width):
     pictures = edit.data["mixer"]["pictures"]
-    page = browser.open(pages["edit"])
+    page = browser.open(pages["edit"], width=width)
     mixed = "document.querySelector('#mixed').src"
     assert page.js(mixed) == pictures[""]
     # The last rung stands on top.
