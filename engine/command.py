@@ -103,16 +103,23 @@ def one_line_errors():
     """What a user can cause ends a command with one line and status 1, Ctrl-C with status 130."""
     try:
         yield
-    except (ValueError, OSError, SafetensorError) as e:
-        raise SystemExit(f"error: {whole_lines(e)}") from None
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        raise SystemExit("error: this needs more memory than there is: take a smaller size, "
-                         f"batch or model ({whole_lines(e)})") from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as e:
+        message = message_of(e)
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from None
+
+
+def message_of(e: Exception) -> str | None:
+    """What a user can cause, in words; None for an error of the program itself."""
+    if is_out_of_memory(e):
+        return ("this needs more memory than there is: take a smaller size, batch or model "
+                f"({whole_lines(e)})")
+    known = isinstance(e, ValueError | OSError | SafetensorError)
+    return whole_lines(e) if known else None
 
 
 def whole_lines(e: Exception) -> str:
