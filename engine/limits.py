@@ -48,6 +48,25 @@ MAX_RECORD_MEMBERS = 64
 # Side of a picture to learn to draw. Below, it is a placeholder or what a failed download left.
 MIN_TARGET_SIDE = 8
 
+# ------------------------------------------------------------------------------- the live page
+
+# Of a prompt or a question, as UTF-8: a question is read whole, whatever that costs.
+MAX_PAGE_TEXT_BYTES = 4096
+# Steps of a drawing: everybody else waits for them.
+MAX_PAGE_STEPS = 200
+# Of a picture that is given, and of a request; in base64 a picture is a third larger. (The page
+# itself makes larger pictures smaller.)
+MAX_PAGE_PIXELS = 16_000_000
+MAX_PAGE_REQUEST_BYTES = 12 * 1024 * 1024
+# Of all requests that are read or wait, together.
+MAX_PAGE_HELD_BYTES = 256 * 1024 * 1024
+# Requests that wait, and connections, whatever they do.
+MAX_PAGE_WAITING = 128
+MAX_PAGE_CONNECTIONS = 256
+# Seconds for a request to arrive as a whole, and for a client to take what is sent to it.
+MAX_PAGE_READ_SECONDS = 20
+MAX_PAGE_WRITE_SECONDS = 10
+
 # --------------------------------------------------------------------------------------- files
 
 # Of a JSON file, such as config.json or an index of weights. (tokenizer.json has its own.)
