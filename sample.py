@@ -4,6 +4,7 @@
     python sample.py "make the circle green" --image circle.png
     python sample.py --ask "how many circles?" --image circle.png
     python sample.py "a red circle left of a blue square" --explain    # also out-explain.html, .png
+    python sample.py --serve                                           # a page to draw on
 
 The ordinary differential equation dx/dt = v(x, t) is followed from noise (t = 1) to data (t = 0);
 see the box in tbac.py. Sources: DPM-Solver++ (arXiv 2211.01095, algorithm 2), InstructPix2Pix for
@@ -15,6 +16,7 @@ import argparse
 import math
 import pathlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +24,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import command, explain, explain_html, fast, limits, mixer
+from engine import command, explain, explain_html, fast, limits, mixer, page
 from engine.device import set_threads
 from engine.files import write_text
+from engine.live import Live
 from engine.outputs import check_outputs, outputs, save_png
 from engine.pictures import contact_sheet, open_image
 from engine.sources import check_shape
@@ -181,7 +184,7 @@ def options(argv=None) -> argparse.Namespace:
     add_sampling(p)
     add_machine(p)
     args = p.parse_args(argv)
-    if args.prompt is None and args.ask is None:
+    if args.prompt is None and args.ask is None and not args.serve:
         if args.image:
             p.error("no prompt: it stands before --image, which takes what follows it for files")
         p.print_help()
@@ -208,6 +211,12 @@ def add_request(p: argparse.ArgumentParser) -> None:
                    "OUT-explain.png, the same as one picture")
     p.add_argument("--compare", type=command.text, metavar="PROMPT", help="with --explain: another "
                    "prompt; the page then shows the picture with single rungs taken from it")
+    p.add_argument("--serve", action="store_true", help="a page in the browser to draw, edit, ask "
+                   "and mix rungs; it begins with the settings given here")
+    p.add_argument("--host", type=command.text, default="127.0.0.1", help="with --serve: another "
+                   "address lets other machines use the page, 0.0.0.0 all that reach this one")
+    p.add_argument("--port", type=command.count(0, 65535), default=8000,
+                   help="with --serve (default: 8000; 0: any that is free)")
 
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
@@ -252,10 +261,17 @@ def check(args) -> None:
         raise ValueError("--explain and --ask need an --image")
     if args.compare is not None and (args.prompt is None or not args.explain):
         raise ValueError("--compare needs a prompt and --explain, whose page it adds to")
+    if args.serve and any((args.prompt is not None, args.ask is not None, args.image, args.explain,
+                           args.n > 1)):
+        raise ValueError("--serve takes prompts, questions and pictures from the page: leave them "
+                         "out, and --explain and --n")
+    if args.serve and args.compile:
+        raise ValueError("--serve stops between the layers that --compile fuses: leave one out")
     if len(args.image) > limits.MAX_SOURCES:
         limit = f"{limits.MAX_SOURCES} are the limit"
         raise ValueError(f"--image: {len(args.image)} pictures, {limit}")
-    check_outputs(args)
+    if not args.serve:
+        check_outputs(args)
 
 
 def draw(args, model: TBAC, images: list[Image.Image]) -> None:
@@ -365,6 +381,26 @@ def ask(args, model: TBAC, images: list[Image.Image]) -> None:
     print("wrote", *files.every(), file=sys.stderr)
 
 
+def live(args, model: TBAC) -> Live:
+    """What --serve shows, and how it draws."""
+    # Said now, if there is no such size.
+    latent_shape(model.config, args.size)
+
+    def draw(request: dict, images: list[Image.Image], choice: Tensor | None) -> Iterator[Step]:
+        guided = request["image_guidance"], request["negative"]
+        rungs, k = encode_for_guidance(model, [request["prompt"]], [images], *guided)
+        if choice is not None:
+            other, _ = encode_for_guidance(model, [request["other"]], [images], *guided)
+            rungs = mixer.mixed_rows(rungs, other, [choice])
+        settings = {name: request[name] for name in ("steps", "guidance", "image_guidance",
+                                                     "solver")}
+        generator = torch.Generator().manual_seed(request["seed"])
+        return denoise(model, [request["prompt"]], [images], size=args.size, generator=generator,
+                       conditioning=(rungs, k), **settings)
+
+    return Live(model, draw, list(SOLVERS), args)
+
+
 def main() -> None:
     args = options()
     with command.one_line_errors():
@@ -380,7 +416,9 @@ def main() -> None:
             fast.enable(model)
         if args.image_guidance is None:
             args.image_guidance = model.config.image_guidance
-        if args.ask is not None:
+        if args.serve:
+            page.serve(live(args, model), args.host, args.port)
+        elif args.ask is not None:
             ask(args, model, images)
         else:
             draw(args, model, images)
