@@ -1,7 +1,7 @@
 """One model, many who ask: jobs stand in line, one is done at a time, and each tells of itself by
 events.
 
-A job's work is a function that returns an iterator of events, (name, data). The thread that calls
+A job's work is a function that returns a generator of events, (name, data). The thread that calls
 `Line.run` does the work; other threads put jobs into the line (`enter`), read their events, and
 take them out (`leave`) when nobody waits for them any more. Work that has begun ends at its next
 event, or wherever it calls `Line.check`.
@@ -13,7 +13,7 @@ import threading
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from engine.command import message_of
 
@@ -34,7 +34,7 @@ class Job:
     """work: () -> events. events: what the work said so far, and the job's place in the line:
     ("queue", {"ahead": n}), ("start", {}), what the work yields, then one of LAST."""
 
-    def __init__(self, work: Callable[[], Iterator[Event]]):
+    def __init__(self, work: Callable[[], Generator[Event, None, None]]):
         self.work = work
         self.events = queue.SimpleQueue()
         self.ahead = None
@@ -82,13 +82,12 @@ class Line:
     # ---------------------------------------------------------------- for the one who works
 
     def run(self) -> None:
-        """Does one job after the other until the line is closed."""
+        """Does one job after the other until the line is closed. (What ends it in the middle of a
+        job, Ctrl-C, leaves that one to `close`.)"""
         while job := self.next():
-            try:
-                self.do(job)
-            finally:
-                with self.changed:
-                    self.current = None
+            self.do(job)
+            with self.changed:
+                self.current = None
 
     def next(self) -> Job | None:
         with self.changed:

@@ -173,8 +173,8 @@ def event(name: str, data: dict) -> bytes:
 
 class Connection(http.server.BaseHTTPRequestHandler):
     """One request and its answer."""
-    # For a refusal before the first line is read.
-    request_version = "HTTP/1.0"
+    # What does not say its version is answered with a head, too.
+    default_request_version = request_version = "HTTP/1.0"
 
     def setup(self):
         super().setup()
@@ -290,7 +290,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def version_string(self):
         return "TBAC"
 
-    def log_message(self, *_):
+    def log_request(self, *_):
         """The terminal stays quiet."""
 
 
