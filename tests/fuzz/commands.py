@@ -22,7 +22,7 @@ from tests.fuzz.models import tiny
 NUMBERS = ("nan", "-nan", "inf", "-inf", "-1", "1e38", "1e400", "abc", "", "0x10", "1,5", "1 2",
            "99999999999999999999", "9" * 5000, "\udcff", "\0")
 SCRIPTS = {
-    "sample": (sample.options, ("a dog",), "n seed steps guidance image-guidance size"),
+    "sample": (sample.options, ("a dog",), "n seed steps guidance image-guidance size port"),
     "train": (train.options, (), "queries size cond-drop shift max-bad steps epochs batch "
               "accumulate lr warmup min-lr-ratio weight-decay clip ema seed workers save-every "
               "keep sheet-every"),
