@@ -2,7 +2,7 @@
 pictures from the shipped model.
 
     python -m lab.figures                       # all
-    python -m lab.figures ladder                # one: ladder, samples, edits, explain or curves
+    python -m lab.figures ladder                # one of those below
     python -m lab.figures curves --runs runs    # the folder of train.py's runs
 
 ladder   ladder-light.svg, ladder-dark.svg: the paper's Fig. 2 with the names and shapes of this
@@ -11,6 +11,7 @@ samples  samples.png: twelve prompts, and the first picture that the model draws
 edits    edits.png: one edit of every kind, source -> instruction -> result
 explain  explain.png: what `sample.py "..." --explain --compare "..."` writes as a page, as headless
          Chromium shows it
+live     live.png: the page of `sample.py --serve`, after it has been used
 curves   curves.png: the loss of every run, and for the last ones how it depends on t
 
 Every figure is WIDTH pixels wide when shown. Dimension key of the shapes: B batch, S tokens of the
@@ -18,6 +19,7 @@ prompt; all others are numbers of the released model.
 """
 import inspect
 import io
+import json
 import math
 import pathlib
 import re
@@ -25,6 +27,8 @@ import shutil
 import subprocess
 import tempfile
 import textwrap
+import threading
+from http import HTTPStatus
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -36,7 +40,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 import sample
-from engine import command, fast
+from engine import command, fast, page
 from engine.files import save_png, write_text
 from engine.log import read_log
 from ladder import tap_layers
@@ -468,26 +472,90 @@ def draw_edits(args):
 # -------------------------------------------------------------------------- the page that explains
 
 EXPLAINED = ("a red circle left of a blue square", "a green triangle right of a yellow cross")
-# Of the window, in pixels: all of the page.
-WINDOW = (1120, 1730)
+
+
+def shoot(address, width, height, name):
+    """A page as Chromium shows it when all of it is there. ValueError where there is no
+    Chromium."""
+    program = shutil.which("chromium")
+    if program is None:
+        raise ValueError(f"the figure {name} needs a browser: install chromium")
+    with tempfile.TemporaryDirectory() as folder:
+        shot = pathlib.Path(folder, "shot.png")
+        subprocess.run([program, "--headless", "--no-sandbox", "--hide-scrollbars",
+                        f"--window-size={width},{height}", f"--screenshot={shot}", address],
+                       check=True, capture_output=True)
+        with Image.open(shot) as image:
+            save_picture(image, OUT / f"{name}.png")
 
 
 def draw_explain(args):
-    """ValueError where there is no Chromium."""
-    program = shutil.which("chromium")
-    if program is None:
-        raise ValueError("the figure explain needs a browser: install chromium")
     model = fast.enable(TBAC.load(args.model))
     prompt, other = EXPLAINED
     html = sample.explained(model, prompt, compare=other).html()
     with tempfile.TemporaryDirectory() as folder:
-        page, shot = pathlib.Path(folder, "page.html"), pathlib.Path(folder, "shot.png")
-        write_text(page, html)
-        subprocess.run([program, "--headless", "--no-sandbox", "--hide-scrollbars",
-                        "--window-size={},{}".format(*WINDOW), f"--screenshot={shot}",
-                        page.as_uri()], check=True, capture_output=True)
-        with Image.open(shot) as image:
-            save_picture(image, OUT / "explain.png")
+        file = pathlib.Path(folder, "page.html")
+        write_text(file, html)
+        shoot(file.as_uri(), 1120, 1730, "explain")
+
+
+# Uses the live page as a person would with these two prompts, and says when it is done.
+USE = """
+const settled = async () => {
+  do await new Promise(go => setTimeout(go, 50)); while (running);
+};
+const write = async (id, field, text) => {
+  $(field).value = text;
+  $(id).requestSubmit();
+  await settled();
+};
+(async () => {
+  await write("draw", "prompt", prompts[0]);
+  await write("ask", "question", "how many circles?");
+  await write("mix", "other", prompts[1]);
+  mixAs((j, s) => s < 4);
+  await settled();
+  document.activeElement.blur();
+  await fetch("/used");
+})();
+"""
+
+
+def draw_live(args):
+    options = sample.options(["--serve", "--model", str(args.model)])
+    model = fast.enable(TBAC.load(args.model))
+    options.image_guidance = model.config.image_guidance
+    with page.serving(sample.live(options, model), "127.0.0.1", 0) as (server, line):
+        add_use(server)
+        working = threading.Thread(target=line.run)
+        working.start()
+        try:
+            shoot(server.address, 1120, 1380, "live")
+        finally:
+            line.close()
+            working.join()
+
+
+def add_use(server):
+    """The page is there when its last picture is, and that one waits until USE is done."""
+    used = threading.Event()
+    html, _ = server.page
+    script = f"const prompts = {json.dumps(EXPLAINED)};{USE}"
+    html += f"<img hidden src=/picture><script>{script}</script>".encode()
+    server.page = html, "default-src 'self' data: 'unsafe-inline'"
+
+    def send_nothing(connection):
+        connection.send_head(HTTPStatus.NO_CONTENT, "text/plain", 0)
+
+    def send_when_used(connection):
+        used.wait(60)
+        send_nothing(connection)
+
+    def note_use(connection):
+        used.set()
+        send_nothing(connection)
+
+    server.routes |= {"/picture": {"GET": send_when_used}, "/used": {"GET": note_use}}
 
 
 # ----------------------------------------------------------------------------- training curves
@@ -571,7 +639,7 @@ def draw_curves(args):
 # -------------------------------------------------------------------------------- command line
 
 FIGURES = {"ladder": draw_ladder, "samples": draw_samples, "edits": draw_edits,
-           "explain": draw_explain, "curves": draw_curves}
+           "explain": draw_explain, "live": draw_live, "curves": draw_curves}
 
 
 def save(figure, name):
