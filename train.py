@@ -364,7 +364,7 @@ def train(run: Run) -> None:
 
 
 def launch(args, task: Task = LADDER_TASK, finish: Callable | None = None) -> None:
-    """A run from its options to its end. finish(args): what is left to do for the first process."""
+    """A run from its options to its end. finish(run): what is left to do for the first process."""
     with run_folder(args):
         run = Run(args, task)
         if run.rank == 0:
@@ -374,7 +374,7 @@ def launch(args, task: Task = LADDER_TASK, finish: Callable | None = None) -> No
         if run.rank == 0:
             log.plot_curves(args.out)
             if finish:
-                finish(args)
+                finish(run)
     status = 0
     if run.stop.number:
         print(f"stopped at step {run.state.step}, saved; --resume goes on")

@@ -37,6 +37,7 @@ from engine.fast import pack_mask
 from engine.files import write_text
 from engine.options import parse
 from engine.pictures import to_pixels
+from engine.stream import first_examples
 from lab import sheets
 from mllm import (
     ASK,
@@ -98,6 +99,9 @@ def build(args) -> TBAC:
     """The model in --model, what learns in float32, or a fresh toy."""
     if args.fsdp or args.take or args.wiring or args.queries:
         raise ValueError("--fsdp, --take, --wiring and --queries are for train.py")
+    if args.stage != "dcae" and args.data != ["toy"]:
+        raise ValueError(f"--data {' '.join(args.data)}: only stage dcae learns from pictures of "
+                         "one's own, the others need to know what a picture shows: --data toy")
     if args.model:
         learns = TASKS[args.stage].learns
         dtype = {part.split(".")[0]: torch.float32 for part in learns}
@@ -516,8 +520,8 @@ def dcae_loss(model: TBAC, aux_head: nn.Module, rows: list, args):
     def mean(x: Tensor) -> Tensor:
         return x.flatten(1).mean(1)
 
-    scenes, rngs = zip(*rows)
-    pictures = [world.render(scene, args.size) for scene in scenes]
+    examples, rngs = zip(*rows)
+    pictures = [sheets.picture_of(example, args.size) for example in examples]
     x = to_pixels(pictures, args.device, getattr(torch, args.dtype))
     z = model.dcae.encode(x)
     _, eps = noise(rngs, z.shape[1:], args.device)
@@ -527,11 +531,13 @@ def dcae_loss(model: TBAC, aux_head: nn.Module, rows: list, args):
     return mean(error.abs()) + mean(error.pow(2)) + edges / 2, None
 
 
-def unit_latents(args) -> None:
+def unit_latents(run) -> None:
     """Afterwards gives the autoencoder the scaling factor at which its latents have a standard
     deviation of 1, as SANA's have."""
-    model, rng = TBAC.load(args.out, args.device), random.Random(args.seed)
-    pictures = [world.render(world.sample_scene(rng), args.size) for _ in range(256)]
+    args = run.args
+    model = TBAC.load(args.out, args.device)
+    examples = first_examples(run.reader, 256)
+    pictures = [sheets.picture_of(example, args.size) for example in examples]
     c = model.config.dcae
     with torch.no_grad():
         std = model.dcae.encode(to_pixels(pictures, args.device)).std().item() / c.scaling_factor

@@ -4,10 +4,16 @@ import torch
 from PIL import Image
 
 from engine.pictures import contact_sheet, to_images, to_pixels
+from engine.sources import Example
 from mllm import ASK
 from sample import denoise
 from toy import world
 from vit import patchify
+
+
+def picture_of(example, size: int) -> Image.Image:
+    """What an example shows: a scene of the toy world, or a picture from --data."""
+    return example.target if isinstance(example, Example) else world.render(example, size)
 
 
 def beside(pairs: list[tuple[Image.Image, Image.Image]], labels: list[str]) -> Image.Image:
@@ -64,7 +70,7 @@ def mllm(run) -> Image.Image:
 
 def dcae(run) -> Image.Image:
     """Pictures, and the autoencoder's reconstructions."""
-    pictures = [world.render(scene, run.args.size) for scene in run.shown]
+    pictures = [picture_of(example, run.args.size) for example in run.shown]
     dcae = run.model.dcae
     pixels = to_pixels(pictures, run.args.device, dcae.encoder.conv_in.weight.dtype)
     rebuilt = dcae.decode(dcae.encode(pixels))

@@ -17,7 +17,9 @@ import sample
 import train
 from engine import data
 from engine.log import plot_curves
+from engine.pictures import to_pixels
 from engine.state import Guard
+from engine.stream import first_examples
 from lab import pretrain
 from sample import TOY_FOLDER
 from tbac import TBAC, flow_matching
@@ -247,6 +249,29 @@ def picture_folder(folder, n, name="0.png"):
     line = json.dumps(dict(file_name=name, text="x"))
     (folder / "metadata.jsonl").write_text("\n".join([line] * n))
     return folder
+
+
+def test_the_autoencoder_learns_from_pictures_of_ones_own(tmp_path):
+    picture_folder(tmp_path / "mine", 3)
+    args = ("--data", tmp_path / "mine", "--sheet-every", 1, "--steps", 1)
+    run = start(tmp_path / "run", *args, stage="dcae")
+    run.args.out.mkdir()
+    before = {name: p.clone() for name, p in run.state.params.items()}
+    train.train(run)
+    pretrain.unit_latents(run)
+    assert any(not torch.equal(p, before[name]) for name, p in run.state.params.items())
+    assert (tmp_path / "run" / "sheet-00000001.png").exists()
+    dcae = TBAC.load(tmp_path / "run").dcae
+    pictures = [example.target for example in first_examples(run.reader, 256)]
+    latents = dcae.encode(to_pixels(pictures, "cpu"))
+    assert latents.std().item() == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["vit", "mllm", "dit"])
+def test_other_parts_need_to_know_what_a_picture_shows(tmp_path, stage):
+    picture_folder(tmp_path / "mine", 1)
+    with pytest.raises(ValueError, match="--data .*mine: only stage dcae"):
+        start(tmp_path / "run", "--data", tmp_path / "mine", stage=stage)
 
 
 def test_an_epoch_has_all_of_each_source_unless_weights_say_otherwise(tmp_path):
