@@ -25,7 +25,7 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
 from engine.checks import printable
@@ -229,7 +229,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             finally:
                 self.server.line.leave(job)
 
-    def read_work(self, length: int):
+    def read_work(self, length: int) -> Callable:
         body = self.rfile.read(length)
         if len(body) < length:
             raise Refused(HTTPStatus.BAD_REQUEST, f"{len(body)} bytes instead of {length}")
