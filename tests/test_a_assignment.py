@@ -17,7 +17,7 @@ from notebooks.assignment.hand_in import load_adapters
 from sample import TOY_FOLDER
 from tbac import TBAC
 from tests.assignment import record
-from tests.assignment.mistakes import JOINED, MISTAKES
+from tests.assignment.mistakes import JOINED, MISTAKES, REFUSED
 from tests.conftest import ROOT, run
 
 RECORDED = record.recorded_tests()
@@ -153,6 +153,13 @@ def test_a_common_mistake_is_called_by_its_name(name, mistake):
 def test_a_mistake_in_joining_is_called_by_its_name(name, mistake):
     with pytest.raises(Wrong, match=mistake):
         JOINED_TESTS[name](record.plugged(**JOINED[name][mistake]))
+
+
+@pytest.mark.parametrize("name, said", every(REFUSED))
+def test_what_numbers_do_not_tell_is_refused_in_words(name, said):
+    """Kinds of numbers, shapes, lengths, and what is changed in place."""
+    with pytest.raises(Wrong, match=said):
+        RECORDED[name](record.plugged(**REFUSED[name][said]))
 
 
 @pytest.mark.slow

@@ -17,6 +17,11 @@ RECORDED = pathlib.Path(__file__).parent / "recorded.safetensors"
 TOLERANCE = 2e-5
 
 
+# Kinds of numbers that an answer must have; any float will do for a float32.
+DTYPES = {torch.bool: "True and False (bool)", torch.int64: "whole numbers (int64)",
+          torch.float64: "float64"}
+
+
 class Wrong(AssertionError):
     """An answer is not right. The message is for the student, so no traceback goes with it."""
 
@@ -61,8 +66,10 @@ def problem(points: int, **mistakes: str) -> Callable:
         @worth(points)
         def test(adapters):
             __tracebackhide__ = True
-            case = recorded(name)
-            compare(answer(adapters, case.inputs), case, mistakes)
+            case, before = recorded(name), recorded(name).inputs
+            answers = answer(adapters, case.inputs)
+            check_untouched(case.name, case.inputs, before)
+            compare(answers, case, mistakes)
 
         # Not functools.wraps: pytest would look for the fixtures of what is wrapped.
         test.__name__ = answer.__name__
@@ -74,16 +81,56 @@ def problem(points: int, **mistakes: str) -> Callable:
 
 
 def compare(answers: dict, case: Case, mistakes: dict[str, str]) -> None:
-    """Wrong for the first output that is not the recorded one."""
+    """Wrong for the first output, in the order of `answers`, that is not the recorded one."""
     __tracebackhide__ = True
-    title = case.name.replace("_", " ", 1)
-    mine = {output: as_tensor(answers[output], f"{title}: {output}", right)
-            for output, right in case.outputs.items()}
-    for output, right in case.outputs.items():
-        if not close(mine[output], right):
-            made = which(mine, case.mistakes) or which({output: mine[output]}, case.mistakes)
-            said = [mistakes[name] for name in made]
-            raise Wrong(message(f"{title}: {output}", mine[output], right, said))
+    mine = {output: as_tensor(value, f"{title(case.name)}, {output}", case.outputs[output])
+            for output, value in answers.items()}
+    for output, answer in mine.items():
+        what, right = f"{title(case.name)}, {output}", case.outputs[output]
+        if not close(answer, right):
+            made = which(mine, case.mistakes) or which({output: answer}, case.mistakes)
+            raise Wrong(message(what, answer, right, [mistakes[name] for name in made]))
+        if right.dtype in DTYPES and answer.dtype != right.dtype:
+            raise Wrong(f"{what}: not right.\n  The values are, but they should be "
+                        f"{DTYPES[right.dtype]}. Yours are {answer.dtype}.")
+
+
+def title(name: str) -> str:
+    """1a_flow_matching -> 1a flow_matching"""
+    return name.replace("_", " ", 1)
+
+
+def check_untouched(name: str, inputs: dict, before: dict) -> None:
+    """Wrong where an answer was written into what it was given."""
+    __tracebackhide__ = True
+    for key, value in inputs.items():
+        if isinstance(value, dict):
+            check_untouched(name, value, before[key])
+        elif not torch.equal(value, before[key]):
+            raise Wrong(f"{title(name)}: `{key}`, which it is given, is not what it was: it was "
+                        "changed in place. Make a new tensor.")
+
+
+def two(value, what: str, names: str) -> tuple[Tensor, Tensor]:
+    """Two tensors that an answer gives, before they are unpacked."""
+    __tracebackhide__ = True
+    if isinstance(value, list | tuple) and [isinstance(t, Tensor) for t in value] == [True, True]:
+        return tuple(value)
+    hint = " Is there a `return`?" if value is None else ""
+    raise Wrong(f"{what}: expected two tensors, {names}; got {type(value).__name__}"
+                f"{length(value)}.{hint}")
+
+
+def length(value) -> str:
+    return f" of {len(value)}" if isinstance(value, list | tuple) else ""
+
+
+def check_shape(tensor: Tensor, shape: tuple, what: str) -> None:
+    """For what is handed on to another function before it is compared."""
+    __tracebackhide__ = True
+    if tuple(tensor.shape) != shape:
+        lines = f"{what}: not right.", looks_like(tensor, torch.empty(shape))
+        raise Wrong("\n  ".join(lines))
 
 
 def which(mine: dict[str, Tensor], mistakes: dict) -> list[str]:
@@ -94,7 +141,7 @@ def which(mine: dict[str, Tensor], mistakes: dict) -> list[str]:
 
 def as_tensor(value, what: str, right: Tensor) -> Tensor:
     if isinstance(value, list | tuple | int | float):
-        value = torch.tensor(value)
+        value = torch.tensor(value, dtype=torch.float64 if right.dtype == torch.float64 else None)
     if not isinstance(value, Tensor):
         hint = " Is there a `return`?" if value is None else ""
         shape = f"a tensor of shape {tuple(right.shape)}"
@@ -117,7 +164,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
 
 def message(what: str, mine: Tensor, right: Tensor, said: list[str]) -> str:
     """What is wrong: by its name, where it is one of the known mistakes, else by how it looks."""
-    lines = [f"{what} is not right.", *(said or [looks_like(mine, right)])]
+    lines = [f"{what}: not right.", *(said or [looks_like(mine, right)])]
     if mine.shape == right.shape:
         lines.append(largest_difference(mine, right))
     return "\n  ".join(lines)
@@ -140,7 +187,7 @@ def looks_like(mine: Tensor, right: Tensor) -> str:
         return f"It is {factor:.6g} times what is expected, everywhere."
     if close(a.sort().values, b.sort().values):
         return "The right numbers, in another order: is an axis transposed, or split wrongly?"
-    return "No mistake that is known here gives these numbers. Compare with the handout's equation."
+    return "No mistake that is known here gives these numbers. Compare with the handout."
 
 
 def largest_difference(mine: Tensor, right: Tensor) -> str:

@@ -1,7 +1,7 @@
 """Part 1: between data and noise."""
 import torch
 
-from notebooks.assignment.grading import problem
+from notebooks.assignment.grading import problem, two
 
 
 @problem(
@@ -16,7 +16,8 @@ from notebooks.assignment.grading import problem
                           "(B, 1, 1, 1).",
 )
 def test_1a_flow_matching(adapters, case):
-    x_t, v = adapters.flow_matching(case["x0"], case["t"], case["eps"])
+    found = adapters.flow_matching(case["x0"], case["t"], case["eps"])
+    x_t, v = two(found, "1a flow_matching", "x_t and v")
     return {"x_t": x_t, "v": v}
 
 
@@ -28,6 +29,7 @@ def network(x, time):
 @problem(
     4,
     time_unscaled="The network is fed 1000 t, yours was fed t.",
+    time_whole="In training the network is fed 1000 t as it is. Yours was fed its whole part.",
     sum_of_squares="The mean over a row's numbers, not their sum: else the loss grows with the "
                    "picture.",
     mean_over_batch="One loss for each row, (B,): yours is the mean of all rows already.",
@@ -49,6 +51,8 @@ def test_1b_loss(adapters, case):
     steps_many_times="`steps` steps have steps + 1 ends.",
     starts_at_one="The first t is 0.999 (before the shift), not 1: at t = 1 the state says nothing "
                   "of the data.",
+    factor_after_shift="0.999 is the first t before the shift. Yours shifts the times from 1 to 0, "
+                       "and then multiplies all of them by 0.999.",
 )
 def test_1c_schedule(adapters, case):
     return {f"{steps} steps, shift {shift:g}": adapters.schedule(steps, shift)

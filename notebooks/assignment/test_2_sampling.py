@@ -1,7 +1,7 @@
 """Part 2: guidance, a second-order solver, and the loop."""
 import torch
 
-from notebooks.assignment.grading import problem
+from notebooks.assignment.grading import Wrong, problem
 
 
 @problem(
@@ -49,6 +49,11 @@ def test_2b_guide_with_image(adapters, case):
     signal_and_noise_swapped="x is multiplied by the ratio of noises, t_next / t. Yours is the "
                              "ratio of signals.",
     factor_reversed="The factor of x0 is 1 - exp(-h). Yours is exp(-h) - 1.",
+    ratio_missing="The slope is (x0 - x0_prev) / h_prev. Yours adds half of x0 - x0_prev: "
+                  "h / h_prev is missing.",
+    both_factors_swapped="x is multiplied by t_next / t, x0 by (1 - t_next). Yours are "
+                         "(1 - t_next) / (1 - t) and t_next: here t is the noise, 1 - t the "
+                         "signal.",
     last_not_finite="At t_next = 0 lambda is infinite. Do not compute it: the answer there is x0.",
 )
 def test_2c_dpm_2m(adapters, case):
@@ -62,6 +67,11 @@ def test_2c_dpm_2m(adapters, case):
 
 
 def network(x, time):
+    if not isinstance(time, torch.Tensor) or time.shape != x.shape[:1]:
+        raise Wrong("2d denoise: the network is fed a tensor of times, one for each row, (B,).")
+    if time.dtype != torch.float32:
+        raise Wrong("2d denoise: the network is fed its times as float32. Yours are "
+                    f"{time.dtype}.")
     return x - torch.tanh(2 * x + time.view(-1, 1, 1, 1) / 500)
 
 
@@ -70,11 +80,26 @@ def network(x, time):
     time_unscaled="The network is fed 1000 t, yours was fed t.",
     time_with_fraction="The network is fed the whole part of 1000 t, as in the released sampler: "
                        "int(1000 * t). Yours has the fraction.",
+    time_rounded="The network is fed int(1000 * t), and int() cuts off. Yours rounds.",
+    whole_times="Only the network is fed the whole part. The solver goes on with t itself: yours "
+                "with whole thousandths.",
     slope_forgotten="dpm++ gives what euler gives. Its first-order step is Euler's (on this path, "
                     "exactly): either x0_prev stays None, or it is set to the new x0 before the "
                     "step, so that both are the same.",
     shift_forgotten="The schedule has no shift.",
 )
 def test_2d_denoise(adapters, case):
-    return {solver: adapters.denoise(network, case["eps"], 6, 3.0, solver)
-            for solver in ("euler", "dpm++")}
+    return {
+        "euler": adapters.denoise(network, case["eps"], 6, 3.0, "euler"),
+        "dpm++": second_order(adapters, case["eps"]),
+    }
+
+
+def second_order(adapters, eps):
+    """lambda of the step before the first one is that of times[-1], 0."""
+    try:
+        return adapters.denoise(network, eps, 6, 3.0, "dpm++")
+    except ZeroDivisionError:
+        raise Wrong("2d denoise, dpm++: something is divided by 0.\n  In the first step x0_prev is "
+                    "None: store x0 there after the step, not before it. In the last one t_next "
+                    "is 0: lambda is not computed.") from None

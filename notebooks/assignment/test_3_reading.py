@@ -1,5 +1,7 @@
 """Part 3: positions in text and pictures, and windows of a picture."""
-from notebooks.assignment.grading import problem
+import math
+
+from notebooks.assignment.grading import check_shape, problem, two
 
 PICTURE = 9          # the image token here
 POSITIONS = dict(
@@ -9,6 +11,8 @@ POSITIONS = dict(
                          "are swapped. (A grid is (h, w), and its tokens go row by row.)",
     not_moved="The picture's rows and columns begin at the position where the picture begins. "
               "Yours begin at 0.",
+    only_time_moved="A picture's rows and columns count from p on, too: (p, p + y, p + x). Yours "
+                    "are (p, y, x).",
     after_all_tokens="After a picture, counting goes on from the largest position so far + 1, "
                      "which is max(h, w) above the picture's start. Yours goes h * w further.",
     after_rows_only="After a picture, counting goes on from the largest position so far + 1: "
@@ -33,6 +37,10 @@ def test_3a_one_picture(adapters, case):
     second_by_index="The second picture begins at the position reached so far, not at the index of "
                     "its first token: a picture has fewer positions than tokens.",
     first_grid_twice="The second picture has a grid of its own. Yours has the first one's.",
+    after_columns_only="After a picture, counting goes on from the largest position so far + 1: "
+                       "max(h, w), not w.",
+    run_as_one="A run of image tokens may be several pictures: its grid says where one ends. Yours "
+               "takes the whole run for one.",
 )
 def test_3b_two_pictures(adapters, case):
     ids = [1, 2] + [PICTURE] * 8 + [3, 4] + [PICTURE] * 6 + [5, 6]
@@ -50,6 +58,8 @@ def test_3b_two_pictures(adapters, case):
     columns_first="The windows go row by row: after the first comes the one to its right. Yours go "
                   "down first.",
     inside_transposed="Inside of a window the units go row by row. Yours go column by column.",
+    all_transposed="Windows go row by row, and inside of each its units do. In yours both go "
+                   "column by column.",
     filled_at_the_start="What an edge window lacks is filled at the right and at the bottom. Yours "
                         "is filled at the left and at the top.",
     all_valid="`valid` is False where an edge window reaches beyond the picture. Yours is True "
@@ -60,7 +70,11 @@ def test_3b_two_pictures(adapters, case):
 def test_3c_to_windows(adapters, case):
     found = {}
     for name, (h, w) in {"4 x 6": (4, 6), "3 x 5": (3, 5)}.items():
-        windows, valid = adapters.to_windows(case[name], h, w, 2)
+        made = adapters.to_windows(case[name], h, w, 2)
+        windows, valid = two(made, f"3c to_windows, {name}", "windows and valid")
+        n = math.ceil(h / 2) * math.ceil(w / 2)
+        check_shape(windows, (n, 4, 5), f"3c to_windows, windows, {name}")
+        check_shape(valid, (n, 4), f"3c to_windows, valid, {name}")
         found[f"valid, {name}"] = valid
         # What fills an edge window is up to you.
         found[f"windows, {name}"] = windows.masked_fill(~valid.bool()[:, :, None], 0)
@@ -75,6 +89,10 @@ def test_3c_to_windows(adapters, case):
     inside_transposed="Inside of a window the units go row by row.",
     filler_kept="What filled the edge windows is still there: leave it out, then h * w units "
                 "remain.",
+    never_moved="The windows are still windows: move axes first. Yours flattens them and takes the "
+                "first h * w.",
+    cut_after="Crop to h rows and w columns before you flatten. Yours flattens, and then takes the "
+              "first h * w units.",
     filled_at_the_start="What filled the edge windows is at their right and bottom. Yours cuts the "
                         "left and the top.",
 )

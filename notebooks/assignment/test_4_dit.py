@@ -3,12 +3,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from notebooks.assignment.grading import Wrong, problem, worth
+from notebooks.assignment.grading import Wrong, check_shape, problem, two, worth
 
 ATTENTION = dict(
     softmax="The weights are relu(q) . relu(k), divided by their sum. Yours are a softmax.",
     no_relu="q and k pass a ReLU first, so that no weight is negative. Yours do not.",
     relu_on_q_only="Both q and k pass the ReLU. In yours, k does not.",
+    relu_of_product="ReLU of q and of k, then the product. Yours is the ReLU of the product q . k.",
     no_division="The weights of a query are divided by their sum.",
     sum_over_queries="For each query its weights over all keys add up to 1. Yours add up to 1 for "
                      "each key: the sum goes along the other axis.",
@@ -92,7 +93,9 @@ def test_4d_timestep_embedding(adapters, case):
 )
 def test_4e_cross_attention(adapters, case):
     x, rung, weights = case["x"], case["rung"], case["weights"]
-    keys, values = adapters.project_kv(rung, weights, 3)
+    keys, values = two(adapters.project_kv(rung, weights, 3), "4e project_kv", "keys and values")
+    check_shape(keys, (2, 3, 5, 4), "4e project_kv, keys (B, H, Q, K)")
+    check_shape(values, (2, 3, 5, 4), "4e project_kv, values (B, H, Q, K)")
     return {
         "keys": keys,
         "values": values,
@@ -109,6 +112,10 @@ def test_4e_cross_attention(adapters, case):
     size_swapped="x goes row by row: (h, w), as `size` says. Yours is (w, h).",
     places_and_channels_mixed="(B, N, D) becomes (B, D, h, w) by a transpose and a reshape. "
                               "Yours is a reshape alone, which mixes places and channels.",
+    mixed_going_in="On the way in a view stands where a transpose was meant: (B, N, D) becomes "
+                   "(B, D, N) by a transpose, and only then (B, D, h, w).",
+    mixed_coming_out="On the way out a view stands where a transpose was meant: (B, D, h, w) "
+                     "becomes (B, D, N), and (B, N, D) only by a transpose.",
     edge_repeated="The 3 x 3 convolution has padding 1, with zeros. Yours repeats the edge.",
 )
 def test_4f_mix_ffn(adapters, case):
@@ -121,9 +128,17 @@ def test_4f_mix_ffn(adapters, case):
     scale_without_one="Modulation is x (1 + scale) + shift. Yours is x scale + shift.",
     shift_and_scale_swapped="The order of the six is shift, scale, gate, then the same for the "
                             "feed-forward. Yours takes scale first.",
+    by_kind="The order of the six is shift, scale, gate of the attention, then of the "
+            "feed-forward. Yours takes both shifts, both scales, both gates.",
     halves_swapped="The first three of the six are the attention's, the last three the "
                    "feed-forward's. Yours are the other way round.",
     no_gates="What attention and feed-forward give is multiplied by its gate before it is added.",
+    no_first_gate="What the self-attention gives is multiplied by g_1 before it is added. In yours "
+                  "it is not.",
+    no_second_gate="What the feed-forward gives is multiplied by g_2 before it is added. In yours "
+                   "it is not.",
+    cross_normed="Cross-attention reads x as it stands. Yours reads it behind a LayerNorm.",
+    cross_last="Cross-attention comes before the feed-forward. Yours comes last.",
     cross_modulated="Cross-attention reads x as it stands, without norm and modulation (as in "
                     "SANA).",
     cross_gated="Cross-attention is added as it is, without a gate.",

@@ -1,5 +1,5 @@
 """Part 5: the ladder."""
-from notebooks.assignment.grading import problem
+from notebooks.assignment.grading import Wrong, length, problem, two
 
 
 @problem(
@@ -13,8 +13,20 @@ from notebooks.assignment.grading import problem
     spread="Yours spreads the taps over the whole depth. They are the last n_dit, side by side.",
 )
 def test_5a_tap_layers(adapters, case):
-    return {f"{m} layers, {n} blocks": list(adapters.tap_layers(m, n))
+    return {f"{m} layers, {n} blocks": a_list_of_ints(adapters.tap_layers(m, n))
             for m, n in ((36, 20), (8, 6), (6, 6))}
+
+
+def a_list_of_ints(found):
+    """What picks from a list of states is an int."""
+    if not isinstance(found, list):
+        hint = " Is there a `return`?" if found is None else ""
+        kind = type(found).__name__
+        raise Wrong(f"5a tap_layers: a list of n_dit ints. Yours is a {kind}.{hint}")
+    kinds = {type(i).__name__ for i in found}
+    if kinds - {"int"}:
+        raise Wrong(f"5a tap_layers: a list of ints. Yours holds {', '.join(sorted(kinds))}.")
+    return found
 
 
 @problem(
@@ -42,7 +54,8 @@ def test_5b_connector(adapters, case):
     standing_still="Each query has a position of its own, as text has.",
 )
 def test_5c_append_queries(adapters, case):
-    x, positions = adapters.append_queries(case["x"], case["positions"], case["queries"])
+    found = adapters.append_queries(case["x"], case["positions"], case["queries"])
+    x, positions = two(found, "5c append_queries", "x and positions")
     return {"x": x, "positions": positions}
 
 
@@ -52,6 +65,8 @@ def test_5c_append_queries(adapters, case):
     one_later="states[i] enters layer i: block j is fed states[n_mllm - n_dit + j]. Yours is one "
               "further.",
     same_for_all="Each block has a state of its own. Yours has the last one for all.",
+    final="Yours feeds every block the normed end, states[n_mllm]. That is MetaQuery's wiring, "
+          "which the ladder replaces.",
     no_connector="Each tapped state passes the connector.",
     reversed="Rung 0 comes from the earliest of the tapped states. Yours go the other way.",
 )
@@ -72,5 +87,12 @@ def test_5d_rungs(adapters, case):
 )
 def test_5e_condition(adapters, case):
     pairs = adapters.condition(case["rungs"], case["weights"], 2)
-    return {f"{what} of block {j}": part for j, pair in enumerate(pairs)
-            for what, part in zip(("keys", "values"), pair, strict=True)}
+    n = len(case["rungs"])
+    if not isinstance(pairs, list | tuple) or len(pairs) != n:
+        raise Wrong(f"5e condition: a list of L = {n} pairs (keys, values), one for each block. "
+                    f"Yours is a {type(pairs).__name__}{length(pairs)}.")
+    found = {}
+    for j, pair in enumerate(pairs):
+        keys, values = two(pair, f"5e condition, block {j}", "keys and values")
+        found |= {f"keys of block {j}": keys, f"values of block {j}": values}
+    return found

@@ -3,6 +3,7 @@ and by what. What comes out of them is recorded, and what the tests say of each 
 
 Most are the right answer with a knob turned: its default is right.
 """
+import itertools
 import math
 from unittest import mock
 
@@ -34,10 +35,10 @@ def time_on_the_last_axis(x0, t, eps):
 
 
 def loss(scale=1000, error=torch.square, reduce=lambda e: e.flatten(1).mean(1),
-         target=lambda x0, eps: eps - x0, fed=lambda x_t, x0: x_t):
+         target=lambda x0, eps: eps - x0, fed=lambda x_t, x0: x_t, whole=lambda time: time):
     def of_rows(velocity, x0, t, eps):
         x_t, _ = right.flow_matching(x0, t, eps)
-        return reduce(error(velocity(fed(x_t, x0), scale * t) - target(x0, eps)))
+        return reduce(error(velocity(fed(x_t, x0), whole(scale * t)) - target(x0, eps)))
 
     return dict(loss=of_rows)
 
@@ -46,10 +47,10 @@ def shifted(t, s):
     return s * t / (1 + (s - 1) * t)
 
 
-def schedule(start=0.999, end=0.0, more=1, shift=lambda s: s):
+def schedule(start=0.999, end=0.0, more=1, shift=lambda s: s, factor=1, dtype=torch.float64):
     def times(steps, s):
-        t = torch.linspace(start, end, steps + 1, dtype=torch.float64)
-        return shifted(t, shift(s))[:steps + more]
+        t = torch.linspace(start, end, steps + 1, dtype=dtype)
+        return factor * shifted(t, shift(s))[:steps + more]
 
     return dict(schedule=times)
 
@@ -72,6 +73,7 @@ FLOW = {
     },
     "1b_loss": {
         "time_unscaled": loss(scale=1),
+        "time_whole": loss(whole=torch.floor),
         "sum_of_squares": loss(reduce=lambda e: e.flatten(1).sum(1)),
         "mean_over_batch": loss(reduce=torch.mean),
         "absolute_error": loss(error=torch.abs),
@@ -85,6 +87,7 @@ FLOW = {
         "ascending": schedule(start=0.0, end=0.999),
         "steps_many_times": schedule(more=0),
         "starts_at_one": schedule(start=1.0),
+        "factor_after_shift": schedule(start=1.0, factor=0.999),
     },
     "1d_clean_latents": {
         "plus": clean(lambda t: t),
@@ -111,9 +114,9 @@ def vp_lambda(t):
     return math.log(math.sqrt(1 - t * t) / t)
 
 
-def dpm(lam=lambda t: math.log((1 - t) / t), second=True, factor=0.5, invert=False,
-        ratio=lambda t, t_next: t_next / t, factor_of_x0=lambda h: -math.expm1(-h),
-        last_is_x0=True):
+def dpm(lam=lambda t: math.log((1 - t) / t), second=True, factor=0.5,
+        slope=lambda h, h_prev: h / h_prev, ratio=lambda t, t_next: t_next / t,
+        signal=lambda t: 1 - t, factor_of_x0=lambda h: -math.expm1(-h), last_is_x0=True):
     """The right step, with a knob for each mistake."""
     def step(x, x0, x0_prev, times, i):
         t, t_next = times[i], times[i + 1]
@@ -122,19 +125,21 @@ def dpm(lam=lambda t: math.log((1 - t) / t), second=True, factor=0.5, invert=Fal
         h = lam(t_next) - lam(t)
         if second and x0_prev is not None:
             h_prev = lam(t) - lam(times[i - 1])
-            r = h_prev / h if invert else h / h_prev
-            x0 = x0 + factor * r * (x0 - x0_prev)
-        return ratio(t, t_next) * x + (1 - t_next) * factor_of_x0(h) * x0
+            x0 = x0 + factor * slope(h, h_prev) * (x0 - x0_prev)
+        return ratio(t, t_next) * x + signal(t_next) * factor_of_x0(h) * x0
 
     return step
 
 
-def loop(scale=1000, whole=int, step=right.dpm_2m, shift=lambda s: s):
+def loop(scale=1000, whole=int, step=right.dpm_2m, shift=lambda s: s, kept=lambda t: t,
+         dtype=torch.float32, stored_before=False):
     def denoise(velocity, x, steps, s, solver):
-        times, x0_prev = right.schedule(steps, shift(s)).tolist(), None
+        times, x0_prev = [kept(t) for t in right.schedule(steps, shift(s)).tolist()], None
         for i, t in enumerate(times[:-1]):
-            v = velocity(x, torch.full((len(x),), float(whole(scale * t))))
+            v = velocity(x, torch.full((len(x),), float(whole(scale * t))).to(dtype))
             x0 = x - t * v
+            if stored_before:
+                x0_prev = x0
             if solver == "euler":
                 x = right.euler(x, v, t, times[i + 1])
             else:
@@ -161,17 +166,22 @@ SAMPLING = {
     "2c_dpm_2m": {name: dict(dpm_2m=f) for name, f in {
         "first_order": dpm(second=False),
         "half_missing": dpm(factor=1),
-        "ratio_inverted": dpm(invert=True),
+        "ratio_inverted": dpm(slope=lambda h, h_prev: h_prev / h),
+        "ratio_missing": dpm(slope=lambda h, h_prev: 1),
         "slope_reversed": dpm(factor=-0.5),
         "lambda_reversed": dpm(lam=lambda t: math.log(t / (1 - t))),
         "other_path": dpm(lam=vp_lambda),
         "signal_and_noise_swapped": dpm(ratio=lambda t, t_next: (1 - t_next) / (1 - t)),
+        "both_factors_swapped": dpm(ratio=lambda t, t_next: (1 - t_next) / (1 - t),
+                                    signal=lambda t: t),
         "factor_reversed": dpm(factor_of_x0=lambda h: math.expm1(-h)),
         "last_not_finite": dpm(last_is_x0=False),
     }.items()},
     "2d_denoise": {
         "time_unscaled": loop(scale=1, whole=float),
         "time_with_fraction": loop(whole=float),
+        "time_rounded": loop(whole=round),
+        "whole_times": loop(kept=lambda t: int(1000 * t) / 1000),
         "slope_forgotten": loop(step=dpm(second=False)),
         "shift_forgotten": loop(shift=lambda s: 1.0),
     },
@@ -180,7 +190,7 @@ SAMPLING = {
 
 # -------------------------------------------------------------------------- part 3: the MLLM reads
 
-def positions(time=lambda n: torch.zeros(n, dtype=torch.long), order=(0, 1, 2), moved=True,
+def positions(time=lambda n: torch.zeros(n, dtype=torch.long), order=(0, 1, 2), moved=(1, 1, 1),
               further=max, by_index=False, grid=lambda grids, n: grids[n]):
     def of(ids, image_token, grids):
         parts, done, position = [], 0, 0
@@ -193,7 +203,7 @@ def positions(time=lambda n: torch.zeros(n, dtype=torch.long), order=(0, 1, 2), 
             place = torch.arange(h * w)
             axes = torch.stack([time(h * w), (place // columns).clamp(max=rows - 1),
                                 place % columns])
-            parts.append(axes[list(order)] + (position if moved else 0))
+            parts.append(axes[list(order)] + position * torch.tensor(moved)[:, None])
             position += further(h, w)
             done += h * w
         parts.append(torch.arange(position, position + len(ids) - done).expand(3, -1))
@@ -206,11 +216,24 @@ def plain_text(ids, image_token, grids):
     return torch.arange(len(ids)).expand(3, -1)
 
 
+def run_as_one(ids, image_token, grids):
+    """All image tokens that stand side by side, as one picture with the next grid."""
+    parts, position, grids = [], 0, iter(grids)
+    for is_picture, run in itertools.groupby(ids, lambda i: i == image_token):
+        place = torch.arange(len(list(run)))
+        h, w = next(grids) if is_picture else (len(place), 1)
+        axes = [0 * place, place // w, place % w] if is_picture else [place] * 3
+        parts.append(position + torch.stack(axes))
+        position += max(h, w)
+    return torch.cat(parts, 1)
+
+
 POSITIONS = {
     "plain_text": dict(mrope_positions=plain_text),
     "time_runs": positions(time=torch.arange),
     "rows_columns_swapped": positions(order=(0, 2, 1)),
-    "not_moved": positions(moved=False),
+    "not_moved": positions(moved=(0, 0, 0)),
+    "only_time_moved": positions(moved=(1, 0, 0)),
     "after_all_tokens": positions(further=lambda h, w: h * w),
     "after_rows_only": positions(further=lambda h, w: h),
     "no_plus_one": positions(further=lambda h, w: max(h, w) - 1),
@@ -260,17 +283,28 @@ def left_in_windows(windows, h, w, side):
     return windows[valid]
 
 
+def never_moved(windows, h, w, side):
+    return windows.flatten(0, 1)[:h * w]
+
+
+def cut_after(windows, h, w, side):
+    return out_of_windows(cut=False)["from_windows"](windows, h, w, side)[:h * w]
+
+
 READING = {
     "3a_one_picture": POSITIONS,
     "3b_two_pictures": POSITIONS | {
         "second_by_index": positions(by_index=True),
         "first_grid_twice": positions(grid=lambda grids, n: grids[0]),
+        "after_columns_only": positions(further=lambda h, w: w),
+        "run_as_one": dict(mrope_positions=run_as_one),
     },
     "3c_to_windows": {
         "runs_of_units": windows(square=False),
         "columns_first": windows(order=(2, 0, 1, 3, 4)),
         "inside_transposed": windows(order=(0, 2, 3, 1, 4)),
         "filled_at_the_start": windows(at_start=True),
+        "all_transposed": windows(order=(2, 0, 3, 1, 4)),
         "all_valid": windows(all_valid=True),
         "width_height_swapped": windows(swapped=True),
     },
@@ -278,6 +312,8 @@ READING = {
         "left_in_windows": dict(from_windows=left_in_windows),
         "columns_first": out_of_windows(order="columns first"),
         "inside_transposed": out_of_windows(order=(0, 3, 1, 2, 4)),
+        "never_moved": dict(from_windows=never_moved),
+        "cut_after": dict(from_windows=cut_after),
         "filler_kept": out_of_windows(cut=False),
         "filled_at_the_start": out_of_windows(cut_start=True),
     },
@@ -312,6 +348,7 @@ ATTENTION = {
     "softmax": softmax,
     "no_relu": attend(on_q=same, on_k=same),
     "relu_on_q_only": attend(on_k=same),
+    "relu_of_product": attend(on_q=same, on_k=same, mask=F.relu),
     "no_division": attend(divide=False),
     "sum_over_queries": attend(axis=2),
     "not_a_number": attend(eps=0),
@@ -361,24 +398,26 @@ def cross(scale=lambda K, D: math.sqrt(K), axis=3, interleaved=False, put_back=T
     return dict(project_kv=project_kv, cross_attention=cross_attention)
 
 
-def ffn(swap=False, first=F.silu, gate=F.silu, turned=False, mixed=False, mode="constant"):
+def ffn(swap=False, first=F.silu, gate=F.silu, turned=False, mixed_in=False, mixed_out=False,
+        mode="constant"):
     def of(x, size, weights):
         h, w = size[::-1] if turned else size
         B, N, D = x.shape
-        y = x.reshape(B, D, h, w) if mixed else x.transpose(1, 2).reshape(B, D, h, w)
+        y = x.reshape(B, D, h, w) if mixed_in else x.transpose(1, 2).reshape(B, D, h, w)
         y = first(F.conv2d(y, weights["inverted.weight"], weights["inverted.bias"]))
         y = F.pad(y, (1, 1, 1, 1), mode=mode)
         depthwise = weights["depthwise.weight"]
         y = F.conv2d(y, depthwise, weights["depthwise.bias"], groups=len(depthwise))
         value, gates = y.chunk(2, 1)[::-1] if swap else y.chunk(2, 1)
         y = F.conv2d(value * gate(gates), weights["pointwise.weight"])
-        return y.reshape(B, N, D) if mixed else y.flatten(2).transpose(1, 2)
+        return y.reshape(B, N, D) if mixed_out else y.flatten(2).transpose(1, 2)
 
     return dict(mix_ffn=of)
 
 
-def block(order=(0, 1, 2, 3, 4, 5), table=1, one=1, gates=True, norm=True, residual=1,
-          cross_first=False, cross_modulated=False, cross_gated=False, norm_again=True):
+def block(order=(0, 1, 2, 3, 4, 5), table=1, one=1, gates=(True, True), norm=True, residual=1,
+          parts_in_order=("attended", "crossed", "fed"), cross_modulated=False, cross_normed=False,
+          cross_gated=False, norm_again=True):
     def of(x, modulation, keys, values, size, weights, head_dim, n_head):
         six = (table * weights["scale_shift_table"] + modulation).chunk(6, 1)
         shift1, scale1, gate1, shift2, scale2, gate2 = (six[i] for i in order)
@@ -391,18 +430,24 @@ def block(order=(0, 1, 2, 3, 4, 5), table=1, one=1, gates=True, norm=True, resid
         def attended(x):
             y = right.filled(right.dit.LinearAttention(right.sizes(x.shape[2], head_dim, n_head)),
                              parts["attn"])(modulated(x, shift1, scale1))
-            return residual * x + (gate1 * y if gates else y)
+            return residual * x + (gate1 * y if gates[0] else y)
 
         def crossed(x):
-            read = modulated(x, shift1, scale1) if cross_modulated else x
+            read = F.layer_norm(x, x.shape[2:], eps=1e-6) if cross_normed else x
+            read = modulated(x, shift1, scale1) if cross_modulated else read
             y = right.cross_attention(read, keys, values, parts["cross"], n_head)
             return residual * x + (gate1 * y if cross_gated else y)
 
+        def fed(x):
+            read = x if norm_again else first
+            y = right.mix_ffn(modulated(read, shift2, scale2), size, parts["ffn"])
+            return residual * x + (gate2 * y if gates[1] else y)
+
         first = x
-        x = attended(crossed(x)) if cross_first else crossed(attended(x))
-        read = x if norm_again else first
-        y = right.mix_ffn(modulated(read, shift2, scale2), size, parts["ffn"])
-        return residual * x + (gate2 * y if gates else y)
+        steps = dict(attended=attended, crossed=crossed, fed=fed)
+        for name in parts_in_order:
+            x = steps[name](x)
+        return x
 
     return dict(adaln_block=of)
 
@@ -437,7 +482,9 @@ DIT = {
         "no_first_silu": ffn(first=same),
         "no_gate_silu": ffn(gate=same),
         "size_swapped": ffn(turned=True),
-        "places_and_channels_mixed": ffn(mixed=True),
+        "places_and_channels_mixed": ffn(mixed_in=True, mixed_out=True),
+        "mixed_going_in": ffn(mixed_in=True),
+        "mixed_coming_out": ffn(mixed_out=True),
         "edge_repeated": ffn(mode="replicate"),
     },
     "4g_adaln_block": {
@@ -445,13 +492,18 @@ DIT = {
         "scale_without_one": block(one=0),
         "shift_and_scale_swapped": block(order=(1, 0, 2, 4, 3, 5)),
         "halves_swapped": block(order=(3, 4, 5, 0, 1, 2)),
-        "no_gates": block(gates=False),
+        "by_kind": block(order=(0, 2, 4, 1, 3, 5)),
+        "no_gates": block(gates=(False, False)),
+        "no_first_gate": block(gates=(False, True)),
+        "no_second_gate": block(gates=(True, False)),
+        "cross_normed": block(cross_normed=True),
         "cross_modulated": block(cross_modulated=True),
         "cross_gated": block(cross_gated=True),
         "no_norm": block(norm=False),
         "norm_of_the_first": block(norm_again=False),
         "no_residual": block(residual=0),
-        "cross_first": block(cross_first=True),
+        "cross_first": block(parts_in_order=("crossed", "attended", "fed")),
+        "cross_last": block(parts_in_order=("attended", "fed", "crossed")),
     },
 }
 
@@ -538,6 +590,7 @@ LADDER = {
         "first_tokens": climb(part=lambda state, n: state[:n]),
         "one_later": climb(tapped=lambda m, n: range(m - n + 1, m + 1)),
         "same_for_all": climb(tapped=lambda m, n: [m - 1] * n),
+        "final": climb(tapped=lambda m, n: [m] * n),
         "no_connector": climb(project=lambda state, weights: state),
         "reversed": climb(tapped=lambda m, n: range(m - 1, m - n - 1, -1)),
     },
@@ -674,3 +727,99 @@ JOINED = {
 }
 
 MISTAKES = FLOW | SAMPLING | READING | DIT | LADDER
+
+
+# ------------------------------------------------------------------- what is not told by numbers
+
+def in_place(null, cond, guidance):
+    return null.add_(guidance * (cond - null))
+
+
+def spoilt(weights):
+    """A layer that scales its weight where it stands."""
+    weights["3.weight"].mul_(2)
+    return weights
+
+
+def last_frequency_by_exp(time, n):
+    """A known mistake in other words, which round otherwise."""
+    i = torch.arange(n // 2)
+    angle = time[:, None] * torch.exp(-math.log(10000) * i / (n // 2 - 1))
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def without_heads(rung, weights, n_head):
+    return tuple(F.linear(rung, weights[f"{name}.weight"], weights[f"{name}.bias"])
+                 for name in "kv")
+
+
+def changed(name, change):
+    """The right function, with something done to what it gives."""
+    return {name: lambda *args: change(getattr(right, name)(*args))}
+
+
+def with_valid(change):
+    return changed("to_windows", lambda made: (made[0], change(made[1])))
+
+
+def queries_in_front(x, positions, queries):
+    """Counted again from 0."""
+    S = len(x) + len(queries)
+    return torch.cat([queries, x]), torch.arange(S).expand(3, -1)
+
+
+# Problem -> words of what is said, and the adapters.
+REFUSED = {
+    "1a_flow_matching": {
+        r"two tensors, x_t and v; got NoneType. Is there": changed("flow_matching", lambda y: None),
+        r"two tensors, x_t and v; got tuple of 1": changed("flow_matching", lambda y: y[:1]),
+    },
+    "1c_schedule": {
+        r"should be float64. Yours are torch.float32": schedule(dtype=torch.float32),
+    },
+    "2a_guide": {r"`null`, .* changed in place": dict(guide=in_place)},
+    "2d_denoise": {
+        r"as float32. Yours are torch.int64": loop(dtype=torch.int64),
+        r"one for each row, \(B,\)": dict(
+            denoise=lambda velocity, x, *more: velocity(x, torch.tensor(5.0))),
+        r"store x0 there after the step": loop(stored_before=True, step=dpm()),
+    },
+    "3a_one_picture": {
+        r"whole numbers \(int64\). Yours are torch.float32": changed(
+            "mrope_positions", torch.Tensor.float),
+    },
+    "3b_two_pictures": {
+        r"whole numbers \(int64\). Yours are torch.int32": changed(
+            "mrope_positions", torch.Tensor.int),
+    },
+    "3c_to_windows": {
+        r"True and False \(bool\). Yours are torch.float32": with_valid(torch.Tensor.float),
+        r"valid, 4 x 6: not right.\n  Its shape is \(6, 2, 2\)": with_valid(
+            lambda valid: valid.unflatten(1, (2, 2))),
+        r"two tensors, windows and valid; got Tensor": changed("to_windows", lambda made: made[0]),
+    },
+    "4d_timestep_embedding": {
+        "divides by n / 2 - 1": dict(timestep_embedding=last_frequency_by_exp),
+    },
+    "4e_cross_attention": {
+        r"keys \(B, H, Q, K\): not right.\n  Its shape is \(2, 5, 12\), expected \(2, 3, 5, 4\)":
+            dict(project_kv=without_heads),
+    },
+    "5a_tap_layers": {
+        r"Yours is a Tensor": changed("tap_layers", torch.tensor),
+        r"Yours holds float": changed("tap_layers", lambda found: [float(i) for i in found]),
+    },
+    "5b_connector": {
+        r"`3.weight`, .* changed in place": dict(
+            connector=lambda states, weights: right.connector(states, spoilt(weights))),
+    },
+    "5c_append_queries": {r"x: not right.\n  The queries come last": dict(
+        append_queries=queries_in_front)},
+    "5e_condition": {
+        r"a list of L = 3 pairs .* Yours is a list of 2": changed(
+            "condition", lambda pairs: pairs[:2]),
+        r"Yours is a NoneType": changed("condition", lambda pairs: None),
+        r"block 0: expected two tensors, keys and values; got Tensor": changed(
+            "condition", lambda pairs: [keys for keys, _ in pairs]),
+    },
+}

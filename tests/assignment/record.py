@@ -79,7 +79,7 @@ def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def flow_inputs() -> dict:
     draw = Draw(1)
     latents = dict(x0=draw(4, 3, 5, 4), eps=draw(4, 3, 5, 4),
-                   t=torch.tensor([0.9, 0.6, 0.35, 0.05]))
+                   t=torch.tensor([0.9, 0.6, 0.3337, 0.05]))
     moving = dict(x_t=draw(2, 3, 4, 4), v=draw(2, 3, 4, 4))
     return {"1a_flow_matching": latents, "1b_loss": latents, "1c_schedule": {},
             "1d_clean_latents": moving, "1e_euler": moving}
@@ -125,7 +125,8 @@ def dit_inputs() -> dict:
     return {
         "4a_attention_n_by_n": attention[0],
         "4b_linear_attention": attention[1],
-        "4d_timestep_embedding": {"time": torch.tensor([999.0, 500.0, 3.0])},
+        # Small enough: the rounding of an angle grows with it.
+        "4d_timestep_embedding": {"time": torch.tensor([250.0, 40.0, 3.0])},
         "4e_cross_attention": cross,
         "4f_mix_ffn": ffn,
         "4g_adaln_block": block,
