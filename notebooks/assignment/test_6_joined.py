@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +18,7 @@ from notebooks.assignment.grading import Wrong, close, message, worth
 
 TEXT = "a red circle left of a blue square"
 EDIT = "make the circle green"
+WHITE = 255, 255, 255
 STEPS = 5
 SETTINGS = dict(shift=3.0, guidance=4.5, image_guidance=3.0)
 # Of the largest latent. Rounding is multiplied by guidance, step after step.
@@ -47,17 +49,35 @@ def with_table(change: Callable, *request) -> torch.Tensor:
     return torch.func.functional_call(dit, changed, request)
 
 
-def without_silu(*request) -> torch.Tensor:
-    """The velocity where the embedding as it stands makes the modulation."""
-    part = shipped().dit.time_embed
-    seen = []
-    hooks = [part.fc2.register_forward_hook(lambda layer, args, out: seen.append(out)),
-             part.modulation.register_forward_pre_hook(lambda layer, args: seen[-1])]
+def hooked(part: str, change: Callable, *request) -> torch.Tensor:
+    """The velocity where `change` makes something else of what goes into a part, and comes out."""
+    layer = shipped().dit.get_submodule(part)
+    hook = layer.register_forward_hook(lambda layer, args, out: change(*args, out))
     try:
         return shipped().dit(*request)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+
+
+def without_silu(time: torch.Tensor, made: tuple) -> tuple:
+    """The embedding as it stands makes the modulation."""
+    modulation, e = made
+    linear = shipped().dit.time_embed.modulation
+    return linear(e[:, 0]).unflatten(1, (6, -1)), e
+
+
+def silu_at_the_end(time: torch.Tensor, made: tuple) -> tuple:
+    modulation, e = made
+    return modulation, F.silu(e)
+
+
+def split_last(time: torch.Tensor, made: tuple) -> tuple:
+    modulation, e = made
+    return modulation.flatten(1).unflatten(1, (-1, 6)).transpose(1, 2), e
+
+
+def without_patch_bias(x: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    return made - shipped().dit.patch_embed.bias[:, None, None]
 
 
 @worth(4)
@@ -83,7 +103,16 @@ def test_6a_velocity(adapters):
             lambda: with_table(lambda table: torch.stack([table[0], table[1] - 1]), x_t, time,
                                keys_values),
         "There is a SiLU between e and time_embed.modulation.":
-            lambda: without_silu(x_t, time, keys_values),
+            lambda: hooked("time_embed", without_silu, x_t, time, keys_values),
+        "At the end the table is added to e itself. Yours is added to SiLU(e).":
+            lambda: hooked("time_embed", silu_at_the_end, x_t, time, keys_values),
+        "The modulation (B, 6 D) is split into (6, D): first all of the first shift. Yours is "
+        "split into (D, 6).":
+            lambda: hooked("time_embed", split_last, x_t, time, keys_values),
+        "patch_embed has a bias, too.":
+            lambda: hooked("patch_embed", without_patch_bias, x_t, time, keys_values),
+        "At the end, too, a LayerNorm stands before (1 + scale) and shift.":
+            lambda: hooked("norm_out", lambda x, made: x, x_t, time, keys_values),
     }
     check("6a velocity", mine, right, mistakes)
 
@@ -105,12 +134,13 @@ def check(what: str, mine: torch.Tensor, right: torch.Tensor, mistakes: dict,
 # ------------------------------------------------------------------------------------- pictures
 
 def request(edit: bool) -> tuple[str, Image.Image | None]:
-    """Text and picture; something to edit is a red circle on white."""
+    """Text and picture; something to edit is a red circle on white. The picture is wider than
+    high, so that rows and columns are told apart."""
     if not edit:
         return TEXT, None
     side = shipped().config.size
-    image = Image.new("RGB", (side, side), (255, 255, 255))
-    corner = side // 5, side // 3
+    image = Image.new("RGB", (side, side * 3 // 4), WHITE)
+    corner = side // 5, side // 4
     ImageDraw.Draw(image).ellipse([*corner, *(x + side // 3 for x in corner)], fill=(220, 30, 30))
     return EDIT, image
 
@@ -177,29 +207,76 @@ def reading():
         hook.remove()
 
 
-def first_difference(edit: bool, seen: list) -> str:
-    """Where what was read departs from what the repository reads, row by row."""
+Reading = tuple[torch.Tensor, torch.Tensor]
+
+
+def read_rightly(text: str, image: Image.Image | None) -> Reading:
+    """What the repository reads for a row."""
+    with reading() as seen:
+        shipped().encode([text], image and [[image]])
+    return seen[0]
+
+
+def alike(a: Reading, b: Reading) -> bool:
+    return close(a[1], b[1], 0) and close(a[0], b[0], TOLERANCE)
+
+
+def rows_to_read(edit: bool) -> dict:
+    """What is said of a row -> its text and picture."""
     text, image = request(edit)
-    rows = {f'"{text}"': (text, image), 'the null prompt ""': ("", image)}
-    if edit:
-        rows["the black picture"] = "", Image.new("RGB", image.size)
-    for row, (text, image) in rows.items():
-        with reading() as right:
-            shipped().encode([text], image and [[image]])
-        x, positions = right[0]
-        same = [read for read in seen if len(read[0]) == len(x)]
-        if not same:
-            lengths = [len(read[0]) for read in seen]
-            return (f"For {row}, given.read should be handed {len(x)} tokens, prompt and queries; "
-                    f"it was handed {lengths}.")
-        same = [read for read in same if close(read[1], positions, 0)]
-        if not same:
-            return f"For {row}, the positions that given.read was handed are not the right ones."
-        if not any(close(read[0], x, TOLERANCE) for read in same):
-            return (f"For {row}, the tokens that given.read was handed are not the right ones: "
-                    "queries, or what the ViT made of the picture by your windows.")
+    if not edit:
+        return {f'"{text}"': (text, None), 'the null prompt ""': ("", None)}
+    return {f'"{text}" with the picture': (text, image), '"" with the picture': ("", image),
+            'the null prompt "" with a black picture': ("", Image.new("RGB", image.size))}
+
+
+def first_difference(edit: bool, seen: list[Reading]) -> str:
+    """Where what was read departs from what the repository reads, row by row."""
+    right = {row: read_rightly(*asked) for row, asked in rows_to_read(edit).items()}
+    others = [read for read in seen if not any(alike(read, r) for r in right.values())]
+    for row, expected in right.items():
+        if not any(alike(read, expected) for read in seen):
+            return taken_for(edit, others) or departure(row, expected, others, edit)
     return ("What given.read was handed is right. Look behind it: rungs, condition, guidance, the "
             "loop.")
+
+
+def taken_for(edit: bool, others: list[Reading]) -> str:
+    """What to say of a row that is another than the three of an edit; "" of none."""
+    text, image = request(edit)
+    if not edit:
+        return ""
+    black, square = Image.new("RGB", image.size), (image.width, image.width)
+    known = {
+        "The null prompt is read with a black picture: yours has none.": ("", None),
+        "The null prompt is read with a black picture: yours is white.":
+            ("", Image.new("RGB", image.size, WHITE)),
+        "The black picture is as large as the picture. Yours is of another size.":
+            ("", Image.new("RGB", square)),
+        'The picture\'s own row has no text: "" with the picture. Yours has the text, and a black '
+        "picture.": (text, black),
+    }
+    for said, asked in known.items():
+        if any(alike(read, read_rightly(*asked)) for read in others):
+            return said
+    return ""
+
+
+def departure(row: str, expected: Reading, others: list[Reading], edit: bool) -> str:
+    """others: what was read and is not right for any row."""
+    x, positions = expected
+    if not others:
+        return f"For {row}, given.read was not called."
+    same = [read for read in others if len(read[0]) == len(x)]
+    if not same:
+        lengths = [len(read[0]) for read in others]
+        return (f"For {row}, given.read should be handed {len(x)} tokens, prompt and queries; "
+                f"it was handed {lengths}.")
+    if not any(close(read[1], positions, 0) for read in same):
+        return f"For {row}, the positions that given.read was handed are not the right ones."
+    seen = ", and at what the ViT made of the picture by your windows" if edit else ""
+    return (f"For {row}, the tokens that given.read was handed are not the right ones: look at the "
+            f"queries{seen}.")
 
 
 # -------------------------------------------------------------------------------------- problems
@@ -219,7 +296,7 @@ def draw(adapters, edit: bool, steps: int = STEPS) -> torch.Tensor:
 @worth(5)
 @torch.no_grad()
 def test_6b_draw(adapters):
-    check_drawing("6b draw: latents", adapters, False, mistaken(False))
+    check_drawing("6b draw, latents", adapters, False, mistaken(False))
 
 
 @worth(4)
@@ -233,7 +310,7 @@ def test_6c_edit(adapters):
             lambda: latents(True, image_guidance=1.0),
         "The two scales of guidance are swapped.": lambda: latents(True, **swapped),
     }
-    check_drawing("6c edit: latents", adapters, True, mistakes)
+    check_drawing("6c edit, latents", adapters, True, mistakes)
 
 
 def operations(work) -> int:

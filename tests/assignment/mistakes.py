@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from tests.assignment import adapters as right
 
@@ -622,6 +623,17 @@ def each_row_alike(given, text, picture):
     return [("", picture), (text, picture)]
 
 
+def rows_with(null=lambda picture: Image.new("RGB", picture.size), image_text=lambda text: "",
+              image_picture=same):
+    """Three rows. null: makes the null prompt's picture; the others the row of the picture."""
+    def requests(given, text, picture):
+        black = Image.new("RGB", picture.size)
+        alone = black if image_picture is None else picture
+        return [("", null(picture)), (image_text(text), alone), (text, picture)]
+
+    return drawing(patched=dict(requests=requests))
+
+
 def without_pictures(given, text, picture):
     return [("", None), (text, None)]
 
@@ -645,6 +657,7 @@ def keys_each_step(velocity, x, steps, shift, solver):
 
 # As they are when nothing is replaced.
 right_denoise, right_velocity = right.denoise, right.velocity
+right_append_queries = right.append_queries
 
 
 def other_velocity_of(change):
@@ -663,17 +676,30 @@ def other_weights(**changes):
     return dict(velocity=velocity)
 
 
-def without_silu(x_t, time, keys_values, weights, head_dim, n_head):
-    """The timestep's embedding as it stands makes the modulation."""
+def other_embedding(before=F.silu, split=lambda six: six.unflatten(1, (6, -1)), at_the_end=same):
+    """before: the modulation's layer; at_the_end: what is done to e there."""
+    def velocity(x_t, time, keys_values, weights, head_dim, n_head):
+        model = right.whole_dit(weights, head_dim, n_head)
+
+        def embed(t):
+            part = model.time_embed
+            e = part.fc2(F.silu(part.fc1(right.timestep_embedding(t, 256))))
+            return split(part.modulation(before(e))), at_the_end(e)[:, None]
+
+        with mock.patch.object(model.time_embed, "forward", embed):
+            return model(x_t, time, keys_values)
+
+    return dict(velocity=velocity)
+
+
+def no_norm_at_the_end(x_t, time, keys_values, weights, head_dim, n_head):
     model = right.whole_dit(weights, head_dim, n_head)
-
-    def embed(t):
-        part = model.time_embed
-        e = part.fc2(F.silu(part.fc1(right.timestep_embedding(t, 256))))
-        return part.modulation(e).unflatten(1, (6, -1)), e[:, None]
-
-    with mock.patch.object(model.time_embed, "forward", embed):
+    with mock.patch.object(model.norm_out, "forward", same):
         return model(x_t, time, keys_values)
+
+
+def loud_queries(x, positions, queries):
+    return right_append_queries(x, positions, 2 * queries)
 
 
 def without_queries(x, positions, queries):
@@ -697,6 +723,7 @@ DRAWING = {
 # Of these nothing is known but where they depart.
 READ = {
     "positions that given.read": drawing(patched=append(step=0)),
+    r"the right ones: look at the queries\.": drawing(patched=dict(append_queries=loud_queries)),
     "should be handed": drawing(patched=dict(append_queries=without_queries)),
     "handed is right. Look behind it": drawing(
         patched=climb(project=connector(gain=False))),
@@ -710,7 +737,12 @@ JOINED = {
         "Shift first, then scale": other_weights(scale_shift_table=lambda t: t.flip(0)),
         r"x \(1 \+ scale\)": other_weights(
             scale_shift_table=lambda t: t - torch.tensor([[0.0], [1.0]])),
-        "SiLU between e and": dict(velocity=without_silu),
+        "SiLU between e and": other_embedding(before=same),
+        r"added to SiLU\(e\)": other_embedding(at_the_end=F.silu),
+        r"split into \(D, 6\)": other_embedding(
+            split=lambda six: six.unflatten(1, (-1, 6)).transpose(1, 2)),
+        "patch_embed has a bias": other_weights(**{"patch_embed.bias": torch.zeros_like}),
+        r"LayerNorm stands before \(1": dict(velocity=no_norm_at_the_end),
         "first row's for all": other_velocity_of(lambda time, kv: (time[:1].expand(2), kv)),
     },
     "6b_draw": DRAWING | READ,
@@ -718,6 +750,13 @@ JOINED = {
         "by your windows": drawing(patched=dict(from_windows=left_in_windows)),
         "The picture is not read": drawing(patched=dict(requests=without_pictures)),
         "two-way guidance": drawing(patched=dict(requests=each_row_alike)),
+        "black picture: yours has none": rows_with(null=lambda picture: None),
+        "black picture: yours is white": rows_with(
+            null=lambda picture: Image.new("RGB", picture.size, (255, 255, 255))),
+        "Yours is of another size": rows_with(null=lambda picture: Image.new("RGB", (64, 64))),
+        "Yours has the text, and a black picture": rows_with(
+            image_text=same, image_picture=None),
+        'For "" with the picture, given.read was not called': rows_with(image_text=same),
         "two scales of guidance are swapped": drawing(
             guidance=lambda s: s["image_guidance"], image_guidance=lambda s: s["guidance"]),
     },
