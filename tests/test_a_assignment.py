@@ -3,7 +3,10 @@ their names, an empty hand is led on, and what is recorded can be recorded again
 import ast
 import json
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,8 +48,9 @@ def test_the_repositorys_own_functions_get_full_marks(full):
     done, scores = full
     assert done.returncode == 0, done.stdout
     assert (scores["points"], scores["of"]) == (100, 100)
-    assert "in all: 100 of 100 points" in done.stdout and "\nall right" in done.stdout
+    assert "in all: 100 of 100 points" in done.stdout
     # And whoever hands them in is found out.
+    assert "\nall right, but not all of it your own" in done.stdout
     assert {f"adapters.py imports {name}" for name in ("dit", "ladder")} < set(scores["borrowed"])
 
 
@@ -65,6 +69,8 @@ def test_who_has_written_nothing_is_told_what_to_write():
 
 
 ONE_WRITTEN = """
+from torch.nn.functional import scaled_dot_product_attention
+
 from flow import flow_matching
 
 def loss(velocity, x0, t, eps):
@@ -72,6 +78,9 @@ def loss(velocity, x0, t, eps):
 
 def schedule(steps, shift):
     raise NotImplementedError
+
+def attention_n_by_n(q, k, v):
+    return scaled_dot_product_attention(q, k, v)
 """
 FLOW = """
 def flow_matching(x0, t, eps):
@@ -87,11 +96,12 @@ def test_what_a_student_sees(tmp_path):
     (tmp_path / "flow.py").write_text(FLOW)
     # What nobody imports does no harm.
     (tmp_path / "unfinished.py").write_text("def (")
-    done = graded("--adapters", tmp_path / "adapters.py", "-k", "1a or 1b or 1c")
+    done = graded("--adapters", tmp_path / "adapters.py", "-k", "1a or 1b or 1c or 4a")
     assert done.returncode == 1
     assert "v points from data to noise: eps - x0. Yours is x0 - eps." in done.stdout
     assert "return x0 + t[:3]" in done.stdout and "size of tensor" in done.stdout
-    assert "in all: 0 of 11 points\nnext: mend 1a" in done.stdout
+    assert "scaled_dot_product_attention was called: attention is what you write" in done.stdout
+    assert "in all: 0 of 14 points\nnext: mend 1a" in done.stdout
     assert "FAILED" not in done.stdout
     assert len(done.stdout.splitlines()) < 50, done.stdout
 
@@ -101,7 +111,7 @@ def test_what_a_student_sees(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, said", [
-    ("dit.py", "", "Rename yours (my_dit.py)"),
+    ("dit.py", "", "rename it (my_dit.py)"),
     ("adapters.py", "from flow_that_is_not_there import loss", "No module named 'flow_that"),
     ("adapters.py", "def loss(:", "SyntaxError"),
 ])
@@ -112,6 +122,22 @@ def test_files_that_cannot_be_graded_are_refused_in_words(tmp_path, monkeypatch,
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(said)):
         load_adapters(tmp_path / "adapters.py")
+
+
+@pytest.mark.parametrize("name", ["dit.py", "sample.py"])
+def test_a_name_of_the_repositorys_is_refused_before_anything_is_imported(tmp_path, name):
+    """In the students' own folder, which pytest puts in front of the repository."""
+    folder = tmp_path / "notebooks" / "assignment"
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / name).write_text("")
+    (folder / name).write_text("")
+    done = subprocess.run([sys.executable, "-m", "pytest", folder, "-k", "4a"], text=True,
+                          capture_output=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout
+    said = f"{Path('notebooks/assignment', name)} has the name of a file of the repository"
+    assert said in done.stdout and f"rename it (my_{name})" in done.stdout, done.stdout
+    assert "ImportError" not in done.stdout
 
 
 def test_grading_ends_where_there_is_nothing_to_grade(tmp_path):
@@ -160,6 +186,18 @@ def test_what_numbers_do_not_tell_is_refused_in_words(name, said):
     """Kinds of numbers, shapes, lengths, and what is changed in place."""
     with pytest.raises(Wrong, match=said):
         RECORDED[name](record.plugged(**REFUSED[name][said]))
+
+
+@pytest.mark.parametrize("attention", [
+    lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+    lambda x: torch.nn.MultiheadAttention(4, 2, batch_first=True).eval()(x, x, x),
+])
+@torch.no_grad()
+def test_attention_of_pytorchs_is_refused(attention):
+    x = torch.ones(1, 2, 4)
+    attention(x)
+    with pytest.raises(Wrong, match="attention is what you write"), grading.OwnAttention():
+        attention(x)
 
 
 @pytest.mark.slow

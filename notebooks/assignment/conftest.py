@@ -11,8 +11,8 @@ import re
 
 import pytest
 
-from notebooks.assignment.grading import Wrong
-from notebooks.assignment.hand_in import ADAPTERS, borrowed, load_adapters
+from notebooks.assignment.grading import OwnAttention, Wrong
+from notebooks.assignment.hand_in import ADAPTERS, HERE, borrowed, check_names, load_adapters
 
 # Problem -> its report, in the order in which they ran.
 RESULTS = pytest.StashKey[dict]()
@@ -36,6 +36,16 @@ def pytest_configure(config):
         config.option.reportchars = ""
 
 
+def pytest_sessionstart(session):
+    """Before anything is imported: pytest puts this folder in front of the repository."""
+    folders = dict.fromkeys([HERE, adapters_file(session.config).parent])
+    try:
+        for folder in folders:
+            check_names(folder)
+    except ValueError as e:
+        pytest.exit(str(e), 2)
+
+
 def adapters_file(config) -> pathlib.Path:
     # Where pytest meets this folder on its way, it knows no such option.
     return config.getoption("--adapters", ADAPTERS).resolve()
@@ -51,6 +61,12 @@ def adapters(pytestconfig):
 
 
 # -------------------------------------------------------------------------------- of one problem
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    with OwnAttention():
+        return (yield)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
@@ -105,7 +121,7 @@ def pytest_terminal_summary(terminalreporter, config):
     taken = borrowed(adapters_file(config))
     for line in taken:
         say(f"not your own: {line}")
-    say(following(reports.values()))
+    say(following(reports.values(), taken))
     if file := config.getoption("--scores", None):
         file.write_text(json.dumps(as_json(reports, taken), indent=1))
 
@@ -118,15 +134,15 @@ def score(reports) -> str:
     return f"{sum(map(earned, reports))} of {sum(r.points for r in reports)}"
 
 
-def following(reports) -> str:
-    """Which problem to turn to: the first one that is not right."""
+def following(reports, taken: list[str]) -> str:
+    """Which problem to turn to: the first one that is not right. taken: what is not one's own."""
     for report in reports:
         number = report.problem.split()[0]
         if report.skipped:
             return f"next: write {report.problem} (handout.md, problem {number})"
         if report.failed:
             return f"next: mend {report.problem} (pytest notebooks/assignment -k {number})"
-    return "all right"
+    return "all right, but not all of it your own" if taken else "all right"
 
 
 def as_json(reports: dict, taken: list[str]) -> dict:

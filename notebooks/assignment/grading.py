@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 RECORDED = pathlib.Path(__file__).parent / "recorded.safetensors"
 # Of the largest number expected. What another order of the sums changes is a tenth of this.
@@ -24,6 +26,17 @@ DTYPES = {torch.bool: "True and False (bool)", torch.int64: "whole numbers (int6
 
 class Wrong(AssertionError):
     """An answer is not right. The message is for the student, so no traceback goes with it."""
+
+
+class OwnAttention(TorchFunctionMode):
+    """While it is entered, PyTorch's own attention is refused, however it was imported."""
+    others = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.others:
+            raise Wrong(f"{function.__name__} was called: attention is what you write here "
+                        "(handout.md, What is allowed).")
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass

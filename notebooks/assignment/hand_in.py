@@ -21,13 +21,20 @@ def own_files(adapters: pathlib.Path) -> list[pathlib.Path]:
     return [file for file in sorted(adapters.parent.glob("*.py")) if file.name not in GIVEN]
 
 
+def check_names(folder: pathlib.Path) -> None:
+    """ValueError for a student's file that Python would import in place of the repository's."""
+    for file in own_files(folder / ADAPTERS.name):
+        if file.stem in REPOSITORY:
+            shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+            raise ValueError(f"{shown} has the name of a file of the repository, and Python would "
+                             f"import the wrong one: rename it (my_{file.name}), and its import in "
+                             "adapters.py")
+
+
 def load_adapters(file: pathlib.Path) -> ModuleType:
     """ValueError where it, or what it imports, cannot be imported."""
     file = file.resolve()
-    clash = [own.name for own in own_files(file) if own.stem in REPOSITORY]
-    if clash:
-        raise ValueError(f"{', '.join(clash)}: a file of the repository has this name, too, and "
-                         f"Python would import the wrong one. Rename yours (my_{clash[0]})")
+    check_names(file.parent)
     # The student's files import each other by their bare names.
     sys.path.insert(0, str(file.parent))
     try:
