@@ -1,7 +1,8 @@
-"""Your model draws: the adapters' `draw`, from a sentence to a picture.
+r"""Your model draws: the adapters' `draw`, from a sentence to a picture.
 
     python -m notebooks.assignment.draw "a red circle left of a blue square"
-    python -m notebooks.assignment.draw "make the circle green" --image out.png --out green.png
+    python -m notebooks.assignment.draw "make the circle green" --image out.png --seed 1 \
+        --out out-green.png
 """
 import argparse
 import pathlib
