@@ -389,12 +389,12 @@ def tokenize_conversation(model: TBAC, aux_head: SummaryTokens, talk: Conversati
     ids, weight, pointing = [], [], []
     for i, (question, answer) in enumerate(talk.turns):
         text = next_turn(question) if i else chat(question, units, talk.system)
-        if "pointing" in args.aux:
-            pointing += mark_words(tok, aux_head, talk.scene, question, text, len(ids))
         asked = tok.encode(text)
         said = tok.encode("<|vision_start|>" if summed_up else answer + "<|im_end|>")
         if i and len(ids) + len(asked) + len(said) > PACKED_LENGTH:
             break
+        if "pointing" in args.aux:
+            pointing += mark_words(tok, aux_head, talk.scene, question, text, len(ids))
         ids += asked + said
         # Every answer counts the same, however long.
         weight += [0.0] * len(asked) + [0.0 if summed_up else 1 / len(said)] * len(said)

@@ -562,6 +562,19 @@ def test_summary_tokens_tell_each_thing_in_turn():
     assert which[15].tolist()[2:7] == [-100] * 5
 
 
+def test_what_does_not_fit_into_a_row_is_left_out_with_its_marks(tmp_path):
+    started = start(tmp_path, stage="mllm")
+    rng = random.Random(0)
+    scene = world.sample_scene(rng, 2)
+    turns = [(f"what shape is the {scene.things[i % 2].colour} object?", "circle")
+             for i in range(40)]
+    talk = pretrain.Conversation(pretrain.ASK, scene, turns)
+    marked = pretrain.tokenize_conversation(started.model, started.helper, talk, rng, started.args)
+    assert len(marked.prompt.ids) <= pretrain.PACKED_LENGTH
+    assert len(marked.weight) == len(marked.prompt.ids)
+    assert max(place for place, _ in marked.pointing) < len(marked.prompt.ids)
+
+
 def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, monkeypatch):
     """The labels of stage mllm, and the states that they are asked of: those of the token in which
     the words end, also where conversations share a row, which changes nothing for either."""
