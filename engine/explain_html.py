@@ -2,8 +2,8 @@
 and in a notebook it displays itself.
 
 One HTML file that asks for nothing else and stays below MAX_BYTES at the released sizes.
-explain.html is its text, its style and its script; the data that they show is made here, one JSON
-object: numbers as bytes with a scale, pictures as PNG or JPEG within a budget.
+explain.html is its text, its script and, with page.css, its style; the data that they show is made
+here, one JSON object: numbers as bytes with a scale, pictures as PNG or JPEG within a budget.
 
 Dimension key: as in explain.py; M moments, A tokens of an answer.
 """
@@ -23,9 +23,7 @@ from engine.explain import pooled, routes_of, watched_encoding
 from engine.mixer import slots
 from mllm import ASK
 
-TEMPLATE = pathlib.Path(__file__).with_name("explain.html")
-# Where the template has this, the data goes in.
-PLACE = "{{data}}"
+HERE = pathlib.Path(__file__).parent
 
 # Of a whole page. What follows adds up to less, at the released sizes.
 MAX_BYTES = 1_500_000
@@ -50,13 +48,24 @@ class Explanation:
     data: dict
 
     def html(self) -> str:
-        return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, in_script(self.data))
+        return filled("explain.html", self.data)
 
     def _repr_html_(self) -> str:
         """For a notebook: the page in a frame of its own, so that styles do not mix."""
         page = html.escape(self.html())
         return (f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="{self.data["title"]}" '
                 'style="width: 100%; height: 54rem; border: 0"></iframe>')
+
+
+def filled(name: str, data: dict) -> str:
+    """A page of this folder with what its script reads."""
+    return template(name).replace("{{data}}", in_script(data))
+
+
+def template(name: str) -> str:
+    """A page of this folder, with the style that our pages share."""
+    page, style = ((HERE / file).read_text(encoding="utf-8") for file in (name, "page.css"))
+    return page.replace("{{style}}", style)
 
 
 def in_script(data: dict) -> str:
@@ -96,12 +105,21 @@ def address(image: Image.Image, budget: int) -> str:
     attempts = [("png", dict(optimize=True))]
     attempts += [("jpeg", dict(quality=quality)) for quality in (90, 80, 70, 55, 40, 25, 10)]
     for kind, settings in attempts:
-        file = io.BytesIO()
-        image.save(file, kind, **settings)
-        if len(file.getvalue()) <= budget:
+        content = content_of(image, kind, **settings)
+        if len(content) <= budget:
             break
-    content = base64.b64encode(file.getvalue()).decode()
-    return f"data:image/{kind};base64,{content}"
+    return data_address(content, kind)
+
+
+def content_of(image: Image.Image, kind: str, **settings) -> bytes:
+    """Of a file of this kind."""
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def data_address(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ------------------------------------------------------------------------------------ the tokens

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from engine.checks import Kind, check_keys, number, one_of, or_null, several, whole
-from engine.explain_html import address, ladder_of
+from engine.explain_html import address, content_of, data_address, ladder_of
 from engine.jobs import Event
 from engine.limits import (
     MAX_FACTOR,
@@ -99,13 +99,6 @@ def picture_in(text: str | None) -> list[Image.Image]:
 
 # --------------------------------------------------------------------------------------- results
 
-def png(image: Image.Image) -> str:
-    """As a data: address."""
-    file = io.BytesIO()
-    image.save(file, "png")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 class Previews:
     """Pictures of a drawing on its way, as long as they cost a small part of its time."""
 
@@ -161,7 +154,8 @@ class Live:
             last = step.i + 1 == steps
             yield "step", dict(step=step.i + 1, t=step.t, **({} if last else previews.of(step)))
         picture = self.model.decode(step.x_t)[0]
-        yield "picture", dict(picture=png(picture), seconds=time.perf_counter() - start)
+        content = data_address(content_of(picture, "png"), "png")
+        yield "picture", dict(picture=content, seconds=time.perf_counter() - start)
 
     def answering(self, request: dict) -> Iterator[Event]:
         images = picture_in(request["image"])

@@ -6,8 +6,8 @@
 
 A connection carries one request and lives as long as its job: who closes the tab takes the job out
 of the line, or stops it. The thread that calls `serve` computes; a thread for each connection
-reads, checks and writes. The page is the only file that is ever opened. Whatever is not as it
-should be is refused with a status and {"error": why}.
+reads, checks and writes. The page and its style are the only files that are ever opened. Whatever
+is not as it should be is refused with a status and {"error": why}.
 """
 import base64
 import contextlib
@@ -16,7 +16,6 @@ import http.server
 import io
 import ipaddress
 import json
-import pathlib
 import queue
 import re
 import signal
@@ -30,7 +29,7 @@ from http import HTTPStatus
 
 from engine.checks import printable
 from engine.command import whole_lines
-from engine.explain_html import in_script
+from engine.explain_html import filled
 from engine.files import parse_json
 from engine.jobs import LAST, Full, Job, Line
 from engine.limits import (
@@ -43,7 +42,6 @@ from engine.limits import (
 )
 from engine.live import Live, stoppable
 
-TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 # How often a connection is asked whether it still stands, and how often it is written to though
 # there is nothing to say, in seconds.
 LOOK_SECONDS = 0.2
@@ -355,13 +353,13 @@ class Server(socketserver.ThreadingTCPServer):
 def page_of(live: Live) -> tuple[bytes, str]:
     """page.html with what it has to know; and what it may do: run its own script and talk to this
     server."""
-    text = TEMPLATE.read_text(encoding="utf-8")
+    text = filled("page.html", live.about())
     script, = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = ("default-src 'none'; img-src data: blob:; connect-src 'self'; "
               f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    return text.replace("{{data}}", in_script(live.about())).encode(), policy
+    return text.encode(), policy
 
 
 # ------------------------------------------------------------------------------------- serving

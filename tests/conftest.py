@@ -45,6 +45,18 @@ def tiny(tiny_folder):
     return TBAC.load(tiny_folder)
 
 
+@pytest.fixture(scope="session")
+def one(tiny_folder):
+    """The tiny model on the fast path, one for all tests, which leave it as it is."""
+    return fast.enable(TBAC.load(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def gradient():
+    """A picture, 56 wide and 84 high."""
+    return Image.radial_gradient("L").resize((56, 84)).convert("RGB")
+
+
 @pytest.fixture(params=["plain", "fast"])
 def model(request, tiny):
     """The tiny model, once on the plain path and once on the fast one."""

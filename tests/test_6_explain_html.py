@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import sample
-from engine import explain, explain_html, fast, mixer
+from engine import explain, explain_html, mixer
 from engine.checks import printable
-from tbac import TBAC, TBACConfig
+from tbac import TBACConfig
+from tests.browser import SECONDS
 
 HOSTILE = "</script><script>hacked = 1</script><!-- <script> & \u2028\u202e\x00\x1b[31m {{data}} \""
 
@@ -42,17 +43,6 @@ def same(packed, expected):
 def picture_in(address):
     kind, content = re.fullmatch(r"data:image/(png|jpeg);base64,(.*)", address).groups()
     return kind, base64.b64decode(content)
-
-
-@pytest.fixture(scope="module")
-def one(tiny_folder):
-    """The tiny model on the fast path, which no test changes."""
-    return fast.enable(TBAC.load(tiny_folder))
-
-
-@pytest.fixture(scope="module")
-def gradient():
-    return Image.radial_gradient("L").resize((56, 84)).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +163,7 @@ def test_an_answer_has_what_its_tokens_looked_at(one, gradient):
 def test_no_text_gets_out_of_its_place(one, prompt):
     html = sample.explained(one, prompt, compare=prompt or " ", steps=1).html()
     rest = html.replace(explain_html.in_script(data_of(html)), "")
-    assert rest == explain_html.TEMPLATE.read_text().replace("{{data}}", "")
+    assert rest == explain_html.template("explain.html").replace("{{data}}", "")
     data = data_of(html)
     assert data["prompt"] == data["mixer"]["other"] or not prompt
     shown = data["prompt"] + "".join(token["text"] for token in data["tokens"])
@@ -181,7 +171,7 @@ def test_no_text_gets_out_of_its_place(one, prompt):
 
 
 def test_the_template_asks_for_nothing():
-    template = explain_html.TEMPLATE.read_text()
+    template = explain_html.template("explain.html")
     assert "default-src 'none'" in template and template.count("{{data}}") == 1
     assert not re.search(r"https?:|//\w|@import|url\(|fetch|XMLHttp|WebSocket|innerHTML", template)
 
@@ -361,7 +351,7 @@ def test_in_a_notebook_it_displays_itself(browser, pages, tmp_path):
     """In a frame without rights on the page around it."""
     page = browser.open(pages["notebook"])
     # The page around it cannot look into the frame: only what one sees says that it is there.
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     colors = []
     while len(colors) <= 100 and time.monotonic() < deadline:
         page.screenshot(tmp_path / "page.png")

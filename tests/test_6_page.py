@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import sample
-from engine import fast, limits, page
+from engine import limits, page
 from engine.jobs import Abandoned, Full, Job, Line
 from engine.live import Previews, stoppable
 from engine.mixer import exchange
@@ -31,16 +31,6 @@ from tests.conftest import ROOT
 JSON = {"Content-Type": "application/json"}
 # A machine that does much else needs time.
 SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def one(tiny_folder):
-    return fast.enable(TBAC.load(tiny_folder))
-
-
-@pytest.fixture(scope="module")
-def gradient():
-    return Image.radial_gradient("L").resize((56, 84)).convert("RGB")
 
 
 def base64_of(image, kind="png", **settings):
