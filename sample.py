@@ -274,17 +274,24 @@ def check(args) -> None:
         check_outputs(args)
 
 
+# Of a request, beside what is to be drawn.
+SETTINGS = ("guidance", "image_guidance", "negative", "solver", "steps", "size")
+
+
+def as_request(model: TBAC, prompt: str, images: list[Image.Image], settings: dict) -> dict:
+    """What `denoise` is given for pictures of one prompt, which is read once for all of them."""
+    conditioning = encode_for_guidance(model, [prompt], [images], settings["image_guidance"],
+                                       settings["negative"])
+    return settings | dict(prompts=[prompt], images=[images], conditioning=conditioning)
+
+
 def draw(args, model: TBAC, images: list[Image.Image]) -> None:
     """The pictures one by one, each from its own seed, so that a picture does not depend on how
     many others are asked for."""
     files = outputs(args)
-    settings = {name: getattr(args, name) for name in
-                ("guidance", "image_guidance", "negative", "solver", "steps", "size")}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     record = settings | dict(prompt=args.prompt, model=str(args.model), images=args.image)
-    # Once for all pictures.
-    conditioning = encode_for_guidance(model, [args.prompt], [images], args.image_guidance,
-                                       args.negative)
-    request = settings | dict(prompts=[args.prompt], images=[images], conditioning=conditioning)
+    request = as_request(model, args.prompt, images, settings)
     if args.compile:
         one_step = request | dict(steps=1)
         fast.compile_parts(model, lambda: generate(model, **one_step))
@@ -300,7 +307,7 @@ def draw(args, model: TBAC, images: list[Image.Image]) -> None:
     if files.sheet:
         save_png(sheet(args, images, pictures), files.sheet, record)
     if files.page:
-        rungs = conditioning[0][:, -1]
+        rungs = request["conditioning"][0][:, -1]
         page = explain.drawing(model, args.prompt, images, pictures[0], rungs, watch)
         save_png(page, files.page, record | dict(seed=args.seed))
         write_text(files.html, explanation(model, request, args.seed, pictures[0], watch,
@@ -322,10 +329,10 @@ def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare:
               seed: int = 0, **settings) -> explain_html.Explanation:
     """What --explain writes as a page, of a picture drawn now; in a notebook it displays itself.
     settings: other ones than those of the command line."""
-    request = dict(prompts=[prompt], images=[list(images)], steps=20, guidance=4.5, negative="",
-                   image_guidance=model.config.image_guidance, solver="dpm++", size=None) | settings
-    request["conditioning"] = encode_for_guidance(
-        model, [prompt], [images], request["image_guidance"], request["negative"])
+    args = options(["a prompt"])
+    usual = {name: getattr(args, name) for name in SETTINGS}
+    usual["image_guidance"] = model.config.image_guidance
+    request = as_request(model, prompt, list(images), usual | settings)
     request["generator"] = torch.Generator().manual_seed(seed)
     watch = explain.Drawn(request["steps"])
     with tqdm(total=request["steps"], desc="draw", unit="step") as bar:
