@@ -11,8 +11,14 @@ entering MLLM layer n_mllm - n_dit + j:
     DiT block          0    1   ...   18   19       20 blocks
 
 The other wirings are there for comparison: no public source says whether the ladder is what helps.
+All are one matrix A, row by row, with rung_j = connector(sum over t of A[j, t] state_t):
 
-Dimension key: B batch, Q queries, M MLLM width, L rungs = DiT blocks, T tapped states.
+    ladder      row j has its 1 at state n_mllm - n_dit + j
+    final       every row has it at state n_mllm
+    mean        every row is 1 / T throughout
+    routed      A is learnt: the softmax of a row of logits
+
+Dimension key: B batch, Q queries, M MLLM width, L rungs = DiT blocks, T states = n_mllm + 1.
 """
 import random
 
@@ -30,6 +36,10 @@ WIRINGS = {
     "mean": "the average of all states, for every block",
     "routed": "a mixture of all states that each block learns",
 }
+CONNECTORS = {
+    "shared": "the paper's: one for all rungs",
+    "per-block": "each rung has its own, as in Bria FIBO",
+}
 
 
 def tap_layers(n_mllm: int, n_dit: int, wiring: str = "ladder") -> list[int]:
@@ -43,38 +53,50 @@ def tap_layers(n_mllm: int, n_dit: int, wiring: str = "ladder") -> list[int]:
     if wiring not in WIRINGS:
         raise ValueError(f"unknown wiring {wiring!r}, expected one of {list(WIRINGS)}")
     ladder = list(range(n_mllm - n_dit, n_mllm))
-    if wiring == "ladder":
-        return ladder
-    if wiring == "final":
-        return [n_mllm] * n_dit
-    if wiring == "penultimate":
-        return [n_mllm - 1] * n_dit
-    if wiring == "uniform":
-        return [round(j * (n_mllm - 1) / max(1, n_dit - 1)) for j in range(n_dit)]
-    if wiring == "first":
-        return list(range(n_dit))
-    if wiring == "reversed":
-        return ladder[::-1]
-    if wiring == "shuffled":
-        return random.Random(0).sample(ladder, n_dit)
-    return list(range(n_mllm + 1))
+    every = list(range(n_mllm + 1))
+    taps = {
+        "ladder": ladder,
+        "final": [n_mllm] * n_dit,
+        "penultimate": [n_mllm - 1] * n_dit,
+        "uniform": [round(j * (n_mllm - 1) / max(1, n_dit - 1)) for j in range(n_dit)],
+        "first": every[:n_dit],
+        "reversed": ladder[::-1],
+        "shuffled": random.Random(0).sample(ladder, n_dit),
+        "mean": every,
+        "routed": every,
+    }
+    return taps[wiring]
+
+
+def build_connector(mllm_dim: int, caption_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(mllm_dim, caption_dim),
+        nn.GELU("tanh"),
+        nn.Linear(caption_dim, caption_dim),
+        nn.RMSNorm(caption_dim, eps=1e-5),
+    )
+
+
+class PerBlock(nn.ModuleList):
+    """Connectors, one for each rung."""
+
+    def forward(self, tapped: Tensor) -> Tensor:
+        return torch.stack([connect(x) for connect, x in zip(self, tapped, strict=True)])
 
 
 class Ladder(nn.Module):
     """Queries, taps and connector: all that is new between the two pretrained models."""
 
     def __init__(self, n_query: int, mllm_dim: int, caption_dim: int, n_mllm: int, n_dit: int,
-                 wiring: str = "ladder"):
+                 wiring: str = "ladder", connector: str = "shared"):
         super().__init__()
         self.taps = tap_layers(n_mllm, n_dit, wiring)
         # A parameter of its own, not rows of the frozen embedding table (docs/paper_to_code.md).
         self.queries = nn.Parameter(torch.empty(n_query, mllm_dim))
-        self.connector = nn.Sequential(
-            nn.Linear(mllm_dim, caption_dim),
-            nn.GELU("tanh"),
-            nn.Linear(caption_dim, caption_dim),
-            nn.RMSNorm(caption_dim, eps=1e-5),
-        )
+        if connector == "per-block":
+            self.connector = PerBlock(build_connector(mllm_dim, caption_dim) for _ in range(n_dit))
+        else:
+            self.connector = build_connector(mllm_dim, caption_dim)
         # Only two wirings mix states: (L, T) logits of each block's mixture, at first the mean.
         routes = torch.zeros(n_dit, n_mllm + 1) if wiring in ("mean", "routed") else None
         if wiring == "routed":
@@ -86,15 +108,24 @@ class Ladder(nn.Module):
         """Queries like token embeddings; a gain of sqrt(5.5) brings the rungs to the scale that
         SANA knows from its captions."""
         nn.init.normal_(self.queries, std=0.02, generator=generator)
-        for layer in (self.connector[0], self.connector[2]):
-            nn.init.xavier_uniform_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.connector[3].weight, 5.5 ** 0.5)
+        for layer in self.connector.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
+                nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.RMSNorm):
+                nn.init.constant_(layer.weight, 5.5 ** 0.5)
+
+    def matrix(self, n_state: int) -> Tensor:
+        """A (L, n_state): how much of each state goes into each rung."""
+        if self.routes is not None:
+            return self.routes.float().softmax(1)
+        taps = torch.tensor(self.taps, device=self.queries.device)
+        return nn.functional.one_hot(taps, n_state).float()
 
     def forward(self, states: list[Tensor]) -> Tensor:
         """The queries' states at every depth, each (B, Q, M) -> rungs (L, B, Q, caption_dim)."""
-        tapped = torch.stack([states[i] for i in self.taps])       # (T, B, Q, M), usually T = L
+        tapped = torch.stack([states[i] for i in self.taps])       # (L, B, Q, M), or of all T
         if self.routes is not None:
-            mixture = self.routes.float().softmax(1)               # (L, T)
-            tapped = torch.einsum("lt,tbqm->lbqm", mixture, tapped.float())
+            A = self.matrix(len(states))                           # (L, T)
+            tapped = torch.einsum("lt,tbqm->lbqm", A, tapped.float())
         return self.connector(tapped.to(self.queries.dtype))       # (L, B, Q, caption_dim)

@@ -52,6 +52,7 @@ class TBACConfig:
     dcae: DCAEConfig = field(default_factory=DCAEConfig)
     n_query: int = 64
     wiring: str = "ladder"              # which MLLM state feeds which DiT block: ladder.WIRINGS
+    connector: str = "shared"           # by all rungs: ladder.CONNECTORS
     size: int = 512                     # default side of a picture, in pixels
     image_guidance: float = 1.5         # default: how closely an edit keeps to its picture
     max_prompt: int = 256               # tokens of the prompt that are read when drawing
@@ -60,7 +61,7 @@ class TBACConfig:
     def build_ladder(self) -> Ladder:
         """A ladder of these sizes, its weights not yet set."""
         return Ladder(self.n_query, self.mllm.dim, self.dit.caption_dim, self.mllm.n_layer,
-                      self.dit.n_layer, self.wiring)
+                      self.dit.n_layer, self.wiring, self.connector)
 
     def to_dict(self) -> dict:
         """The content of config.json."""

@@ -116,7 +116,7 @@ def drop_condition(example: Example, rng: random.Random, p: float) -> tuple[str,
 
 def build(args) -> TBAC:
     """Loads --model, what learns in float32. --take replaces parts by those of other folders,
-    --wiring and --queries the ladder by a fresh one."""
+    --wiring, --connector and --queries the ladder by a fresh one."""
     if not (args.model and args.data):
         raise ValueError(f"--preset {args.preset} needs --model and --data")
     dtype = dict.fromkeys(LEARNS[args.train], torch.float32)
@@ -124,11 +124,12 @@ def build(args) -> TBAC:
     for part, folder in (take.split("=", 1) for take in args.take):
         other = TBAC.load(folder, args.device, dtype)
         setattr(model, part, getattr(other, part))
-        names = ("n_query", "wiring") if part == "ladder" else (part,)
+        names = ("n_query", "wiring", "connector") if part == "ladder" else (part,)
         new = {name: getattr(other.config, name) for name in names}
         model.config = dataclasses.replace(model.config, **new)
-    if args.wiring or args.queries:
+    if args.wiring or args.connector or args.queries:
         new = dict(wiring=args.wiring or model.config.wiring,
+                   connector=args.connector or model.config.connector,
                    n_query=args.queries or model.config.n_query)
         model.config = dataclasses.replace(model.config, **new)
         model.ladder = model.config.build_ladder().to(args.device)

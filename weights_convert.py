@@ -442,8 +442,8 @@ def export(folder: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     TBAC-UniImage's code reads."""
     file = folder / "config.json"
     config = TBACConfig.from_dict(read_json(file), file)
-    if config.wiring != "ladder":
-        raise ValueError(f"{folder} is wired as {config.wiring!r}; "
+    if (config.wiring, config.connector) != ("ladder", "shared"):
+        raise ValueError(f"{folder} is wired as {config.wiring!r}, connector {config.connector}; "
                          "the released code knows the paper's ladder only")
     if dtype == torch.int8 or is_stored(folder):
         raise ValueError(f"--export {folder}: the released code knows no weights in 8 bits")

@@ -1,6 +1,7 @@
 """What a config.json may hold: the kind and range of every key in one table (CONFIG), and the rules
 that join several keys in another (RULES). Nothing has a default: a key that is missing or unknown
-is an error. A message names file, key, value and what is expected.
+is an error. What an older format lacks stands in ADDED. A message names file, key, value and what
+is expected.
 
 The dataclasses themselves stand in vit.py, mllm.py, dit.py, dcae.py and tbac.py.
 """
@@ -20,10 +21,12 @@ from engine.limits import (
     MAX_VOCABULARY,
     MAX_WIDTH,
 )
-from ladder import WIRINGS
+from ladder import CONNECTORS, WIRINGS
 
 # Of config.json, raised when an older program would misread a newer folder.
-FORMAT = 1
+FORMAT = 2
+# {format: the keys that it has added, with what folders from before it mean}
+ADDED = {2: {"connector": "shared"}}
 
 
 def shown(value) -> str:
@@ -142,6 +145,7 @@ CONFIG = {
     },
     "n_query": whole(1, MAX_QUERIES),
     "wiring": one_of(*WIRINGS),
+    "connector": one_of(*CONNECTORS),
     "size": whole(1, MAX_SIZE),
     "image_guidance": number(0, MAX_FACTOR),
     "max_prompt": whole(1, MAX_TOKENS),
@@ -228,6 +232,14 @@ def check_keys(found, kinds: dict | Kind, where: str, path: str = ""):
             for key, kind in kinds.items()}
 
 
+def upgraded(found: dict, since: int) -> dict:
+    """A config of format `since` as one of this format."""
+    for number, keys in ADDED.items():
+        if since < number:
+            found = found | {key: found.get(key, value) for key, value in keys.items()}
+    return found
+
+
 def check_config(found, where: str) -> dict:
     """The content of a config.json with every value checked, lists as tuples. ValueError also for
     that of another program, or of another version of this one."""
@@ -236,10 +248,13 @@ def check_config(found, where: str) -> dict:
                          "(public weights: weights_convert.py)")
     if "format" not in found:
         raise ValueError(f"{where} has no format. Folders from before version 0.2.0 have none, and "
-                         f'are otherwise the same: add the line "format": {FORMAT}, to it')
-    if type(found["format"]) is int and found["format"] > FORMAT:
-        raise ValueError(f"{where} has format {shown(found['format'])}, and this version reads "
-                         f"format {FORMAT} only: use a newer version of this project")
+                         'are otherwise those of format 1: add the line "format": 1, to it')
+    number = found["format"] if type(found["format"]) is int else 0
+    if number > FORMAT:
+        raise ValueError(f"{where} has format {shown(number)}, and this version reads formats up "
+                         f"to {FORMAT}: use a newer version of this project")
+    if number >= 1:
+        found = upgraded(found, number) | dict(format=FORMAT)
     checked = check_keys(found, CONFIG, where)
     del checked["format"]
     return checked

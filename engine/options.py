@@ -22,7 +22,7 @@ from engine.limits import (
     MAX_TRAINING_STEPS,
     MAX_WORKERS,
 )
-from ladder import WIRINGS
+from ladder import CONNECTORS, WIRINGS
 
 SWITCH = argparse.BooleanOptionalAction                     # --this, --no-this
 
@@ -43,6 +43,8 @@ def what_learns(add, presets):
     add("--take", type=take, nargs="*", default=[], metavar="PART=FOLDER",
         help="take a part (mllm, dcae, dit, ladder) from another folder")
     add("--wiring", choices=WIRINGS, help="start with a fresh ladder, wired like this")
+    add("--connector", choices=CONNECTORS, help="start with a fresh ladder, with one connector for "
+        "all rungs or one for each")
     add("--queries", type=count(1, MAX_QUERIES),
         help="start with a fresh ladder of so many queries")
     add("--data", type=path_text, nargs="+", metavar="SOURCE[=WEIGHT]", help="toy, toy-edit, "
@@ -145,7 +147,7 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
 # ---------------------------------------------------------------------------- the options of a run
 
 # What may stand as null in options.json.
-OPTIONAL = ("model", "wiring", "queries", "data", "steps", "epochs")
+OPTIONAL = ("model", "wiring", "connector", "queries", "data", "steps", "epochs")
 # What is asked for anew each time.
 NOT_STORED = ("out", "resume", "dry_run", "curves")
 

@@ -422,6 +422,9 @@ def read_counters(folder: pathlib.Path, model: dict) -> dict:
     than this one (`State.model_config`)."""
     file = folder / "state.json"
     found = checks.check_keys(read_json(file), COUNTERS, str(file))
+    if model and found["model"]:
+        # It has no format: what is not there had not been added yet.
+        found["model"] = checks.upgraded(found["model"], 1)
     if found["step"] != int(folder.name.removeprefix("step-")):
         raise ValueError(f"{file}: step = {found['step']}, and the folder has another one")
     if not found["updates"] <= found["step"] <= found["seen"]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit import DiT, DiTConfig, linear_attention, timestep_embedding
-from ladder import WIRINGS, Ladder, tap_layers
+from ladder import CONNECTORS, WIRINGS, Ladder, tap_layers
 from mllm import mrope_positions
 from tests.conftest import relative
 from vit import (
@@ -78,6 +78,37 @@ def test_each_wiring_gives_each_block_its_own_state(wiring, fed):
     for j, value in enumerate(fed):
         want = ladder.connector(torch.full((1, 3, 8), 1.0 + value)).detach()
         assert relative(out[j], want) < 1e-5
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_every_wiring_is_a_matrix(wiring, connector):
+    """rung_j = connector_j(sum over t of A[j, t] state_t), and every row of A adds up to 1."""
+    ladder = Ladder(3, 8, 6, 5, 2, wiring, connector)
+    ladder.init_weights(seeded())
+    if wiring == "routed":
+        torch.nn.init.normal_(ladder.routes, generator=seeded())
+    A = ladder.matrix(6).detach()
+    assert A.shape == (2, 6) and torch.allclose(A.sum(1), torch.ones(2))
+    if wiring != "routed":
+        assert torch.allclose(A @ torch.arange(6.0), torch.tensor(FED[wiring], dtype=torch.float))
+    states = torch.randn(6, 1, 3, 8, generator=seeded())
+    rungs = ladder(list(states))
+    for j, row in enumerate(A):
+        mixed = sum(weight * state for weight, state in zip(row, states))
+        connect = ladder.connector[j] if connector == "per-block" else ladder.connector
+        assert relative(rungs[j], connect(mixed)) < 1e-6
+
+
+def test_a_connector_per_block_differs_from_block_to_block():
+    """In nothing else: as many queries, and each connector as large as the shared one."""
+    shared, own = (Ladder(3, 8, 6, 5, 2, "final", connector) for connector in CONNECTORS)
+    n = {name: sum(p.numel() for p in ladder.connector.parameters())
+         for name, ladder in (("shared", shared), ("own", own))}
+    assert n["own"] == 2 * n["shared"]
+    own.init_weights(seeded())
+    first, second = own([torch.ones(1, 3, 8)] * 6)
+    assert relative(first, second) > 0.1
 
 
 def test_every_wiring_runs_from_prompt_to_rungs(model):

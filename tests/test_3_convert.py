@@ -58,6 +58,10 @@ def test_export_knows_the_released_wiring_only(tiny_folder, tmp_path):
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config | dict(wiring="final")))
     with pytest.raises(ValueError, match="wired as 'final'"):
         export(tmp_path / "ours", tmp_path / "out")
+    own = config | dict(connector="per-block")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(own))
+    with pytest.raises(ValueError, match="connector per-block"):
+        export(tmp_path / "ours", tmp_path / "out")
     export(tiny_folder, tmp_path / "half", torch.bfloat16)
     assert {t.dtype for t in tensors(tmp_path / "half").values()} == {torch.bfloat16}
     for file in weight_files(tmp_path / "half"):

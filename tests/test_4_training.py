@@ -18,7 +18,7 @@ import train
 from engine import data
 from engine.log import plot_curves
 from engine.pictures import to_pixels
-from engine.state import Guard
+from engine.state import Guard, checkpoints
 from engine.stream import first_examples
 from lab import pretrain
 from sample import TOY_FOLDER
@@ -125,6 +125,7 @@ def test_every_stage_runs_and_saves_a_model(stage, tmp_path):
     (("--wiring", "routed"), "routed", 16),
     (("--wiring", "mean"), "mean", 16),
     (("--wiring", "final", "--queries", 4), "final", 4),
+    (("--connector", "per-block"), "ladder", 16),
 ])
 def test_another_ladder_is_trained_saved_and_gone_on_with(tmp_path, args, wiring, queries):
     run = start(tmp_path, *args, "--save-every", 1)
@@ -132,10 +133,25 @@ def test_another_ladder_is_trained_saved_and_gone_on_with(tmp_path, args, wiring
     run.save()
     model = TBAC.load(tmp_path)
     assert (model.config.wiring, model.config.n_query) == (wiring, queries)
+    assert ("per-block" in args) == (model.config.connector == "per-block")
     assert model.encode(["a dog"]).shape == (6, 1, queries, 128)
     again = start(tmp_path, *args, "--resume")
     assert again.state.step == 1
     assert all(torch.equal(p, run.state.params[n]) for n, p in again.state.params.items())
+
+
+def test_a_checkpoint_from_before_there_were_connectors(tmp_path):
+    """It goes on with the one that all rungs shared, and with no other."""
+    first = start(tmp_path, "--save-every", 1)
+    next(first.steps())
+    first.save()
+    file = checkpoints(tmp_path)[-1] / "state.json"
+    found = json.loads(file.read_text())
+    del found["model"]["connector"]
+    file.write_text(json.dumps(found))
+    assert start(tmp_path, "--resume").state.step == 1
+    with pytest.raises(ValueError, match="model.connector = 'shared', here it is 'per-block'"):
+        start(tmp_path, "--resume", "--connector", "per-block")
 
 
 def test_a_ladder_is_taken_with_its_wiring_and_queries(tmp_path):

@@ -28,14 +28,15 @@ from weights_convert import (
     read_config,
 )
 
-TOY = json.loads((TOY_FOLDER / "config.json").read_text())
+# In the format of today, whichever the shipped folder has.
+TOY = TBACConfig.from_dict(read_json(TOY_FOLDER / "config.json")).to_dict()
 # What a value is replaced by.
 NASTY = [None, math.nan, math.inf, -math.inf, -1, 0, 1, 2, 1e9, 10 ** 9, 10 ** 30, "x", "1",
          "x" * 100_000, [], [[]], [1.5], ["a"], [None], [1] * 10_000, {}, {"a": 1}, True, 1.5]
 GONE = object()
 # The altered values that are those of another model that makes sense, for each key of the toy's.
 SENSIBLE = {
-    "format": [1],
+    "format": [1, 2],
     "mllm.vocab_size": [1, 2], "mllm.dim": [1, 2], "mllm.mlp_dim": [1, 2],
     "mllm.n_head": [2], "mllm.n_kv_head": [1, 2],
     "mllm.rope_theta": [2, 1e9, 10 ** 9, 1.5],
@@ -154,6 +155,14 @@ def test_a_model_built_in_python_obeys_the_same_rules():
     wrong = dataclasses.replace(config, dit=dataclasses.replace(config.dit, channels=4))
     with pytest.raises(ValueError, match="dit.channels = 4, expected dcae.latent_channels"):
         TBAC(wrong)
+
+
+def test_a_config_of_format_1_means_what_it_meant():
+    """Its ladder has one connector; with the number of today it would lack that line."""
+    old = {key: value for key, value in TOY.items() if key != "connector"}
+    assert TBACConfig.from_dict(old | dict(format=1)) == TBACConfig.from_dict(TOY)
+    with pytest.raises(ValueError, match="has no connector"):
+        TBACConfig.from_dict(old)
 
 
 @pytest.mark.parametrize("change, message", [
