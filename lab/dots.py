@@ -1,0 +1,74 @@
+"""Figures of dots with intervals: no lines to follow, one row for each thing."""
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+
+from engine.files import new_file
+
+matplotlib.use("Agg")
+DPI = 120
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def save(figure, file) -> None:
+    """A PNG that is there is whole."""
+    with new_file(file) as f:
+        figure.savefig(f, format="png", dpi=DPI)
+
+
+def dot(ax, y: float, row: dict, colour: str, label: str | None = None) -> None:
+    """row: mean and interval in 0..1, and perhaps points: the single values behind them."""
+    low, high = row["interval"]
+    ax.plot([100 * low, 100 * high], [y, y], color=colour, lw=2, solid_capstyle="round")
+    points = 100 * np.array(row.get("points", []))
+    ax.plot(points, np.full(len(points), y), ".", color=colour, ms=4, alpha=0.5)
+    ax.plot(100 * row["mean"], y, "o", color=colour, ms=7, label=label)
+
+
+def rows_of(ax, names, x_label: str) -> None:
+    """The first row on top."""
+    ax.set_yticks(range(len(names)), names, fontsize=11)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlabel(x_label, fontsize=11)
+    ax.grid(axis="x", alpha=0.3)
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+
+def plot_arms(scores: dict, differences: dict, smallest: float, file) -> None:
+    """Left each arm's score, with a small dot for each seed; right the differences that are asked
+    for, with a band within which nobody would care. {name: dict(mean, interval)}"""
+    n = max(len(scores), len(differences))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.5 + 0.36 * n), layout="constrained")
+    for y, row in enumerate(scores.values()):
+        dot(axes[0], y, row, COLOURS[0])
+    rows_of(axes[0], list(scores), "right, %: mean of the categories")
+    axes[1].axvspan(-smallest, smallest, color="0.92", label="does not matter")
+    axes[1].axvline(0, color="0.5", lw=1)
+    for y, row in enumerate(differences.values()):
+        dot(axes[1], y, row, COLOURS[1])
+    rows_of(axes[1], list(differences), "difference, points")
+    widest = max(abs(100 * x) for row in differences.values() for x in row["interval"])
+    reach = 1.15 * max(widest, 2 * smallest)
+    axes[1].set_xlim(-reach, reach)
+    axes[1].legend(loc="lower right", fontsize=9, bbox_to_anchor=(1, 1), frameon=False)
+    save(figure, file)
+    plt.close(figure)
+
+
+def plot_series(rows: dict, file, x_label: str) -> None:
+    """{row: {series: dict(mean, interval)}}: in each row a dot for each series, one below the
+    other."""
+    series = list(dict.fromkeys(name for row in rows.values() for name in row))
+    figure, ax = plt.subplots(figsize=(9, 1.4 + (0.16 + 0.15 * len(series)) * len(rows)),
+                              layout="constrained")
+    for y, row in enumerate(rows.values()):
+        for i, (name, found) in enumerate(row.items()):
+            offset = 0.18 * (i - (len(row) - 1) / 2)
+            dot(ax, y + offset, found, COLOURS[series.index(name)], name if y == 0 else None)
+    rows_of(ax, list(rows), x_label)
+    ax.set_xlim(-3, 103)
+    ax.legend(loc="lower left", fontsize=10, ncols=len(series), bbox_to_anchor=(0, 1),
+              frameon=False)
+    save(figure, file)
+    plt.close(figure)

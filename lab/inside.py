@@ -1,0 +1,424 @@
+"""What a trained model holds, looked at without any training. Each study works with any weights.
+
+settings  guidance, steps and image guidance against score
+rungs     one rung at a time replaced
+probes    what the queries' states tell, depth by depth
+slots     some of the queries muted, or taken from another prompt, by depth
+noise     how much of place and number is the starting noise's
+"""
+import contextlib
+import itertools
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from PIL import Image
+from tqdm import tqdm
+
+import sample
+from engine import fast
+from lab import dots, evaluate, statistics
+from lab.dots import save
+from ladder import tap_layers
+from tbac import TBAC
+from toy import grader, language, world
+
+# Slots of queries: as many equal parts.
+SLOTS = 4
+# Noises that all prompts are drawn from.
+NOISES = 8
+PROMPTS = 100
+
+
+def load(folder, device="cpu"):
+    return fast.enable(TBAC.load(folder, device))
+
+
+def drawing_scores(args, model, **sampling):
+    """-> {category, seen or never seen: [of each prompt how many pictures were right]}, by the
+    category's own question."""
+    sampling = dict(steps=args.draw_steps) | sampling
+    scores, _ = evaluate.benchmark(model, ("draw",), args.n, args.pictures, seed=0, **sampling)
+    by_category = {}
+    for (_, category, what, pairs), values in scores.items():
+        if what == "category":
+            by_category[f"{category}, {pairs}"] = values
+    return by_category
+
+
+def measured(*groups) -> dict:
+    """Scores of prompts, category by category -> the mean of the means, and its interval."""
+    names = np.repeat(range(len(groups)), [len(group) for group in groups])
+    found = statistics.estimate([np.concatenate(groups)], names)
+    return dict(mean=found.mean, interval=np.clip([found.low, found.high], 0, 1).tolist())
+
+
+def overall(scores: dict) -> dict:
+    """The mean over the six categories of pairs seen in training."""
+    return measured(*(values for name, values in scores.items() if name.endswith(", seen")))
+
+
+# -------------------------------------------------------------------------------------- settings
+
+def settings(args):
+    """Guidance and steps when drawing, image guidance when editing, of one trained model."""
+    model = load(args.model, args.device)
+    plans = {}
+    for g in (1.0, 2.0, 4.5, 8.0):
+        plans[f"guidance {g}, 20 steps"] = dict(guidance=g, steps=20)
+    for n, solver in itertools.product((3, 5, 10), ("dpm++", "euler")):
+        plans[f"guidance 4.5, {n} steps, {solver}"] = dict(steps=n, solver=solver)
+    rows = {}
+    for name, how in tqdm(plans.items(), "settings"):
+        scores = drawing_scores(args, model, **how)
+        row = {category: measured(values) for category, values in scores.items()}
+        rows[name] = row | {"mean of 6": overall(scores)}
+        tqdm.write(f"{name:32} {100 * rows[name]['mean of 6']['mean']:.0f}")
+    edits = {}
+    for g in tqdm((1.0, 1.5, 3.0), "image guidance"):
+        name = f"image guidance {g}"
+        scores, _ = evaluate.benchmark(model, ("edit",), args.n, image_guidance=g)
+        edits[name] = mean_of_edits(scores)
+        shown = [f"{what} {evaluate.percent(row)}" for what, row in edits[name].items()]
+        tqdm.write(f"{name}: {', '.join(shown)}")
+    return dict(table=rows, edits=edits)
+
+
+def mean_of_edits(scores):
+    """Of pairs seen in training -> {what is judged: its mean over the six kinds of edits}"""
+    found = {}
+    for (_, name, what, pairs), row in evaluate.summary(scores).items():
+        if (name, pairs) == ("mean of 6", "seen"):
+            found[what] = row
+    return found
+
+
+# ----------------------------------------------------------------------------------------- rungs
+
+REPLACED_BY = {
+    "null prompt": "the null prompt's rung",
+    "another rung": "a distant rung of the same prompt",
+    "another prompt": "another prompt's rung",
+}
+
+
+@contextlib.contextmanager
+def replaced(model, j, how):
+    """The model with rung j of each prompt (not of the null prompts) replaced. how: of REPLACED_BY;
+    the other prompt is that of half a batch further on, since pictures of one prompt stand side by
+    side."""
+    encode = model.encode
+
+    def changed(prompts, images=None):
+        # null prompts, then prompts
+        rungs = encode(prompts, images).clone()         # (L, 2 B, Q, caption_dim)
+        null, own = rungs.chunk(2, 1)
+        distant = (j + len(rungs) // 2) % len(rungs)
+        ways = {
+            "null prompt": null[j],
+            "another rung": own[distant],
+            "another prompt": own[j].roll(own.shape[1] // 2, 0),
+        }
+        own[j] = ways[how].clone()
+        return rungs
+
+    model.encode = changed
+    try:
+        yield
+    finally:
+        del model.encode
+
+
+def rungs(args):
+    """Scores when one rung is replaced: a heat map of rung by category for each way."""
+    model = load(args.model, args.device)
+    whole = drawing_scores(args, model)
+    lost = {how: [] for how in REPLACED_BY}
+    rows = itertools.product(REPLACED_BY, range(model.config.dit.n_layer))
+    for how, j in tqdm(list(rows), "rungs"):
+        with replaced(model, j, how):
+            scores = drawing_scores(args, model)
+        change = {name: 100 * (np.mean(scores[name]) - np.mean(whole[name])) for name in whole}
+        lost[how].append(change)
+    plot_rungs(lost, args.out / "rungs.png")
+    means = {name: float(np.mean(values)) for name, values in whole.items()}
+    return dict(whole=means, points=lost)
+
+
+def plot_rungs(lost, file):
+    """lost: {way: [of each rung {category: points}]}. A heat map for each way, one above the
+    other."""
+    names = list(next(iter(lost.values()))[0])
+    n_row = sum(map(len, lost.values()))
+    figure, axes = plt.subplots(len(lost), 1, figsize=(8, 2.6 + 0.34 * n_row),
+                                layout="constrained", sharex=True)
+    for ax, (how, of_rungs) in zip(axes, lost.items()):
+        values = np.array([[row[name] for name in names] for row in of_rungs])
+        shown = ax.imshow(values, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
+        for (j, i), value in np.ndenumerate(values):
+            colour = "white" if abs(value) > 60 else "black"
+            # no "-0"
+            number = f"{value:+.0f}" if abs(value) >= 0.5 else "0"
+            ax.text(i, j, number, ha="center", va="center", fontsize=11, color=colour)
+        ax.set_title(f"replaced by {REPLACED_BY[how]}", loc="left", fontsize=12)
+        ax.set_ylabel("rung = DiT block", fontsize=11)
+        ax.set_yticks(range(len(values)))
+    labels = [name.replace(", ", ",\n") for name in names]
+    axes[-1].set_xticks(range(len(names)), labels, rotation=60, ha="right", fontsize=10.5,
+                        rotation_mode="anchor")
+    figure.colorbar(shown, ax=axes, label="points lost (-) or gained (+)", shrink=0.5)
+    save(figure, file)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------- probes
+
+def probe_facts(scene, text):
+    """What a prompt says: colour and shape of the thing that it names first and of another one, how
+    many things there are, and, if it tells, at which side of the other the first one is. None
+    where it does not say."""
+    first, *others = sorted(scene.things, key=lambda t: text.find(t.name))
+    other = next((t for t in others if t.name != first.name), None)
+    return {
+        "first colour": first.colour,
+        "first shape": first.shape,
+        "second colour": other and other.colour,
+        "second shape": other and other.shape,
+        "count": len(scene.things),
+        "side": world.relation(first, other) if world.sides(scene) else None,
+    }
+
+
+def probe_prompts(n):
+    """-> n different prompts, and what each says."""
+    rng = random.Random(0)
+    facts = {}
+    while len(facts) < n:
+        scene = world.sample_scene(rng)
+        text = language.caption(scene, rng)
+        if text not in facts:
+            facts[text] = probe_facts(scene, text)
+    return list(facts), list(facts.values())
+
+
+def probes(args, train_n=1600, test_n=400):
+    """Linear (ridge) probes of the queries' states at every depth, fitted on some prompts and
+    tested on others; and, as a control, of those in an MLLM of random weights."""
+    model = load(args.model, args.device)
+    texts, facts = probe_prompts(train_n + test_n)
+    states = probe_states(model, texts)
+    model.mllm.init_weights(torch.Generator().manual_seed(0))
+    control = probe_states(model, texts)
+    rows = {}
+    for fact in facts[0]:
+        known = [i for i, said in enumerate(facts) if said[fact] is not None]
+        classes = sorted({facts[i][fact] for i in known}, key=str)
+        y = torch.tensor([classes.index(facts[i][fact]) for i in known])
+        cut = sum(i < train_n for i in known)
+        most_frequent = y[:cut].bincount().argmax()
+        chance = (y[cut:] == most_frequent).float().mean().item()
+        depths = [ridge(x[known], y, cut) for x in states]
+        untrained = [ridge(x[known], y, cut) for x in control]
+        rows[fact] = dict(chance=chance, depths=depths, untrained=untrained)
+        print(f"{fact:13} chance {100 * chance:3.0f}, depth by depth {shown_percent(depths)}; "
+              f"untrained MLLM {shown_percent(untrained)}")
+    plot_probes(rows, model.config, args.out / "probes.png")
+    return dict(table=rows)
+
+
+@torch.no_grad()
+def probe_states(model, texts):
+    """-> the queries' states at every depth (depths, prompts, Q M)"""
+    batches = []
+    for i in tqdm(range(0, len(texts), 10), "read"):
+        states = model.query_states(texts[i:i + 10])
+        batches.append(torch.stack(states).float().cpu())
+    return torch.cat(batches, 1).flatten(2)
+
+
+def shown_percent(values):
+    return " ".join(f"{100 * value:3.0f}" for value in values)
+
+
+def plot_probes(rows, config, file):
+    """Right answers depth by depth; dashed those of an untrained MLLM, dotted chance. The depths
+    that the ladder taps are shaded."""
+    taps = tap_layers(config.mllm.n_layer, config.dit.n_layer, config.wiring)
+    figure, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    label = f"tapped by {config.wiring}"
+    ax.axvspan(min(taps) - 0.3, max(taps) + 0.3, color="0.92", label=label)
+    for i, (fact, row) in enumerate(rows.items()):
+        ax.plot([100 * value for value in row["depths"]], "o-", color=f"C{i}", label=fact)
+        ax.plot([100 * value for value in row["untrained"]], "--", color=f"C{i}", lw=1)
+        ax.axhline(100 * row["chance"], color=f"C{i}", ls=":", lw=1)
+    ax.set_xlabel("MLLM state (i enters layer i; the last one is the end)", fontsize=11)
+    ax.set_ylabel("right, % (dashed: untrained MLLM, dotted: chance)", fontsize=11)
+    ax.set_ylim(0, 103)
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right", fontsize=11)
+    save(figure, file)
+    plt.close(figure)
+
+
+def ridge(x, y, cut):
+    """A ridge regression to one-hot classes fitted to the rows before `cut` (in its dual form:
+    features are many more) -> accuracy on the others."""
+    x = (x - x[:cut].mean(0)) / (x[:cut].std(0) + 1e-6)
+    # a feature that is always 1, for the bias
+    x = F.pad(x, (0, 1), value=1.0).double()
+    gram = x[:cut] @ x[:cut].T
+    penalty = 0.01 * gram.diagonal().mean() * torch.eye(cut, dtype=x.dtype)
+    weights = torch.linalg.solve(gram + penalty, F.one_hot(y[:cut]).to(x.dtype))
+    guesses = (x[cut:] @ x[:cut].T @ weights).argmax(1)
+    return (guesses == y[cut:]).float().mean().item()
+
+
+# ----------------------------------------------------------------------------------------- slots
+
+def pairs_of_things(n: int) -> list[tuple]:
+    """n times four things of different names, the first two and the last two each of different
+    colours and shapes: what a prompt asks for, and what another one does."""
+    rng = random.Random(0)
+    names = [(shape, colour) for colour in world.COLOURS for shape in world.SHAPES
+             if (colour, shape) not in world.HELD_OUT]
+    found = []
+    while len(found) < n:
+        four = rng.sample(names, 4)
+        if all(a != b for first, second in (four[:2], four[2:]) for a, b in zip(first, second)):
+            found.append(tuple(world.Thing(*name, "medium", 0.5, 0.5) for name in four))
+    return found
+
+
+def slot_of(n_query: int, slot: int) -> list[int]:
+    """The queries of one slot: four slots of 16 queries have four each."""
+    return list(range(slot * n_query // SLOTS, (slot + 1) * n_query // SLOTS))
+
+
+def with_slot(own, other, slot: int, depths):
+    """Rungs (L, B, Q, caption_dim) with one slot's queries, at some depths, from others."""
+    changed = own.clone()
+    queries = slot_of(own.shape[2], slot)
+    for j in depths:
+        changed[j, :, queries] = other[j, :, queries]
+    return changed
+
+
+@torch.no_grad()
+def painted(model, own, null, args) -> list[Image.Image]:
+    """Pictures of these rungs, of each prompt from a noise of its own."""
+    *_, last = sample.denoise(model, [""] * own.shape[1], steps=args.draw_steps,
+                              conditioning=(torch.cat([null, own], 1), 2),
+                              generator=torch.Generator().manual_seed(0))
+    return model.decode(last.x_t)
+
+
+THINGS = ("its first", "its second", "the other's first", "the other's second")
+
+
+def things_there(pictures, asked) -> dict[str, list[bool]]:
+    """{which of the four things: is it in the picture?}"""
+    names = [{thing.name for thing in grader.grade(picture).things} for picture in pictures]
+    return {what: [four[i].name in found for four, found in zip(asked, names)]
+            for i, what in enumerate(THINGS)}
+
+
+def surgeries(n_layer: int) -> list[tuple[str, int, str, range]]:
+    """(what is done, slot, its depths in words, its depths)"""
+    depths = {"every rung": range(n_layer)}
+    depths |= {f"rung {j}": range(j, j + 1) for j in range(n_layer)}
+    return [(what, slot, words, where) for what in ("mute", "splice")
+            for words, where in depths.items() for slot in range(SLOTS)]
+
+
+@torch.no_grad()
+def slots(args):
+    """Two objects are asked for ("a red circle and a blue square"). One slot of queries is muted
+    (it gets the null prompt's rungs) or spliced (another prompt's): which objects are drawn?"""
+    model = load(args.model, args.device)
+    asked = pairs_of_things(args.n)
+    null, own, other = [], [], []
+    for i in tqdm(range(0, len(asked), 10), "read"):
+        part = asked[i:i + 10]
+        null.append(model.encode([""] * len(part)))
+        own.append(model.encode([language.listing(four[:2]) for four in part]))
+        other.append(model.encode([language.listing(four[2:]) for four in part]))
+    null, own, other = (torch.cat(parts, 1) for parts in (null, own, other))
+    found = {"as it is": things_there(painted(model, own, null, args), asked)}
+    for what, slot, words, where in tqdm(surgeries(len(own)), "slots"):
+        changed = with_slot(own, dict(mute=null, splice=other)[what], slot, where)
+        row = things_there(painted(model, changed, null, args), asked)
+        found[f"{what} slot {slot}, {words}"] = row
+    rows = {name: {what: measured(np.array(there, float)) for what, there in row.items()}
+            for name, row in found.items()}
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(map(evaluate.percent, row.values())) + " |")
+    shown = {name: row for name, row in rows.items() if not name.split(", ")[-1][-1].isdigit()}
+    dots.plot_series(shown, args.out / "slots.png", "pictures that hold the object, %")
+    return dict(table=rows)
+
+
+# ----------------------------------------------------------------------------------------- noise
+
+def layout(picture, things) -> dict[str, float]:
+    """Where the first of two things is, which of them is further to the left, and how many there
+    are beyond two; NaN where they cannot be told."""
+    found = grader.grade(picture).things
+    first, second = ([t for t in found if t.name == thing.name][:1] for thing in things)
+    x, y = (first[0].x, first[0].y) if first else (np.nan, np.nan)
+    left = float(first[0].x < second[0].x) if first and second else np.nan
+    return {"first, across": x, "first, up and down": y, "first is left": left,
+            "number": float(len(found))}
+
+
+@torch.no_grad()
+def noise(args):
+    """Every prompt from every noise: of the variance of places and number, how much is the noise's,
+    how much the prompt's, and how much both together decide? Prompts name two objects and no
+    place."""
+    model = load(args.model, args.device)
+    asked = [four[:2] for four in pairs_of_things(args.n)]
+    texts = [language.listing(things) for things in asked]
+    generator = torch.Generator().manual_seed(0)
+    table = []
+    for _ in tqdm(range(NOISES), "noises"):
+        eps = torch.randn(1, *sample.latent_shape(model.config), generator=generator)
+        pictures = []
+        for i in range(0, len(texts), 32):
+            part = texts[i:i + 32]
+            pictures += sample.generate(model, part, eps=eps.expand(len(part), -1, -1, -1),
+                                        steps=args.draw_steps)
+        table.append([layout(*pair) for pair in zip(pictures, asked)])
+    rows = {}
+    for what in table[0][0]:
+        values = np.array([[found[what] for found in row] for row in table])   # (noises, prompts)
+        rows[what] = noise_shares(values[:, ~np.isnan(values).any(0)])
+    for what, row in rows.items():
+        cells = [evaluate.percent(row[part]) for part in PARTS_OF_VARIANCE.values()]
+        print(f"| {what} | {' | '.join(cells)} | {row['prompts']} |")
+    shown = {what: {part: row[part] for part in PARTS_OF_VARIANCE.values()}
+             for what, row in rows.items()}
+    dots.plot_series(shown, args.out / "noise.png", "share of the variance, %")
+    return dict(table=rows)
+
+
+PARTS_OF_VARIANCE = dict(rows="the noise's", columns="the prompt's", rest="of both together")
+
+
+def noise_shares(values: np.ndarray, n: int = 500) -> dict:
+    """values (noises, prompts) -> {whose: share of the variance with an interval over prompts}"""
+    rng = np.random.default_rng(0)
+    P = values.shape[1]
+    again = [statistics.shares(values[:, rng.integers(0, P, P)]) for _ in range(n if P > 1 else 0)]
+    found = dict(prompts=P)
+    for part, name in PARTS_OF_VARIANCE.items():
+        if again:
+            interval = np.percentile([shares[part] for shares in again], (2.5, 97.5)).tolist()
+            found[name] = dict(mean=statistics.shares(values)[part], interval=interval)
+        else:
+            found[name] = dict(mean=float("nan"), interval=[float("nan")] * 2)
+    return found
+
+
+STUDIES = dict(settings=settings, rungs=rungs, probes=probes, slots=slots, noise=noise)

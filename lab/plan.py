@@ -1,0 +1,132 @@
+"""The study's plan, written down before its first run: which models are compared, how often each is
+trained, how they are scored, and what counts as a difference. docs/study.md gives the reasons.
+
+A run is an arm and a seed. Runs of one MLLM and one set of held-out pairs learn from the same
+examples, so they can be trained together (lab/trials.py). Parts share their runs: `ladder` with
+seed 0 is trained once, whichever parts ask for it.
+"""
+from dataclasses import dataclass
+
+from ladder import WIRINGS
+from toy.world import COLOURS, HELD_OUT, SHAPES
+
+# Below this difference, in points of 100, nobody would change a model.
+SMALLEST = 3.0
+# A curve that moves less than this in its last quarter has arrived.
+STILL = 2.0
+STEPS = 4000
+BATCH = 24
+# Prompts per category: at the end, and along the way.
+PROMPTS = 96
+PROMPTS_EARLY = 24
+# Scores along the way.
+LOOKS = 8
+DRAW_STEPS = 10
+
+# What the queries are read by, and how `lab.pretrain` makes it.
+MLLMS = {
+    "captions": "taught captions and answers only",
+    "facts": "as shipped: taught, besides, to hold every fact at every depth from the third on",
+    "random": "of random weights, the floor",
+}
+
+
+def pairs_held_out(n: int) -> frozenset[tuple[str, str]]:
+    """n of the 24 pairs of colour and shape that training draws only alone: first the two that
+    nothing in this repository ever draws beside another object, then others, every colour and
+    every shape about equally often. A larger set holds the smaller ones."""
+    diagonals = []
+    for step in (0, 2, 1, 3):
+        for i, colour in enumerate(COLOURS):
+            diagonals.append((colour, SHAPES[(i + step) % len(SHAPES)]))
+    others = [pair for pair in diagonals if pair not in HELD_OUT]
+    return frozenset([*sorted(HELD_OUT), *others][:n])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of model. held_out: how many pairs of colour and shape; shift: of the times in
+    training, as `sample.shifted` has it."""
+    wiring: str = "ladder"
+    connector: str = "shared"
+    n_query: int = 16
+    mllm: str = "captions"
+    held_out: int = 2
+    shift: float = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        a = self.arm
+        return f"{a.mllm}_{a.held_out}_{a.wiring}_{a.connector}_{a.n_query}_{a.shift:g}_{self.seed}"
+
+    @property
+    def examples(self) -> tuple:
+        """Equal for runs that can learn together."""
+        return self.arm.mllm, self.arm.held_out
+
+
+@dataclass(frozen=True)
+class Part:
+    """arms: {label: Arm}; compared: (label, label it is compared with); scored: which prompts,
+    seen (of pairs that no arm holds out) or never seen (with a pair that all arms hold out)."""
+    question: str
+    arms: dict[str, Arm]
+    compared: tuple[tuple[str, str], ...]
+    seeds: int = 5
+    scored: tuple[str, ...] = ("seen",)
+
+    def runs(self, seeds: int | None = None) -> list[Run]:
+        return [Run(arm, seed) for seed in range(seeds or self.seeds)
+                for arm in self.arms.values()]
+
+
+def both(**settings) -> dict[str, Arm]:
+    """ladder and final, else alike."""
+    return {wiring: Arm(wiring, **settings) for wiring in ("ladder", "final")}
+
+
+def table(label: str, values, **how) -> tuple[dict[str, Arm], tuple]:
+    """ladder and final for each value of one setting -> arms, and ladder against final at each.
+    how: {setting: function of the value}"""
+    arms, compared = {}, []
+    for value in values:
+        settings = {name: make(value) for name, make in how.items()}
+        names = []
+        for wiring, arm in both(**settings).items():
+            names.append(f"{wiring}, {label.format(value)}")
+            arms[names[-1]] = arm
+        compared.append(tuple(names))
+    return arms, tuple(compared)
+
+
+def same(value):
+    return value
+
+
+QUERIES = (4, 8, 16, 32)
+QUERY_ARMS, QUERY_PAIRS = table("{} queries", QUERIES, n_query=same)
+PAIR_ARMS, PAIR_PAIRS = table("{} pairs held out", (2, 6, 12), held_out=same)
+MLLM_ARMS, MLLM_PAIRS = table("MLLM {}", MLLMS, mllm=same)
+CONNECTOR_ARMS, CONNECTOR_PAIRS = table("connector {}", ("shared", "per-block"), connector=same)
+
+PARTS = {
+    "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=16),
+    "wirings": Part("which states, in which order?", {wiring: Arm(wiring) for wiring in WIRINGS},
+                    tuple((wiring, "final") for wiring in WIRINGS if wiring != "final")),
+    "connectors": Part("is it the connector?", CONNECTOR_ARMS, CONNECTOR_PAIRS + (
+        ("ladder, connector per-block", "ladder, connector shared"),
+        ("final, connector per-block", "final, connector shared"))),
+    "queries": Part("with few queries, with many?", QUERY_ARMS, QUERY_PAIRS),
+    "pairs": Part("with pairs never seen together?", PAIR_ARMS, PAIR_PAIRS,
+                  scored=("seen", "never seen")),
+    "mllms": Part("with another MLLM?", MLLM_ARMS, MLLM_PAIRS + (
+        ("ladder, MLLM captions", "ladder, MLLM random"),)),
+    "shift": Part("with times nearer to the noise?", {
+        "shift 1": Arm(shift=1.0), "shift 3": Arm(shift=3.0)}, (("shift 3", "shift 1"),)),
+}

@@ -1,0 +1,348 @@
+"""Runs of the plan, trained together and scored: from a list of runs to a file of scores for each.
+
+    runs -> groups that share examples -> stacks of models of one shape -> steps -> scores
+
+A step makes its examples, their latents and the MLLM's reading of the prompts once, for all models
+(engine/stacked.py). Models of one seed see the same noise and times; seeds differ in noise, times
+and in the weights of the ladder. What is finished is kept, in RUN.json; what is not goes on from
+its last checkpoint.
+"""
+import concurrent.futures
+import copy
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import pathlib
+import random
+import shutil
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import sample
+import train
+from engine import fast
+from engine.data import Reader, Share, noise
+from engine.device import set_threads
+from engine.files import read_json, weight_files, write_text
+from engine.pictures import to_pixels
+from engine.sources import Example, Generated
+from engine.stacked import Learner, Stack, read_prefix, signature
+from engine.state import State, checkpoints, ema_weights, write_checkpoint
+from lab import evaluate, plan
+from lab.plan import Run
+from ladder import Ladder
+from tbac import TBAC, flow_matching
+from toy import grader, language, world
+
+# Of the optimizer, as in train.py for the toy, whose learning rate these are handed to.
+WARMUP = 100
+LEARNING = dict(lr=1e-3, warmup=WARMUP, min_lr_ratio=0.1)
+WEIGHT_DECAY = 0.01
+CLIP = 1.0
+EMA = 0.999
+COND_DROP = 0.1
+# Seconds between checkpoints: of 30 models one has 2 GB.
+SAVE_EVERY = 180
+# Pictures that are drawn at once, by all models of a stack together.
+AT_ONCE = {"cpu": 96, "cuda": 4096}
+
+
+# ------------------------------------------------------------------------------- what is written
+
+@functools.cache
+def digest(*folders) -> str:
+    """Eight letters that stand for all weights in some folders."""
+    found = hashlib.sha256()
+    for file in itertools.chain(*map(weight_files, folders)):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:8]
+
+
+def write_json(file: pathlib.Path, content) -> None:
+    """A file that is there is whole."""
+    write_text(file, json.dumps(content, indent=1, default=str))
+
+
+def cases(args) -> list:
+    """The prompts that every run is scored by, the same for all."""
+    return evaluate.cases("draw", args.n)
+
+
+def folder_of(args) -> pathlib.Path:
+    """Where runs are kept: named after all that their scores depend on beside arm and seed."""
+    prompts = "\n".join(case.prompt for case in cases(args))
+    words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
+    weights = digest(*filter(None, (args.model, args.captions, args.dit)))
+    return args.out / f"runs-{weights}-{words}-{args.steps}x{args.batch}-{args.draw_steps}"
+
+
+def result(args, run: Run) -> dict:
+    """What is known of a run: {"scores": {step: [0 or 1 of each prompt]}, ...}"""
+    file = folder_of(args) / f"{run.name}.json"
+    return read_json(file) if file.is_file() else dict(scores={})
+
+
+def is_finished(args, run: Run) -> bool:
+    return str(args.steps) in result(args, run)["scores"]
+
+
+# ---------------------------------------------------------------------------------- one example
+
+def draw_example(rng: random.Random, number: int, size: int, held_out: frozenset) -> Example:
+    """As train.draw_example; of these pairs of colour and shape none stands beside another
+    object."""
+    while True:
+        scene = world.sample_scene(rng)
+        pairs = {(thing.colour, thing.shape) for thing in scene.things}
+        if len(scene.things) == 1 or not pairs & held_out:
+            break
+    text, _ = language.request(scene, rng)
+    return Example(text, (), world.render(scene, size))
+
+
+# --------------------------------------------------------------------------- models of one group
+
+def base_model(args, mllm: str) -> TBAC:
+    """The parts that all runs of a group start from, the frozen ones in --dtype."""
+    folders = {"facts": args.model, "captions": args.captions, "random": args.model}
+    model = TBAC.load(folders[mllm], args.device, torch.float32)
+    if mllm == "random":
+        model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
+    model.dit = TBAC.load(args.dit, args.device, torch.float32).dit
+    dtype = getattr(torch, args.dtype)
+    model.mllm.to(dtype)
+    model.dcae.to(dtype)
+    set_threads(model)
+    return fast.enable(model)
+
+
+def learner(model: TBAC, run: Run) -> Learner:
+    """A fresh ladder by the run's arm and seed, and a copy of the DiT."""
+    c, arm = model.config, run.arm
+    ladder = Ladder(arm.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer,
+                    arm.wiring, arm.connector)
+    ladder.init_weights(torch.Generator().manual_seed(run.seed))
+    device = model.ladder.queries.device
+    return Learner(ladder.to(device), copy.deepcopy(model.dit), c.mllm.n_layer + 1)
+
+
+def build_stacks(model: TBAC, runs: list[Run], width: int) -> list[tuple[Stack, list[Run]]]:
+    """Models of one shape in one stack, at most `width` of them."""
+    by_shape = {}
+    for run in runs:
+        built = learner(model, run)
+        by_shape.setdefault(signature(built), []).append((built, run))
+    stacks = []
+    for members in by_shape.values():
+        for i in range(0, len(members), width):
+            learners, own = zip(*members[i:i + width])
+            stacks.append((Stack(model.config, model.mllm, learners), list(own)))
+    return stacks
+
+
+def adamw(params: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """As train.adamw: weight decay for matrices only. A stack has one dimension more."""
+    matrices = [p for p in params.values() if p.dim() > 2]
+    vectors = [p for p in params.values() if p.dim() <= 2]
+    groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY),
+              dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=LEARNING["lr"], fused=True)
+
+
+@torch.no_grad()
+def clip_each(params: list[Tensor]) -> Tensor:
+    """Clips the gradient of each model of a stack by its own norm -> norms (N,)"""
+    squares = [p.grad.flatten(1).pow(2).sum(1) for p in params]
+    norms = torch.stack(squares).sum(0).sqrt()                              # (N,)
+    factors = (CLIP / (norms + 1e-6)).clamp(max=1)
+    for p in params:
+        p.grad.mul_(factors.view(-1, *[1] * (p.dim() - 1)))
+    return norms
+
+
+class Group:
+    """All runs that share their examples, from their weights to their files."""
+
+    def __init__(self, runs: list[Run], args):
+        self.runs, self.args = runs, args
+        self.mllm, self.n_held_out = runs[0].examples
+        self.model = base_model(args, self.mllm)
+        self.stacks = build_stacks(self.model, runs, args.width)
+        params = {f"{i}.{name}": p for i, (stack, _) in enumerate(self.stacks)
+                  for name, p in stack.params.items()}
+        self.state = State(params, adamw, EMA, getattr(torch, args.dtype))
+        names = " ".join(run.name for run in runs)
+        self.folder = folder_of(args) / hashlib.sha256(names.encode()).hexdigest()[:8]
+        if found := checkpoints(self.folder):
+            self.state.load(found[-1])
+        self.state.history = self.state.history or [(1, [0])]
+        make = functools.partial(draw_example, size=self.model.config.size,
+                                 held_out=plan.pairs_held_out(self.n_held_out))
+        share = Share([Generated(make, 0)], [1.0], 0, 0, self.state.history)
+        self.reader = Reader(share, args.workers)
+        self.saved = time.monotonic()
+
+    def rows(self):
+        """Yields the numbered examples of each step."""
+        examples = iter(self.reader)
+        while True:
+            yield list(itertools.islice(examples, self.args.batch))
+
+    def noises(self, numbers: list[int], shape) -> dict[int, tuple[Tensor, Tensor]]:
+        """{seed: times (B,) and noise (B, C, h, w)}"""
+        found = {}
+        for seed in {run.seed for run in self.runs}:
+            rngs = [random.Random(f"{seed} {self.state.step} {number}") for number in numbers]
+            found[seed] = noise(rngs, shape, self.args.device)
+        return found
+
+    def losses(self, rows: list) -> list[Tensor]:
+        """Of each stack (N, B), with their graphs."""
+        numbers, examples = zip(*rows)
+        step = self.state.step
+        drop = [train.drop_condition(example, random.Random(f"{step} {number}"), COND_DROP)
+                for number, example in rows]
+        prompts = [prompt for prompt, _ in drop]
+        with torch.no_grad():
+            dtype = getattr(torch, self.args.dtype)
+            pixels = to_pixels([e.target for e in examples], self.args.device, dtype)
+            x0 = self.model.dcae.encode(pixels).float()
+        n_layer = max(stack.n_layer for stack, _ in self.stacks)
+        prefix = read_prefix(self.model.mllm, prompts, self.model.config.max_prompt, n_layer)
+        noises = self.noises(numbers, x0.shape[1:])
+        for stack, runs in self.stacks:
+            t = torch.stack([noises[run.seed][0] for run in runs])          # (N, B)
+            eps = torch.stack([noises[run.seed][1] for run in runs])        # (N, B, C, h, w)
+            shifts = torch.tensor([[run.arm.shift] for run in runs], device=t.device)
+            t = sample.shifted(t, shifts)
+            x_t, v = flow_matching(x0.repeat(len(runs), 1, 1, 1), t.flatten(), eps.flatten(0, 1))
+            yield stack.losses(prefix, x_t.view_as(eps), t, v.view_as(eps))
+
+    def step(self, rows: list) -> list[Tensor]:
+        """One step of every model -> of each stack the losses (N,)"""
+        state = self.state
+        state.weights.cast(state.params)
+        found = []
+        for losses in self.losses(rows):
+            losses = losses.mean(1)
+            losses.sum().backward()
+            found.append(losses.detach())
+        for i in range(len(self.stacks)):
+            clip_each([p for name, p in state.params.items() if name.startswith(f"{i}.")])
+        settings = dataclasses.make_dataclass("Settings", ["steps", *LEARNING])
+        for group in state.optimizer.param_groups:
+            group["lr"] = train.learning_rate(state.step, settings(self.args.steps, **LEARNING))
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.update_ema()
+        state.weights.cast(state.params)
+        state.step += 1
+        state.seen += len(rows)
+        return found
+
+    # ---- scores
+
+    @torch.no_grad()
+    def score(self, stack: Stack, prompts: list, grade: Callable) -> Tensor:
+        """-> (N, prompts), 1 where the picture is right. Noise as in lab.evaluate: a seed of its
+        own for each prompt, the same for all models."""
+        config, device = self.model.config, self.args.device
+        at_once = max(1, AT_ONCE[device.split(":")[0]] // stack.n)
+        found = []
+        for i in range(0, len(prompts), at_once):
+            part = prompts[i:i + at_once]
+            rngs = [random.Random(f"0 {case.category} {case.prompt} 0") for case in part]
+            _, eps = noise(rngs, sample.latent_shape(config), device)
+            texts = [case.prompt for case in part]
+            *_, last = sample.denoise(stack, texts * stack.n, eps=eps.repeat(stack.n, 1, 1, 1),
+                                      conditioning=stack.conditioning(texts),
+                                      steps=self.args.draw_steps)
+            pictures = self.model.decode(last.x_t)
+            found.append((len(part), grade(is_right, pictures, part * stack.n)))
+        parts = [torch.tensor(list(right)).view(stack.n, n) for n, right in found]
+        return torch.cat(parts, 1)
+
+    def write_scores(self, prompts: list, grade: Callable) -> None:
+        """Scores every model by these prompts, into its file."""
+        folder = folder_of(self.args)
+        with ema_weights(self.state):
+            for stack, runs in self.stacks:
+                for run, row in zip(runs, self.score(stack, prompts, grade)):
+                    known = result(self.args, run)
+                    known["scores"][str(self.state.step)] = row.int().tolist()
+                    content = dict(arm=dataclasses.asdict(run.arm), seed=run.seed) | known
+                    write_json(folder / f"{run.name}.json", content)
+
+    def save(self) -> None:
+        """ValueError where a model has become infinite or NaN."""
+        if name := self.state.not_finite():
+            raise ValueError(f"step {self.state.step}: {name} has values that are not finite; "
+                             "take a smaller learning rate (lab/trials.py:LEARNING)")
+        self.state.history[-1] = (1, [self.reader.offset])
+        write_checkpoint(self.folder / "checkpoints", self.state, self.state.tensors(), keep=1)
+        self.saved = time.monotonic()
+
+    def train(self, looks: dict[int, list], grade: Callable, stop: Callable, bar) -> bool:
+        """Until all steps are done, or stop() -> are they? looks: {step: prompts to score by}"""
+        bar.update(self.state.step * len(self.runs))
+        for rows in self.rows():
+            if stop() or self.state.step >= self.args.steps:
+                break
+            self.step(rows)
+            bar.update(len(self.runs))
+            if self.state.step in looks:
+                self.write_scores(looks[self.state.step], grade)
+            elif time.monotonic() - self.saved > SAVE_EVERY:
+                self.save()
+        if self.state.step >= self.args.steps:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return True
+        self.save()
+        return False
+
+
+def is_right(picture, case) -> bool:
+    return bool(evaluate.drawn(grader.grade(picture), case)["category"])
+
+
+# ------------------------------------------------------------------------------------- all of them
+
+def early(args) -> list:
+    """The prompts that models are scored by along the way: the first of each category."""
+    found = []
+    for category in evaluate.GENEVAL:
+        own = [case for case in cases(args) if (case.category, case.pairs) == (category, "seen")]
+        found += own[:args.n_early]
+    return found
+
+
+def looks(args) -> dict[int, list]:
+    """{step: the prompts that models are scored by there}: a few along the way, all at the end."""
+    steps = {round(args.steps * (i + 1) / args.looks) for i in range(args.looks)}
+    return dict.fromkeys(sorted(steps), early(args)) | {args.steps: cases(args)}
+
+
+def train_all(runs: list[Run], args, stop: Callable) -> bool:
+    """Trains and scores the runs that are not finished, group by group -> are all finished now?"""
+    folder_of(args).mkdir(parents=True, exist_ok=True)
+    groups = {}
+    for run in dict.fromkeys(runs):
+        if not is_finished(args, run):
+            groups.setdefault(run.examples, []).append(run)
+    if not groups:
+        return True
+    when = looks(args)
+    n = sum(map(len, groups.values()))
+    # A fork would inherit locks of threads that it does not have.
+    fresh = multiprocessing.get_context("spawn")
+    with (concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=fresh) as pool,
+          tqdm(total=n * args.steps, unit="step", desc=f"{n} models", smoothing=0.05) as bar):
+        grade = functools.partial(pool.map, chunksize=16) if args.jobs > 1 else map
+        return all(Group(own, args).train(when, grade, stop, bar) for own in groups.values())
