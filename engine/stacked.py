@@ -4,9 +4,10 @@ They may differ in weights, in noise and in wiring, and learn from the same exam
 not depend on what learns is done once for all of them: the examples, their latents, and what the
 frozen MLLM reads before the queries.
 
-    prompts  -> read_prefix: keys and values of every layer, once            (B, G, S, K)
-    queries  -> Learner.rungs: their states behind that prefix, A, connector (N, L, B, Q, caption)
-    rungs    -> DiT.project_kv -> DiT.forward                                (N, B, C, h, w)
+    prompts  -> read_prefix: keys and values of every layer, once              (B, G, S, K)
+    queries  -> Stack.states: of all models in one batch, behind that prefix   (N, T, B, Q, M)
+    states   -> Learner.rungs: A, connector                                    (N, L, B, Q, caption)
+    rungs    -> DiT.project_kv -> DiT.forward                                  (N, B, C, h, w)
 
 The numbers are those of single models but for rounding (tests/test_5_stacked.py).
 
@@ -41,6 +42,10 @@ class Prefix:
         layers = {i: (k[index], v[index]) for i, (k, v) in self.layers.items()}
         return Prefix(layers, self.positions[:, index], self.attention_mask[index])
 
+    def repeated(self, n: int) -> "Prefix":
+        """The same rows n times, one after the other."""
+        return self.rows(list(range(len(self.attention_mask))) * n)
+
 
 @torch.no_grad()
 def read_prefix(mllm: MLLM, prompts: list[str], max_prompt: int,
@@ -56,9 +61,10 @@ def read_prefix(mllm: MLLM, prompts: list[str], max_prompt: int,
 
 
 def query_states(mllm: MLLM, prefix: Prefix, queries: Tensor, n_layer: int | None) -> list[Tensor]:
-    """queries (Q, M) -> their states behind each prompt, at every depth (B, Q, M)."""
-    B, Q = len(prefix.attention_mask), len(queries)
-    x = queries.to(mllm.embed_tokens.weight.dtype).expand(B, -1, -1)
+    """queries (B, Q, M), those of each row -> their states behind its prompt, at every depth
+    (B, Q, M)."""
+    B, Q = queries.shape[:2]
+    x = queries.to(mllm.embed_tokens.weight.dtype)
     after = prefix.positions[:, :, -1:] + torch.arange(1, Q + 1, device=x.device)
     mask = torch.cat([prefix.attention_mask, prefix.attention_mask.new_ones(B, Q)], 1)
     cache = PrefixCache()
@@ -105,7 +111,6 @@ class Learner(nn.Module):
         super().__init__()
         self.ladder = ladder
         self.dit = dit
-        self.last = max(ladder.taps)
         learnt = isinstance(ladder.routes, nn.Parameter)
         self.register_buffer("A", None if learnt else ladder.matrix(n_state))       # (L, T)
         if not learnt:
@@ -116,19 +121,22 @@ class Learner(nn.Module):
         """`functional_call` knows this method only."""
         return getattr(self, what)(*given)
 
-    def rungs(self, mllm: MLLM, prefix: Prefix, n_layer: int) -> Tensor:
-        """-> (L, B, Q, caption_dim), as by Ladder.forward"""
-        queries = self.ladder.queries
-        states = torch.stack(query_states(mllm, prefix, queries, n_layer))   # (T, B, Q, M)
+    def rungs(self, states: Tensor) -> Tensor:
+        """states (T, B, Q, M) -> (L, B, Q, caption_dim), as by Ladder.forward"""
         A = self.ladder.matrix(len(states)) if self.A is None else self.A[:, :len(states)]
-        tapped = torch.einsum("lt,tbqm->lbqm", A.float(), states.float())
-        return self.ladder.connector(tapped.to(queries.dtype))
+        tapped = torch.einsum("lt,tbqm->lbqm", A, states.float())
+        return self.ladder.connector(tapped.to(self.dit.proj_out.weight.dtype))
 
     def keys_values(self, rungs: Tensor) -> list[tuple[Tensor, Tensor]]:
         return self.dit.project_kv(rungs)
 
     def velocity(self, x_t: Tensor, time: Tensor, keys_values: list) -> Tensor:
         return self.dit(x_t.to(self.dit.proj_out.weight.dtype), time, keys_values)
+
+    def losses(self, states: Tensor, x_t: Tensor, time: Tensor, v: Tensor) -> Tensor:
+        """The squared error of the velocity, (B,)."""
+        found = self.velocity(x_t, time, self.keys_values(self.rungs(states)))
+        return (found.float() - v).pow(2).flatten(1).mean(1)
 
 
 # -------------------------------------------------------------------------------- a stack of them
@@ -150,27 +158,50 @@ class Stack:
         self.params = {name: nn.Parameter(p.detach()) for name, p in params.items()}
         self.buffers = buffers
         self.n = len(learners)
-        self.n_layer = max(learner.last for learner in learners)
+        # Only the layers below the last state that one of them taps.
+        self.n_layer = max(max(learner.ladder.taps) for learner in learners)
         self.config, self.mllm = config, mllm
         self.shape = copy.deepcopy(learners[0]).to("meta")
+        self.captured = None
 
-    def each(self, what: str, *given, shared=()):
-        """A method of Learner for all models: given: with a leading dimension N; shared: without,
-        these come first."""
+    def each(self, what: str, *given, params: dict | None = None):
+        """A method of Learner for all models; given: tensors with a leading dimension N."""
         def one(params, buffers, given):
-            return functional_call(self.shape, (params, buffers), (what, *shared, *given))
+            return functional_call(self.shape, (params, buffers), (what, *given))
 
-        return vmap(one)(self.params, self.buffers, given)
+        return vmap(one)(params or self.params, self.buffers, given)
 
-    def rungs(self, prefix: Prefix) -> Tensor:
-        """-> (N, L, B, Q, caption_dim)"""
-        return self.each("rungs", shared=(self.mllm, prefix, self.n_layer))
+    def states(self, prefix: Prefix) -> Tensor:
+        """-> (N, T, B, Q, M). The MLLM is the same for all: its batch has N * B rows."""
+        B = len(prefix.attention_mask)
+        queries = self.params["ladder.queries"].repeat_interleave(B, 0)    # (N * B, Q, M)
+        states = query_states(self.mllm, prefix.repeated(self.n), queries, self.n_layer)
+        return torch.stack(states).unflatten(1, (self.n, B)).transpose(0, 1)
 
     def losses(self, prefix: Prefix, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_t and v (N, B, C, h, w), t (N, B) -> the squared error of the velocity, (N, B)."""
-        keys_values = self.each("keys_values", self.rungs(prefix))
-        found = self.each("velocity", x_t, (1000 * t).float(), keys_values)
-        return (found.float() - v).pow(2).flatten(2).mean(2)
+        given = (self.states(prefix), x_t, (1000 * t).float(), v)
+        if self.captured is None:
+            return self.each("losses", *given)
+        return self.captured(*self.after_states().values(), *given)
+
+    def after_states(self) -> dict[str, nn.Parameter]:
+        """The parameters on which what follows the states depends."""
+        return {name: p for name, p in self.params.items() if name != "ladder.queries"}
+
+    def capture(self, prefix: Prefix, x_t: Tensor, t: Tensor, v: Tensor) -> None:
+        """For a GPU: records what follows the states, forward and backward, as a CUDA graph. Its
+        two thousand small kernels take longer to be asked for, one by one, than to run. From now on
+        `losses` wants as many rows as here; the prefix may have any length."""
+        names = list(self.after_states())
+
+        def losses(*tensors):
+            params = dict(zip(names, tensors))
+            return self.each("losses", *tensors[len(names):], params=params)
+
+        states = self.states(prefix).detach().requires_grad_()
+        given = (*self.after_states().values(), states, x_t, (1000 * t).float(), v)
+        self.captured = torch.cuda.make_graphed_callables(losses, given)
 
     # ---- as a model that draws
 
@@ -187,7 +218,7 @@ class Stack:
         """As `sample.encode_for_guidance`, for all models: rungs (N, L, 2 B, Q, caption_dim), those
         of the null prompt first; and 2, the rows that guidance compares."""
         distinct = read_prefix(self.mllm, ["", *prompts], self.config.max_prompt, self.n_layer)
-        rungs = self.rungs(distinct)
+        rungs = self.each("rungs", self.states(distinct))
         B = len(prompts)
         return rungs[:, :, [0] * B + list(range(1, B + 1))], 2
 

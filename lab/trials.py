@@ -223,7 +223,10 @@ class Group:
             shifts = torch.tensor([[run.arm.shift] for run in runs], device=t.device)
             t = sample.shifted(t, shifts)
             x_t, v = flow_matching(x0.repeat(len(runs), 1, 1, 1), t.flatten(), eps.flatten(0, 1))
-            yield stack.losses(prefix, x_t.view_as(eps), t, v.view_as(eps))
+            given = (prefix, x_t.view_as(eps), t, v.view_as(eps))
+            if eps.is_cuda and stack.captured is None:
+                stack.capture(*given)
+            yield stack.losses(*given)
 
     def step(self, rows: list) -> list[Tensor]:
         """One step of every model -> of each stack the losses (N,)"""
