@@ -219,7 +219,7 @@ class Clock:
     def __init__(self, minutes: float | None):
         self.signal = StopSignal()
         self.signal.listen()
-        self.end = time.monotonic() + 60 * minutes if minutes else None
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
 
     def __call__(self) -> bool:
         late = self.end is not None and time.monotonic() > self.end

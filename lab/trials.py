@@ -180,6 +180,7 @@ class Group:
         self.state = State(params, adamw, EMA, getattr(torch, args.dtype))
         names = " ".join(run.name for run in runs)
         self.folder = folder_of(args) / hashlib.sha256(names.encode()).hexdigest()[:8]
+        self.folder.mkdir(parents=True, exist_ok=True)
         if found := checkpoints(self.folder):
             self.state.load(found[-1])
         self.state.history = self.state.history or [(1, [0])]
@@ -295,10 +296,10 @@ class Group:
     def train(self, looks: dict[int, list], grade: Callable, stop: Callable, bar) -> bool:
         """Until all steps are done, or stop() -> are they? looks: {step: prompts to score by}"""
         bar.update(self.state.step * len(self.runs))
-        for rows in self.rows():
-            if stop() or self.state.step >= self.args.steps:
-                break
-            self.step(rows)
+        rows = self.rows()
+        # Asked first: what is read counts as learnt from.
+        while self.state.step < self.args.steps and not stop():
+            self.step(next(rows))
             bar.update(len(self.runs))
             if self.state.step in looks:
                 self.write_scores(looks[self.state.step], grade)
@@ -334,7 +335,6 @@ def looks(args) -> dict[int, list]:
 
 def train_all(runs: list[Run], args, stop: Callable) -> bool:
     """Trains and scores the runs that are not finished, group by group -> are all finished now?"""
-    folder_of(args).mkdir(parents=True, exist_ok=True)
     groups = {}
     for run in dict.fromkeys(runs):
         if not is_finished(args, run):

@@ -130,21 +130,3 @@ def test_the_prefix_does_not_depend_on_who_else_is_read(tiny):
     alone = read_prefix(tiny.mllm, PROMPTS[2:3], 256)
     n = int(alone.attention_mask.sum())
     assert relative(k[2, :, -n:], alone.layers[1][0][0, :, -n:]) < 1e-5
-
-
-def test_each_model_is_clipped_by_its_own_norm(tiny):
-    from lab import trials
-    params = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(2, 2, 2))]
-    params[0].grad = torch.tensor([[3.0, 0, 0], [0.3, 0, 0]])
-    params[1].grad = torch.tensor([[[4.0, 0], [0, 0]], [[0.4, 0], [0, 0]]])
-    want = []
-    for i in range(2):
-        own = [torch.nn.Parameter(p[i].detach().clone()) for p in params]
-        for p, stacked_p in zip(own, params):
-            p.grad = stacked_p.grad[i].clone()
-        norm = torch.nn.utils.clip_grad_norm_(own, trials.CLIP)
-        want.append((norm, [p.grad for p in own]))
-    norms = trials.clip_each(params)
-    for i, (norm, grads) in enumerate(want):
-        assert norms[i] == pytest.approx(norm.item())
-        assert all(torch.allclose(p.grad[i], grad) for p, grad in zip(params, grads))

@@ -1,58 +1,110 @@
-"""The study: its statistics against known answers, what a replaced rung changes, and a whole small
-study, stopped and gone on with."""
+"""The study: what its tables compare, what looks into a trained model, and a whole small study,
+stopped and gone on with."""
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from lab import ablate, evaluate
+from lab import ablate, dots, evaluate, inside, plan, trials
 from sample import TOY_FOLDER
 from tbac import TBAC
 from tests.conftest import relative, run
+from toy import world
+
+# ------------------------------------------------------------------------------- what is compared
+
+CIRCLE = world.Scene((world.Thing("circle", "red", "medium", 0.5, 0.5),))
+SIX = [types.SimpleNamespace(category=category, pairs="seen", target=CIRCLE)
+       for category in evaluate.GENEVAL for _ in range(4)]
+PART = plan.Part("?", plan.both(), (("ladder", "final"),), seeds=3)
 
 
-def scores(value, n=24):
-    seen = {f"{category}, seen": [value] * n for category in evaluate.GENEVAL}
-    return seen | {"position, never seen": [0.0] * n}
-
-
-def test_intervals_and_paired_tests():
-    assert ablate.overall(scores(0.5)).shape == (6 * 24,)
-    assert ablate.overall(scores(0.5)).mean() == 0.5
+@pytest.fixture
+def study(monkeypatch):
+    """A part whose runs are done: `ladder` is right where `final` is, and in all of counting."""
+    monkeypatch.setitem(plan.PARTS, "primary", PART)
+    monkeypatch.setitem(plan.PARTS, "wirings", PART)
+    monkeypatch.setattr(trials, "cases", lambda args: SIX)
     rng = np.random.default_rng(0)
-    found = ablate.resampled(rng.normal(0.3, 1, (3, 400)))
-    assert found["interval"][0] < found["mean"] < found["interval"][1]
-    assert abs(found["mean"] - 0.3) < 0.1
+    counting = np.array([case.category == "counting" for case in SIX])
 
-    def noisy(shift):
-        return [{f"{category}, seen": list(rng.normal(shift, 1, 24))
-                 for category in evaluate.GENEVAL} for _ in range(3)]
+    def result(args, one):
+        right = np.random.default_rng(one.seed).random(24) < 0.5
+        if one.arm.wiring == "ladder":
+            right = right | counting
+        return dict(scores={"3": (rng.random(6) < 0.5).tolist(), "4": right.astype(int).tolist()})
 
-    assert ablate.paired(noisy(1.0), noisy(0.0))["p"] < 0.001
-    assert ablate.paired(noisy(0.0), noisy(0.0))["p"] > 0.01
-    same = ablate.paired([scores(0.5)] * 3, [scores(0.5)] * 3)
-    assert same["mean"] == 0 and same["p"] == 1.0
+    monkeypatch.setattr(trials, "result", result)
+    return types.SimpleNamespace(steps=4, seeds=None, n=4, n_early=1)
 
 
-def test_a_table_is_against_the_right_one(capsys):
-    found = {
-        "ladder": {1: [scores(0.0)], 2: [scores(1.0)]},
-        "final": {1: [scores(0.1)], 2: [scores(0.25)]},
-    }
-    rows = ablate.table(found, "final")
-    assert rows["ladder"]["mean of 6"]["mean"] == 1
-    assert rows["ladder"]["minus final"]["mean"] == 0.75
-    assert "minus final" not in rows["final"]
-    assert "| ladder | 100 [100, 100]" in capsys.readouterr().out
+def test_the_tables_are_of_the_last_step_and_paired(study, capsys):
+    found = {name: ablate.analyse(study, name) for name in ("primary", "wirings")}
+    ablate.correct(found)
+    scored = found["primary"]["scored"]["seen"]
+    ladder, final = (scored["table"][label] for label in ("ladder", "final"))
+    assert ladder["counting"]["mean"] == 1 and final["counting"]["mean"] < 1
+    assert len(ladder) == 7 and len(ladder["mean of 6"]["points"]) == 3
+    test = scored["compared"]["ladder minus final"]
+    gap = ladder["mean of 6"]["mean"] - final["mean of 6"]["mean"]
+    assert test["mean"] == pytest.approx(gap) == (1 - final["counting"]["mean"]) / 6
+    assert all(ladder[name] == final[name] for name in ladder if name not in ("counting",
+                                                                              "mean of 6"))
+    # Of the rest, one comparison: as often as it is asked, 1 times its p. The primary: none.
+    other = found["wirings"]["scored"]["seen"]["compared"]["ladder minus final"]
+    assert "holm" not in test and other["holm"] == dict(p=other["p"], of=1)
+    ablate.print_part("primary", found["primary"])
+    assert f"| ladder minus final | {ablate.points(test)} |" in capsys.readouterr().out
 
+
+def test_the_last_quarter_of_a_curve():
+    curve = {"a": {step: [0.1 * step] * 2 for step in (1, 2, 3, 4)}, "b": {3: [0.3], 4: [0.5]}}
+    assert ablate.last_quarter(curve) == pytest.approx(15)
+
+
+def test_a_prompt_counts_by_the_pairs_that_its_arms_hold_out():
+    """Of a seen pair that some arms hold out nobody can say whether it was seen."""
+    def case(pairs, *names):
+        things = tuple(world.Thing(shape, colour, "medium", 0.5, 0.5) for colour, shape in names)
+        return types.SimpleNamespace(pairs=pairs, target=world.Scene(things))
+
+    some = sorted(plan.pairs_held_out(6) - plan.pairs_held_out(2))[0]
+    free = min({(c, s) for c in world.COLOURS for s in world.SHAPES} - plan.pairs_held_out(12))
+    never = min(plan.pairs_held_out(2))
+    cases = [case("seen", free, free), case("seen", free, some), case("seen", some),
+             case("never seen", never, free), case("never seen", never, some)]
+    assert ablate.chosen(cases, "seen", 2) == [0, 1, 2]
+    assert ablate.chosen(cases, "seen", 6) == [0, 2]
+    assert ablate.chosen(cases, "never seen", 6) == [3]
+
+
+def test_figures_show_every_row(tmp_path, monkeypatch):
+    """Each name at its row, each interval a line, each seed a dot."""
+    drawn = []
+    monkeypatch.setattr(dots, "save", lambda figure, file: drawn.append(figure))
+    rows = {name: dict(mean=0.5, interval=[0.4, 0.6], points=[0.45, 0.55]) for name in "abc"}
+    dots.plot_arms(rows, {"a minus b": dict(mean=0.01, interval=[-0.02, 0.04])}, 3.0, tmp_path)
+    left, right = drawn[0].axes
+    assert [label.get_text() for label in left.get_yticklabels()] == list("abc")
+    assert [len(line.get_xdata()) for line in left.lines] == [2, 2, 1] * 3
+    assert list(right.lines[1].get_xdata()) == [-2, 4]
+    low, high = right.get_xlim()
+    assert low < -4 < 4 < high
+    dots.plot_series({"x": rows, "y": rows}, tmp_path, "%")
+    assert len(drawn[1].axes[0].lines) == 2 * 3 * 3
+
+
+# --------------------------------------------------------------------------- into a trained model
 
 @pytest.mark.parametrize("how", ["null prompt", "another rung", "another prompt"])
 def test_one_rung_of_the_prompts_is_replaced(tiny, how):
     prompts = ["", "", "a dog", "a cat"]
     with torch.no_grad():
         before = tiny.encode(prompts)
-        with ablate.replaced(tiny, 1, how):
+        with inside.replaced(tiny, 1, how):
             after = tiny.encode(prompts)
         assert torch.equal(tiny.encode(prompts), before)
     assert torch.equal(after[[0]], before[[0]])
@@ -72,55 +124,112 @@ def test_probes_find_what_is_there_and_nothing_else():
     y = torch.randint(0, 3, (400,), generator=g)
     noise = torch.randn(400, 50, generator=g)
     signal = torch.nn.functional.one_hot(y, 50)
-    assert ablate.ridge(noise, y, 300) < 0.55
-    assert ablate.ridge(noise + 4 * signal, y, 300) > 0.95
+    assert inside.ridge(noise, y, 300) < 0.55
+    assert inside.ridge(noise + 4 * signal, y, 300) > 0.95
 
+
+@pytest.mark.parametrize("slot, queries", [(0, [0, 1]), (3, [6, 7])])
+def test_a_slot_of_queries_is_exchanged_at_its_depths_only(slot, queries):
+    own, other = torch.zeros(3, 2, 8, 5), torch.ones(3, 2, 8, 5)
+    changed = inside.with_slot(own, other, slot, range(1, 3))
+    assert torch.equal(changed[0], own[0]) and torch.equal(own, torch.zeros_like(own))
+    assert (changed[1:, :, queries] == 1).all() and changed.sum() == 2 * 2 * 2 * 5
+    assert [inside.slot_of(6, i) for i in range(4)] == [[0], [1, 2], [3], [4, 5]]
+
+
+def test_what_is_asked_for_differs_in_every_way():
+    asked = inside.pairs_of_things(100)
+    assert len(set(asked)) > 95
+    for four in asked:
+        assert len({t.name for t in four}) == 4
+        for first, second in (four[:2], four[2:]):
+            assert first.shape != second.shape and first.colour != second.colour
+
+
+def test_the_things_that_are_there_are_told_apart():
+    asked = inside.pairs_of_things(2)
+    places = [world.Thing(t.shape, t.colour, "medium", x, 0.5) for t, x in
+              ((asked[0][0], 0.22), (asked[0][3], 0.75))]
+    pictures = [world.render(world.Scene(tuple(places))), Image.new("RGB", (64, 64), "white")]
+    found = inside.things_there(pictures, asked)
+    assert found == dict(zip(inside.THINGS, ([True, False], [False] * 2, [False] * 2,
+                                             [True, False])))
+    layout = inside.layout(pictures[0], places[::-1])
+    assert layout["first is left"] == 0 and layout["number"] == 2
+    assert layout["first, across"] == pytest.approx(0.75, abs=0.03)
+    assert np.isnan(inside.layout(pictures[1], places)["first is left"])
+
+
+def test_the_noise_has_its_share():
+    rng = np.random.default_rng(0)
+    found = inside.noise_shares(3 * rng.normal(size=(8, 1)) + rng.normal(size=(8, 50)))
+    assert found["the noise's"]["mean"] > 0.7 and found["the prompt's"]["mean"] < 0.1
+    assert found["prompts"] == 50
+    low, high = found["the noise's"]["interval"]
+    assert low < found["the noise's"]["mean"] < high
+    assert np.isnan(inside.noise_shares(np.ones((8, 0)))["the prompt's"]["mean"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["slots", "noise"])
+def test_a_look_inside_writes_its_table_and_its_figure(study, tmp_path):
+    done = run("-m", "lab.ablate", study, "--out", tmp_path, "--n", 2, "--draw-steps", 1)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / f"{study}.json").read_text())["table"]
+    assert len(table) == (57 if study == "slots" else 4)
+    assert (tmp_path / f"{study}.png").stat().st_size > 10_000
+
+
+# -------------------------------------------------------------------------------- command and runs
 
 @pytest.mark.parametrize("argv, message", [
     (["wirings", "--n", "0"], "must be a whole number from 1"),
-    (["rungs", "--only", "ladder"], "no kinds"),
+    (["wirings"], "--dit FOLDER"),
+    (["all", "--dit", "x"], "--captions FOLDER"),
+    (["everything"], "invalid choice"),
 ])
 def test_options_that_say_nothing(argv, message, capsys):
     with pytest.raises(SystemExit):
-        ablate.options([*argv, "--dit", str(TOY_FOLDER)])
+        ablate.options(argv)
     assert message in capsys.readouterr().err
 
 
-def test_runs_are_known_by_all_that_makes_their_scores(tmp_path):
-    """Other weights, other scoring, other options: another folder."""
-    def folders(*argv):
-        args = ablate.options(["wirings", "--out", str(tmp_path), "--seeds", "1",
-                               "--dit", str(TOY_FOLDER), *argv])
-        args.default_queries = 16
-        return {ablate.place(args, options)[1].name for options in ablate.plan(args).values()}
+def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
+    """Other weights, other prompts, other options: another folder."""
+    monkeypatch.setattr(trials, "cases", lambda args: SIX[:args.n])
+    for case in SIX:
+        monkeypatch.setattr(case, "prompt", "x", raising=False)
 
-    found = folders()
-    for argv in (["--n", "3"], ["--pictures", "2"], ["--draw-steps", "3"], ["--steps", "7"]):
-        found |= folders(*argv)
-    assert len(found) == 50
+    def folder(*argv):
+        words = ["wirings", "--out", str(tmp_path), "--dit", str(TOY_FOLDER), "--captions",
+                 str(TOY_FOLDER), *argv]
+        return trials.folder_of(ablate.options(words))
+
+    given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"])
     other = tmp_path / "other"
     TBAC.load(TOY_FOLDER).save(other, torch.bfloat16)
-    assert not folders() & folders("--model", str(other))
-    with pytest.raises(ValueError, match="banana.*ladder"):
-        folders("--only", "banana")
+    found = {folder(), *(folder(*argv) for argv in given), folder("--dit", str(other))}
+    assert len(found) == 6 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
 
 
 @pytest.mark.slow
 def test_a_small_study_goes_on_where_it_was_stopped(tmp_path):
-    argv = ("-m", "lab.ablate", "wirings", "--only", "ladder", "final", "--dit", TOY_FOLDER,
-            "--out", tmp_path, "--seeds", 1, "--steps", 1, "--batch", 2, "--every", 1, "--n", 1,
-            "--draw-steps", 1, "--jobs", 1)
+    argv = ("-m", "lab.ablate", "primary", "--dit", TOY_FOLDER, "--captions", TOY_FOLDER, "--out",
+            tmp_path, "--seeds", 1, "--steps", 2, "--looks", 1, "--batch", 2, "--n", 1,
+            "--draw-steps", 1)
+    done = run(*argv, "--minutes", 0)
+    assert done.returncode == 0, done.stderr
+    assert "stopped: 0 of 2 models are finished" in done.stdout
+    assert not (tmp_path / "primary.json").exists()
     done = run(*argv)
     assert done.returncode == 0, done.stderr
-    folder = next(f for f in tmp_path.iterdir() if "_ladder_" in f.name)
-    stamp = (folder / "scores-00001.json").stat().st_mtime_ns
+    assert "| ladder minus final |" in done.stdout
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs-*/*.json")}
+    assert len(stamps) == 2
     done = run(*argv)
     assert done.returncode == 0, done.stderr
-    assert (folder / "scores-00001.json").stat().st_mtime_ns == stamp
-    found = json.loads((tmp_path / "wirings.json").read_text())
-    assert found["table"].keys() == {"ladder", "final"}
-    assert found["table"]["ladder"]["seeds"] == 1
-    assert "minus final" in found["table"]["ladder"]
-    assert (tmp_path / "wirings.png").is_file()
-    done = run("-m", "lab.ablate", "wirings", "--out", tmp_path)
-    assert done.returncode == 2 and "--dit" in done.stderr
+    assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items())
+    found = json.loads((tmp_path / "primary.json").read_text())
+    assert found["options"]["steps"] == 2 and found["commit"] and found["hardware"]
+    assert found["scored"]["seen"]["table"].keys() == {"ladder", "final"}
+    assert (tmp_path / "primary.png").is_file() and (tmp_path / "primary-categories.png").is_file()
