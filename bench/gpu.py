@@ -3,9 +3,9 @@ and goes on where one fails.
 
     python -m bench.gpu STEP --out FILE [--rehearse]
 
-Steps, in order of value: machine, parity, draw, train, compile, toy (the peer's is bench.gpu_peer).
-Models have the released sizes and random weights, made on the GPU itself. --rehearse runs the same
-code on the CPU at a tiny size.
+Steps, in order of value: machine, parity, draw, train, compile, toy (the peer's is bench.gpu_peer);
+and, by itself, study. Models have the released sizes and random weights, made on the GPU itself;
+study's are toys. --rehearse runs the same code on the CPU at a tiny size.
 """
 import argparse
 import dataclasses
@@ -32,6 +32,8 @@ from bench.sizes import ROOT, SIZES, random_model
 from bench.work import CAPTION, ORDER, Ours, Task, picture
 from engine import fast
 from engine.files import read_json
+from lab import ablate, plan, trials
+from sample import TOY_FOLDER
 
 
 # -------------------------------------------------------------------------------------- the rows
@@ -222,6 +224,54 @@ def evaluated(device, options):
         return row | dict(scores=read_json(pathlib.Path(scratch) / "scores.json"))
 
 
+# Models that learn at once.
+TOGETHER = (2, 8, 32)
+
+
+def study_words(args):
+    """The command line of the study's largest part. A rehearsal takes the toy for all that it
+    starts from."""
+    start = args.study or TOY_FOLDER
+    dit, captions = (start / name if args.study else start for name in ("dit", "captions"))
+    words = ["primary", "--device", args.device, "--out", args.out.parent / "study", "--dit", dit,
+             "--captions", captions]
+    if args.rehearse:
+        words += ["--seeds", 1, "--steps", 2, "--looks", 1, "--batch", 2, "--n", 1,
+                  "--draw-steps", 1]
+    return list(map(str, words))
+
+
+def study_step(rows, args):
+    """How fast models learn together; then the primary question, as far as the time goes."""
+    start = time.monotonic()
+    given = ablate.options(study_words(args))
+    for n in TOGETHER[:1] if args.rehearse else TOGETHER:
+        rows.add(f"a step of {n} models", functools.partial(step_together, given, n, args))
+    minutes = args.minutes - (time.monotonic() - start) / 60
+    rows.add("primary", functools.partial(study_part, args, max(0.1, minutes)))
+
+
+def step_together(given, n, args):
+    """-> seconds of a step of n models, examples apart; bytes alive at most"""
+    group = trials.Group(plan.PARTS["primary"].runs(n // 2), given)
+    examples = next(group.rows())
+    for _ in range(1 if args.rehearse else 3):
+        group.step(examples)
+    row = repeated(lambda: group.step(examples), 1 if args.rehearse else 20, args.device)
+    if args.device == "cuda":
+        row["memory"] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    return row
+
+
+def study_part(args, minutes):
+    """-> seconds, what it printed, and what it found if it came to its end"""
+    words = study_words(args)
+    row = command(["lab.ablate", *words, "--minutes", f"{minutes:.2f}"])
+    found = args.out.parent / "study" / "primary.json"
+    return row | dict(found=read_json(found) if found.exists() else None)
+
+
 def command(words, limit=None):
     """A module of ours in processes of its own -> seconds, the end of what it printed, and whether
     it was stopped after `limit` seconds."""
@@ -247,7 +297,7 @@ def command(words, limit=None):
 # ---------------------------------------------------------------------------------- command line
 
 STEPS = {"machine": machine_step, "parity": parity_step, "draw": draw_step, "train": train_step,
-         "compile": compile_step, "toy": toy_step}
+         "compile": compile_step, "toy": toy_step, "study": study_step}
 
 
 def options(steps, doc):
@@ -255,13 +305,18 @@ def options(steps, doc):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("step", choices=steps)
     p.add_argument("--out", type=pathlib.Path, required=True, help="JSON file")
-    p.add_argument("--minutes", type=float, default=0.1, help="for the toy from nothing")
+    p.add_argument("--minutes", type=float, default=0.1,
+                   help="for the toy from nothing, or for the study")
+    p.add_argument("--study", type=pathlib.Path, metavar="FOLDER", help="holds dit/ and captions/, "
+                   "which the study starts from (docs/study.md)")
     p.add_argument("--rehearse", action="store_true", help="on the CPU, at a tiny size")
     args = p.parse_args()
     args.device = "cpu" if args.rehearse else "cuda"
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"error: PyTorch {torch.__version__} sees no GPU; --rehearse runs on the "
                          "CPU")
+    if args.step == "study" and not (args.study or args.rehearse):
+        raise SystemExit("error: study needs --study FOLDER")
     return args
 
 

@@ -4,6 +4,8 @@
 #
 #     bench/gpu.sh OUT                 on a GPU
 #     bench/gpu.sh OUT --rehearse      every step on the CPU, at a tiny size, in about a minute
+#     STUDY=runs bench/gpu.sh OUT      the study's primary question instead, with all of the time:
+#                                      runs/dit and runs/captions are what it starts from
 #
 # It needs a clone of this repository and the packages of requirements.txt; the rows beside the
 # public libraries also transformers 4.51.3 and diffusers 0.34.0. PYTHON: which one runs it.
@@ -17,6 +19,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD
 patience=1
 if [ "$rehearse" = --rehearse ]; then
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+    STUDY=
     # A rehearsal looks for mistakes: on a busy machine it may take its time.
     patience=5
     total=$((total * patience))
@@ -56,8 +59,20 @@ step() {
     echo "== $name: status $status, $((SECONDS - start)) s" | tee -a "$out/log.txt"
 }
 
+# minutes SECONDS: as a decimal number.
+minutes() {
+    printf '%d.%d' $(($1 / 60)) $(($1 % 60 * 10 / 60))
+}
+
 : > "$out/log.txt"
 step bench.gpu machine 40
+if [ -n "${STUDY:-}" ]; then
+    # Without the half minute that a last checkpoint and the tables take.
+    step bench.gpu study $((total - SECONDS)) --study "$STUDY" \
+        --minutes "$(minutes $((total - SECONDS - 30)))"
+    echo "== all: $SECONDS s, in $out"
+    exit
+fi
 step bench.gpu parity 75
 step bench.gpu draw 90
 step bench.gpu train 100
@@ -73,5 +88,6 @@ step bench.gpu compile 90
 seconds=$((total - SECONDS - 75))
 [ $seconds -lt 6 ] && seconds=6
 [ -n "$rehearse" ] && seconds=30
-step bench.gpu toy 400 --minutes "$(printf '%d.%d' $((seconds / 60)) $((seconds % 60 * 10 / 60)))"
+step bench.gpu toy 400 --minutes "$(minutes $seconds)"
+[ -n "$rehearse" ] && step bench.gpu study 60 --minutes 10
 echo "== all: $SECONDS s, in $out"

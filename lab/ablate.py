@@ -69,7 +69,7 @@ def scores_of(args, part: Part, cases: list, pairs: str) -> tuple[dict, np.ndarr
     places = chosen(cases, pairs, max(arm.held_out for arm in part.arms.values()))
     found = {}
     for label, arm in part.arms.items():
-        rows = [trials.result(args, plan.Run(arm, seed))["scores"][str(args.steps)]
+        rows = [list(map(int, trials.result(args, plan.Run(arm, seed))["scores"][str(args.steps)]))
                 for seed in range(args.seeds or part.seeds)]
         found[label] = np.array(rows, float)[:, places]
     return found, np.array([cases[i].category for i in places])
@@ -119,7 +119,7 @@ def curve_of(args, part: Part) -> dict:
         for seed in range(args.seeds or part.seeds):
             for step, row in trials.result(args, plan.Run(arm, seed))["scores"].items():
                 row = row if len(row) == len(early) else [row[i] for i in places]
-                curve.setdefault(int(step), []).append(float(np.mean(row)))
+                curve.setdefault(int(step), []).append(float(np.mean(list(map(int, row)))))
     return found
 
 
@@ -144,7 +144,8 @@ def analyse(args, name: str) -> dict:
                                         compared=compare(part, scores, groups),
                                         prompts=len(groups))
     curve = curve_of(args, part)
-    return content | dict(curve=curve, last_quarter=last_quarter(curve))
+    runs = {run.name: trials.result(args, run)["scores"] for run in part.runs(args.seeds)}
+    return content | dict(curve=curve, last_quarter=last_quarter(curve), runs=runs)
 
 
 def correct(found: dict[str, dict]) -> None:

@@ -84,7 +84,7 @@ def folder_of(args) -> pathlib.Path:
 
 
 def result(args, run: Run) -> dict:
-    """What is known of a run: {"scores": {step: [0 or 1 of each prompt]}, ...}"""
+    """What is known of a run: {"scores": {step: "0110...", right or wrong of each prompt}, ...}"""
     file = folder_of(args) / f"{run.name}.json"
     return read_json(file) if file.is_file() else dict(scores={})
 
@@ -280,7 +280,7 @@ class Group:
             for stack, runs in self.stacks:
                 for run, row in zip(runs, self.score(stack, prompts, grade)):
                     known = result(self.args, run)
-                    known["scores"][str(self.state.step)] = row.int().tolist()
+                    known["scores"][str(self.state.step)] = "".join(map(str, row.int().tolist()))
                     content = dict(arm=dataclasses.asdict(run.arm), seed=run.seed) | known
                     write_json(folder / f"{run.name}.json", content)
 

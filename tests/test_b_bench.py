@@ -265,7 +265,7 @@ def test_a_rehearsal_is_no_result(tmp_path):
 def test_the_rehearsal_does_every_step(tmp_path):
     done = gpu_sh(tmp_path, "--rehearse")
     assert done.returncode == 0, done.stderr
-    for step in ("machine", "parity", "draw", "train", "compile", "toy"):
+    for step in ("machine", "parity", "draw", "train", "compile", "toy", "study"):
         content = read_json(tmp_path / f"{step}.json")
         assert content["run"]["rehearsal"] and content["rows"], step
         failed = {name: row["failed"] for name, row in content["rows"].items() if "failed" in row}
