@@ -246,18 +246,22 @@ def study_step(rows, args):
     start = time.monotonic()
     given = ablate.options(study_words(args))
     for n in TOGETHER[:1] if args.rehearse else TOGETHER:
-        rows.add(f"a step of {n} models", functools.partial(step_together, given, n, args))
+        rows.add(f"ten steps of {n} models", functools.partial(step_together, given, n, args))
     minutes = args.minutes - (time.monotonic() - start) / 60
     rows.add("primary", functools.partial(study_part, args, max(0.1, minutes)))
 
 
 def step_together(given, n, args):
-    """-> seconds of a step of n models, examples apart; bytes alive at most"""
+    """-> seconds of ten steps of n models; bytes alive at most"""
     group = trials.Group(plan.PARTS["primary"].runs(n // 2), given)
-    examples = next(group.rows())
-    for _ in range(1 if args.rehearse else 3):
-        group.step(examples)
-    row = repeated(lambda: group.step(examples), 1 if args.rehearse else 20, args.device)
+    batches = group.batches()
+
+    def steps():
+        for _ in range(1 if args.rehearse else 10):
+            group.step(next(batches))
+
+    steps()
+    row = repeated(steps, 1 if args.rehearse else 3, args.device)
     if args.device == "cuda":
         row["memory"] = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()

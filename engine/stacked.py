@@ -37,14 +37,20 @@ class Prefix:
     positions: Tensor
     attention_mask: Tensor
 
-    def rows(self, index: list[int]) -> "Prefix":
+    def rows(self, index: Tensor) -> "Prefix":
         """Those of some prompts, in this order."""
         layers = {i: (k[index], v[index]) for i, (k, v) in self.layers.items()}
         return Prefix(layers, self.positions[:, index], self.attention_mask[index])
 
     def repeated(self, n: int) -> "Prefix":
         """The same rows n times, one after the other."""
-        return self.rows(list(range(len(self.attention_mask))) * n)
+        layers = {i: (k.repeat(n, 1, 1, 1), v.repeat(n, 1, 1, 1))
+                  for i, (k, v) in self.layers.items()}
+        return Prefix(layers, self.positions.repeat(1, n, 1), self.attention_mask.repeat(n, 1))
+
+    def tensors(self) -> list[Tensor]:
+        both = [t for pair in self.layers.values() for t in pair]
+        return [*both, self.positions, self.attention_mask]
 
 
 @torch.no_grad()
@@ -57,7 +63,8 @@ def read_prefix(mllm: MLLM, prompts: list[str], max_prompt: int,
     cache = KVCache()
     mllm(mllm.embed(batch), batch.positions, batch.attention_mask, cache, n_layer)
     read = Prefix(cache.layers, batch.positions, batch.attention_mask)
-    return read.rows([distinct[prompt] for prompt in prompts])
+    order = [distinct[prompt] for prompt in prompts]
+    return read.rows(torch.tensor(order, device=batch.ids.device))
 
 
 def query_states(mllm: MLLM, prefix: Prefix, queries: Tensor, n_layer: int | None) -> list[Tensor]:
@@ -199,9 +206,12 @@ class Stack:
             params = dict(zip(names, tensors))
             return self.each("losses", *tensors[len(names):], params=params)
 
-        states = self.states(prefix).detach().requires_grad_()
-        given = (*self.after_states().values(), states, x_t, (1000 * t).float(), v)
-        self.captured = torch.cuda.make_graphed_callables(losses, given)
+        # Copies: what it is called with is copied into them. The parameters themselves may get
+        # other memory from step to step (engine/state.py:MasterWeights).
+        learnt = [*self.after_states().values(), self.states(prefix)]
+        learnt = [tensor.detach().clone().requires_grad_() for tensor in learnt]
+        given = [tensor.clone() for tensor in (x_t, (1000 * t).float(), v)]
+        self.captured = torch.cuda.make_graphed_callables(losses, (*learnt, *given))
 
     # ---- as a model that draws
 

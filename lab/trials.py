@@ -19,6 +19,7 @@ import pathlib
 import random
 import shutil
 import time
+import types
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ from engine.device import set_threads
 from engine.files import read_json, weight_files, write_text
 from engine.pictures import to_pixels
 from engine.sources import Example, Generated
-from engine.stacked import Learner, Stack, read_prefix, signature
+from engine.stacked import Learner, Prefix, Stack, read_prefix, signature
 from engine.state import State, checkpoints, ema_weights, write_checkpoint
 from lab import evaluate, plan
 from lab.plan import Run
@@ -167,6 +168,28 @@ def clip_each(params: list[Tensor]) -> Tensor:
     return norms
 
 
+def times_and_noise(seed: int, step: int, shape) -> tuple[Tensor, Tensor]:
+    """Of one seed and step: times (B,) in (0, 1], noise (B, C, h, w). Drawn on the CPU, so that
+    every device has the same."""
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(63))
+    return 1 - torch.rand(shape[0], generator=generator), torch.randn(shape, generator=generator)
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Of one step: latents x0 (B, C, h, w), what the MLLM has read, {seed: times (B,)} and
+    {seed: noise (B, C, h, w)}; and where the examples go on."""
+    x0: Tensor
+    prefix: Prefix
+    times: dict[int, Tensor]
+    eps: dict[int, Tensor]
+    offset: int
+
+    def tensors(self) -> list[Tensor]:
+        drawn = [*self.times.values(), *self.eps.values()]
+        return [self.x0, *self.prefix.tensors(), *drawn]
+
+
 class Group:
     """All runs that share their examples, from their weights to their files."""
 
@@ -190,65 +213,76 @@ class Group:
         self.reader = Reader(share, args.workers)
         self.saved = time.monotonic()
 
-    def rows(self):
-        """Yields the numbered examples of each step."""
+    # ---- a step
+
+    def batches(self):
+        """Yields the inputs of each step. On a GPU they are made on a stream of their own, while
+        the step before still learns."""
         examples = iter(self.reader)
-        while True:
-            yield list(itertools.islice(examples, self.args.batch))
+        on_gpu = self.args.device.startswith("cuda")
+        stream = torch.cuda.Stream() if on_gpu else None
+        for step in itertools.count(self.state.step):
+            rows = list(itertools.islice(examples, self.args.batch))
+            # Of no stream: nothing.
+            with torch.cuda.stream(stream):
+                inputs = self.inputs(step, rows)
+            if on_gpu:
+                torch.cuda.current_stream().wait_stream(stream)
+                for tensor in inputs.tensors():
+                    tensor.record_stream(torch.cuda.current_stream())
+            yield inputs
 
-    def noises(self, numbers: list[int], shape) -> dict[int, tuple[Tensor, Tensor]]:
-        """{seed: times (B,) and noise (B, C, h, w)}"""
-        found = {}
-        for seed in {run.seed for run in self.runs}:
-            rngs = [random.Random(f"{seed} {self.state.step} {number}") for number in numbers]
-            found[seed] = noise(rngs, shape, self.args.device)
-        return found
-
-    def losses(self, rows: list) -> list[Tensor]:
-        """Of each stack (N, B), with their graphs."""
+    @torch.no_grad()
+    def inputs(self, step: int, rows: list) -> "Inputs":
+        """What all models of a step share, and each seed's times and noise."""
         numbers, examples = zip(*rows)
-        step = self.state.step
-        drop = [train.drop_condition(example, random.Random(f"{step} {number}"), COND_DROP)
-                for number, example in rows]
-        prompts = [prompt for prompt, _ in drop]
-        with torch.no_grad():
-            dtype = getattr(torch, self.args.dtype)
-            pixels = to_pixels([e.target for e in examples], self.args.device, dtype)
-            x0 = self.model.dcae.encode(pixels).float()
+        drops = [random.Random(f"{step} {number}") for number in numbers]
+        prompts = [train.drop_condition(example, rng, COND_DROP)[0]
+                   for example, rng in zip(examples, drops)]
+        model, dtype = self.model, getattr(torch, self.args.dtype)
+        pixels = to_pixels([e.target for e in examples], self.args.device, dtype)
+        x0 = model.dcae.encode(pixels).float()                              # (B, C, h, w)
         n_layer = max(stack.n_layer for stack, _ in self.stacks)
-        prefix = read_prefix(self.model.mllm, prompts, self.model.config.max_prompt, n_layer)
-        noises = self.noises(numbers, x0.shape[1:])
+        prefix = read_prefix(model.mllm, prompts, model.config.max_prompt, n_layer)
+        seeds = sorted({run.seed for run in self.runs})
+        drawn = [times_and_noise(seed, step, x0.shape) for seed in seeds]
+        times, eps = (torch.stack(tensors).to(self.args.device) for tensors in zip(*drawn))
+        return Inputs(x0, prefix, dict(zip(seeds, times)), dict(zip(seeds, eps)),
+                      self.reader.offset)
+
+    def losses(self, inputs: "Inputs"):
+        """Yields those of each stack, (N, B), with their graphs."""
+        x0 = inputs.x0
         for stack, runs in self.stacks:
-            t = torch.stack([noises[run.seed][0] for run in runs])          # (N, B)
-            eps = torch.stack([noises[run.seed][1] for run in runs])        # (N, B, C, h, w)
-            shifts = torch.tensor([[run.arm.shift] for run in runs], device=t.device)
-            t = sample.shifted(t, shifts)
+            t = torch.stack([inputs.times[run.seed] for run in runs])       # (N, B)
+            eps = torch.stack([inputs.eps[run.seed] for run in runs])       # (N, B, C, h, w)
+            t = torch.stack([sample.shifted(row, run.arm.shift) for row, run in zip(t, runs)])
             x_t, v = flow_matching(x0.repeat(len(runs), 1, 1, 1), t.flatten(), eps.flatten(0, 1))
-            given = (prefix, x_t.view_as(eps), t, v.view_as(eps))
+            given = (inputs.prefix, x_t.view_as(eps), t, v.view_as(eps))
             if eps.is_cuda and stack.captured is None:
                 stack.capture(*given)
             yield stack.losses(*given)
 
-    def step(self, rows: list) -> list[Tensor]:
+    def step(self, inputs: "Inputs") -> list[Tensor]:
         """One step of every model -> of each stack the losses (N,)"""
         state = self.state
-        state.weights.cast(state.params)
         found = []
-        for losses in self.losses(rows):
+        for losses in self.losses(inputs):
             losses = losses.mean(1)
             losses.sum().backward()
             found.append(losses.detach())
         for i in range(len(self.stacks)):
             clip_each([p for name, p in state.params.items() if name.startswith(f"{i}.")])
-        settings = dataclasses.make_dataclass("Settings", ["steps", *LEARNING])
+        settings = types.SimpleNamespace(steps=self.args.steps, **LEARNING)
         for group in state.optimizer.param_groups:
-            group["lr"] = train.learning_rate(state.step, settings(self.args.steps, **LEARNING))
+            group["lr"] = train.learning_rate(state.step, settings)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.update_ema()
         state.weights.cast(state.params)
         state.step += 1
-        state.seen += len(rows)
+        state.seen += len(inputs.x0)
+        state.history[-1] = (1, [inputs.offset])
         return found
 
     # ---- scores
@@ -289,17 +323,15 @@ class Group:
         if name := self.state.not_finite():
             raise ValueError(f"step {self.state.step}: {name} has values that are not finite; "
                              "take a smaller learning rate (lab/trials.py:LEARNING)")
-        self.state.history[-1] = (1, [self.reader.offset])
         write_checkpoint(self.folder / "checkpoints", self.state, self.state.tensors(), keep=1)
         self.saved = time.monotonic()
 
     def train(self, looks: dict[int, list], grade: Callable, stop: Callable, bar) -> bool:
         """Until all steps are done, or stop() -> are they? looks: {step: prompts to score by}"""
         bar.update(self.state.step * len(self.runs))
-        rows = self.rows()
-        # Asked first: what is read counts as learnt from.
+        batches = self.batches()
         while self.state.step < self.args.steps and not stop():
-            self.step(next(rows))
+            self.step(next(batches))
             bar.update(len(self.runs))
             if self.state.step in looks:
                 self.write_scores(looks[self.state.step], grade)

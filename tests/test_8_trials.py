@@ -1,6 +1,7 @@
 """Runs that are trained together: they learn what single runs learn, go on where they were stopped,
 and are scored as lab.evaluate scores."""
 import dataclasses
+import itertools
 import random
 import types
 
@@ -10,7 +11,6 @@ from torch.nn.utils import clip_grad_norm_
 
 import train
 from engine import fast
-from engine.data import noise
 from engine.pictures import to_pixels
 from engine.state import checkpoints
 from lab import ablate, evaluate, plan, trials
@@ -58,10 +58,11 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
     runs = [plan.Run(arm, seed) for seed in (0, 1) for arm in ARMS]
     group = trials.Group(runs, args)
     assert [len(own) for _, own in group.stacks] == [4]
-    rows = group.rows()
-    batches = [next(rows) for _ in range(3)]
     before = {name: p.detach().clone() for name, p in group.state.params.items()}
-    found = torch.stack([group.step(batch)[0] for batch in batches])            # (steps, N)
+    given = list(itertools.islice(group.batches(), 3))
+    found = torch.stack([group.step(inputs)[0] for inputs in given])            # (steps, N)
+    examples = iter(trials.Group(runs, args).reader)
+    batches = [list(itertools.islice(examples, 3)) for _ in range(3)]
     settings = types.SimpleNamespace(steps=200, betas=(0.9, 0.999), weight_decay=0.01,
                                      **trials.LEARNING)
     for i, run in enumerate(runs):
@@ -74,8 +75,7 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
             prompts = [train.drop_condition(example, rng, 0.1)[0]
                        for rng, (_, example) in zip(drops, batch)]
             pixels = to_pixels([example.target for _, example in batch], "cpu")
-            rngs = [random.Random(f"{run.seed} {step} {number}") for number, _ in batch]
-            t, eps = noise(rngs, (16, 8, 8), "cpu")
+            t, eps = trials.times_and_noise(run.seed, step, (3, 16, 8, 8))
             loss = model.loss(pixels, prompts, t=train.shifted(t, run.arm.shift), eps=eps)
             loss.backward()
             assert relative(found[step, i], loss.detach()) < 1e-5
