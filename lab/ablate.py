@@ -256,37 +256,59 @@ def look(args, name: str) -> None:
 N_INSIDE = dict(slots=inside.PROMPTS, noise=inside.PROMPTS)
 
 
+MANY = command.count(1, 100_000)
+
+
 def options(argv=None):
     p = command.Parser(prog="python -m lab.ablate", description=__doc__)
-    add = p.add_argument
-    many = command.count(1, 100_000)
-    gpu = torch.cuda.is_available()
-    add("study", choices=[*PARTS, "all", *inside.STUDIES], help="what each one does stands above")
+    p.add_argument("study", choices=[*PARTS, "all", *inside.STUDIES],
+                   help="what each one does stands above")
+    add_folders(p.add_argument)
+    add_plan(p.add_argument)
+    add_machine(p.add_argument, torch.cuda.is_available())
+    args = p.parse_args(argv)
+    args.parts = list(PARTS) if args.study == "all" else [args.study]
+    trains = args.study not in inside.STUDIES
+    args.n = args.n or (plan.PROMPTS if trains else N_INSIDE.get(args.study, 24))
+    args.n_early = min(args.n, args.n_early)
+    if trains:
+        refuse_missing(p, args)
+    return args
+
+
+def add_folders(add) -> None:
     add("--model", type=command.path_text, default=str(TOY_FOLDER),
-        help="folder whose MLLM and autoencoder training starts from; the studies that do not "
-        "train look at all of it (default: the toy)")
+        help="folder whose autoencoder, and in some arms MLLM, training starts from; the studies "
+        "that do not train look at all of it (default: the toy)")
     add("--captions", type=command.path_text, help="folder with the MLLM without facts at depth "
-        "(lab.pretrain --stage mllm --aux), needed to train all but --mllm facts")
+        "(lab.pretrain --stage mllm --aux), needed to train; any other may take its place")
     add("--dit", type=command.path_text, help="folder with the DiT before it met a ladder "
         "(lab.pretrain --stage dit), needed to train")
     add("--out", type=command.path, default=pathlib.Path("runs/ablate"),
         help="folder for runs, tables and pictures (default: runs/ablate)")
-    add("--seeds", type=many, help="runs of each model (default: the plan's, 16 or 5)")
+
+
+def add_plan(add) -> None:
+    """What the plan says, for those who try something else."""
+    add("--seeds", type=MANY, help="runs of each model (default: the plan's, 16 or 5)")
     add("--steps", type=command.count(1, MAX_TRAINING_STEPS), default=plan.STEPS,
         help=f"of training (default: {plan.STEPS})")
-    add("--batch", type=many, default=plan.BATCH,
+    add("--batch", type=MANY, default=plan.BATCH,
         help=f"examples a step (default: {plan.BATCH})")
-    add("--looks", type=many, default=plan.LOOKS,
-        help=f"scores along the way (default: {plan.LOOKS})")
-    add("--n", type=many, help=f"prompts per category (default: {plan.PROMPTS} to train, 24 else; "
+    add("--looks", type=MANY, default=plan.LOOKS,
+        help=f"how often models are scored (default: {plan.LOOKS}, the last time at the end)")
+    add("--n", type=MANY, help=f"prompts per category (default: {plan.PROMPTS} to train, 24 else; "
         "slots and noise: 100 in all)")
-    add("--n-early", type=many, default=plan.PROMPTS_EARLY,
-        help=f"the same, along the way (default: {plan.PROMPTS_EARLY})")
-    add("--pictures", type=many, default=1, help="per prompt, of settings and rungs (default: 1)")
+    add("--n-early", type=MANY, default=plan.PROMPTS_EARLY,
+        help=f"the same, before the end (default: {plan.PROMPTS_EARLY})")
+    add("--pictures", type=MANY, default=1, help="per prompt, of settings and rungs (default: 1)")
     add("--draw-steps", type=command.count(1, MAX_STEPS), default=plan.DRAW_STEPS,
         help=f"of a picture (default: {plan.DRAW_STEPS})")
-    add("--width", type=many, default=40 if gpu else 4,
-        help="models that learn at a time, as far as their shapes agree (default: 40, CPU 4)")
+
+
+def add_machine(add, gpu: bool) -> None:
+    add("--width", type=MANY, default=40 if gpu else 1,
+        help="models in one stack, as far as their shapes agree (default: 40, CPU 1)")
     add("--workers", type=command.count(0, MAX_WORKERS), default=4 if gpu else 0,
         help="processes that make examples (default: 4, CPU none)")
     add("--jobs", type=command.count(1, MAX_WORKERS), default=8 if gpu else 1,
@@ -296,14 +318,6 @@ def options(argv=None):
         help="(default: a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32",
         help="to compute in, the weights are float32 (default: bfloat16, CPU float32)")
-    args = p.parse_args(argv)
-    args.parts = list(PARTS) if args.study == "all" else [args.study]
-    trains = args.study not in inside.STUDIES
-    args.n = args.n or (plan.PROMPTS if trains else N_INSIDE.get(args.study, 24))
-    args.n_early = min(args.n, args.n_early)
-    if trains:
-        refuse_missing(p, args)
-    return args
 
 
 def refuse_missing(p, args) -> None:
@@ -335,8 +349,8 @@ def origin(args) -> dict:
 def main(argv=None):
     args = options(argv)
     with command.one_line_errors():
-        names = args.parts if args.study == "all" else [args.study]
-        prepare_folder(args.out, *(f"{name}.{kind}" for name in names for kind in ("json", "png")))
+        names = [f"{name}.{kind}" for name in args.parts for kind in ("json", "png")]
+        prepare_folder(args.out, *names)
         if args.study in inside.STUDIES:
             look(args, args.study)
         else:

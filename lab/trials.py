@@ -53,6 +53,8 @@ COND_DROP = 0.1
 SAVE_EVERY = 180
 # Pictures that are drawn at once, by all models of a stack together.
 AT_ONCE = {"cpu": 96, "cuda": 4096}
+# Steps whose inputs are made at once. A GPU is sooner done with them than asked for them.
+AHEAD = {"cpu": 1, "cuda": 4}
 
 
 # ------------------------------------------------------------------------------- what is written
@@ -160,11 +162,10 @@ def adamw(params: dict[str, Tensor]) -> torch.optim.Optimizer:
 @torch.no_grad()
 def clip_each(params: list[Tensor]) -> Tensor:
     """Clips the gradient of each model of a stack by its own norm -> norms (N,)"""
-    squares = [p.grad.flatten(1).pow(2).sum(1) for p in params]
-    norms = torch.stack(squares).sum(0).sqrt()                              # (N,)
+    norms = torch.cat([p.grad.flatten(1) for p in params], 1).norm(dim=1)   # (N,)
     factors = (CLIP / (norms + 1e-6)).clamp(max=1)
-    for p in params:
-        p.grad.mul_(factors.view(-1, *[1] * (p.dim() - 1)))
+    shaped = [factors.view(-1, *[1] * (p.dim() - 1)) for p in params]
+    torch._foreach_mul_([p.grad for p in params], shaped)
     return norms
 
 
@@ -185,9 +186,13 @@ class Inputs:
     eps: dict[int, Tensor]
     offset: int
 
-    def tensors(self) -> list[Tensor]:
+    def hand_over(self, stream) -> None:
+        """From the stream that they were made on to this one."""
+        here = torch.cuda.current_stream()
+        here.wait_stream(stream)
         drawn = [*self.times.values(), *self.eps.values()]
-        return [self.x0, *self.prefix.tensors(), *drawn]
+        for tensor in (self.x0, *self.prefix.tensors(), *drawn):
+            tensor.record_stream(here)
 
 
 class Group:
@@ -221,34 +226,42 @@ class Group:
         examples = iter(self.reader)
         on_gpu = self.args.device.startswith("cuda")
         stream = torch.cuda.Stream() if on_gpu else None
-        for step in itertools.count(self.state.step):
-            rows = list(itertools.islice(examples, self.args.batch))
+        ahead = AHEAD[self.args.device.split(":")[0]]
+        for first in itertools.count(self.state.step, ahead):
+            rows, offsets = [], []
+            for _ in range(ahead):
+                rows.append(list(itertools.islice(examples, self.args.batch)))
+                offsets.append(self.reader.offset)
             # Of no stream: nothing.
             with torch.cuda.stream(stream):
-                inputs = self.inputs(step, rows)
-            if on_gpu:
-                torch.cuda.current_stream().wait_stream(stream)
-                for tensor in inputs.tensors():
-                    tensor.record_stream(torch.cuda.current_stream())
-            yield inputs
+                steps = self.inputs(first, rows, offsets)
+            for inputs in steps:
+                if on_gpu:
+                    inputs.hand_over(stream)
+                yield inputs
 
     @torch.no_grad()
-    def inputs(self, step: int, rows: list) -> "Inputs":
-        """What all models of a step share, and each seed's times and noise."""
-        numbers, examples = zip(*rows)
-        drops = [random.Random(f"{step} {number}") for number in numbers]
-        prompts = [train.drop_condition(example, rng, COND_DROP)[0]
-                   for example, rng in zip(examples, drops)]
-        model, dtype = self.model, getattr(torch, self.args.dtype)
-        pixels = to_pixels([e.target for e in examples], self.args.device, dtype)
-        x0 = model.dcae.encode(pixels).float()                              # (B, C, h, w)
+    def inputs(self, first: int, rows: list[list], offsets: list[int]) -> list["Inputs"]:
+        """What all models share, and each seed's times and noise, of some steps from `first` on.
+        rows: the numbered examples of each."""
+        model, device, batch = self.model, self.args.device, self.args.batch
+        every = [(step, *row) for step, own in enumerate(rows, first) for row in own]
+        prompts = [train.drop_condition(example, random.Random(f"{step} {number}"), COND_DROP)[0]
+                   for step, number, example in every]
+        targets = [example.target for _, _, example in every]
+        pixels = to_pixels(targets, device, getattr(torch, self.args.dtype))
+        x0 = model.dcae.encode(pixels).float().split(batch)                 # (B, C, h, w) each
         n_layer = max(stack.n_layer for stack, _ in self.stacks)
         prefix = read_prefix(model.mllm, prompts, model.config.max_prompt, n_layer)
+        order = torch.arange(len(every), device=device).split(batch)
         seeds = sorted({run.seed for run in self.runs})
-        drawn = [times_and_noise(seed, step, x0.shape) for seed in seeds]
-        times, eps = (torch.stack(tensors).to(self.args.device) for tensors in zip(*drawn))
-        return Inputs(x0, prefix, dict(zip(seeds, times)), dict(zip(seeds, eps)),
-                      self.reader.offset)
+        found = []
+        for i, offset in enumerate(offsets):
+            drawn = [times_and_noise(seed, first + i, x0[i].shape) for seed in seeds]
+            times, eps = (torch.stack(tensors).to(device) for tensors in zip(*drawn))
+            found.append(Inputs(x0[i], prefix.rows(order[i]), dict(zip(seeds, times)),
+                                dict(zip(seeds, eps)), offset))
+        return found
 
     def losses(self, inputs: "Inputs"):
         """Yields those of each stack, (N, B), with their graphs."""

@@ -14,7 +14,7 @@ import pytest
 import sample
 import train
 from engine import data
-from lab import ablate, evaluate, figures, pretrain
+from lab import ablate, evaluate, figures, plan, pretrain, trials
 from sample import TOY_FOLDER
 from tbac import TBACConfig
 from tests.conftest import ROOT
@@ -138,7 +138,7 @@ def test_the_study_is_the_one_that_was_run():
         line = f"\n| {kind} | {score_of(row)} | {against} |\n"
         assert line in STUDY, line
     table = study("queries")["table"]
-    for n in ablate.QUERIES:
+    for n in plan.QUERIES:
         ladder, final = (table[f"{wiring}, {n} queries"] for wiring in ("ladder", "final"))
         against = ablate.points(ladder["minus final"])
         line = f"\n| {n} | {score_of(ladder)} | {score_of(final)} | {against} |\n"
@@ -236,7 +236,7 @@ def test_one_batch_is_learnt_as_it_was_recorded():
 def test_the_studies_are_of_the_shipped_weights():
     found = {study(name)["options"]["weights"] for name in ("settings", "probes", "rungs")}
     found.add(study("experiments")["weights"])
-    assert found == {ablate.digest(TOY_FOLDER)}, "of other weights than those shipped"
+    assert found == {trials.digest(TOY_FOLDER)}, "of other weights than those shipped"
 
 
 def test_the_probes_of_notebook_2_are_quoted_right():

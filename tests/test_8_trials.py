@@ -27,7 +27,7 @@ ARMS = (plan.Arm(), plan.Arm("final", shift=3.0))
 def options(out, *more):
     words = ["primary", "--dit", TOY_FOLDER, "--captions", TOY_FOLDER, "--out", out, "--batch", 3,
              "--steps", 4, "--looks", 2, "--n", 1, "--draw-steps", 1, "--device", "cpu",
-             "--dtype", "float32", "--jobs", 1, "--workers", 0, *more]
+             "--dtype", "float32", "--width", 4, "--jobs", 1, "--workers", 0, *more]
     return ablate.options(list(map(str, words)))
 
 
@@ -126,7 +126,11 @@ def after(n):
     return lambda: next(asked) == n
 
 
-def test_what_was_stopped_goes_on_bit_by_bit(tmp_path):
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_what_was_stopped_goes_on_bit_by_bit(tmp_path, monkeypatch, ahead):
+    """Where inputs are made ahead, as on a GPU, other prompts are padded together: within
+    rounding."""
+    monkeypatch.setitem(trials.AHEAD, "cpu", ahead)
     runs = [plan.Run(plan.Arm(wiring), 0) for wiring in ("ladder", "routed")]
     whole = trials.Group(runs, options(tmp_path / "a"))
     args = whole.args
@@ -142,7 +146,10 @@ def test_what_was_stopped_goes_on_bit_by_bit(tmp_path):
     assert second.train(trials.looks(args), map, never, bar)
     assert bar.n == 2 * args.steps
     for name, p in whole.state.params.items():
-        assert torch.equal(p, second.state.params[name]), name
+        if ahead == 1:
+            assert torch.equal(p, second.state.params[name]), name
+        elif not name.endswith("cross.k.bias"):
+            assert relative(second.state.params[name], p) < 1e-4, name
     for run in runs:
         found = trials.result(args, run)
         assert found["scores"].keys() == {"2", "4"} and found["arm"]["wiring"] == run.arm.wiring

@@ -28,7 +28,7 @@ SCRIPTS = {
               "keep sheet-every"),
     "pretrain": (pretrain.options, (), "steps lr batch"),
     "evaluate": (evaluate.options, (), "n pictures seed steps guidance image-guidance batch"),
-    "ablate": (ablate.options, ("settings",), "seeds steps batch every n pictures draw-steps jobs"),
+    "ablate": (ablate.options, ("settings",), "seeds steps batch looks n pictures draw-steps jobs"),
 }
 DEVICES = ("hpu", "banana", "", "cuda:x", "cuda:-1", "cuda:99999", "meta", "cpu:1:2", "\udcff",
            "x" * 10_000)
