@@ -98,13 +98,24 @@ def score_table(scores: dict, groups: np.ndarray) -> dict:
     return rows
 
 
+def difference(ours: str, theirs: str) -> str:
+    """What is compared, in words: what both have in common stands there once."""
+    first, _, rest = ours.partition(", ")
+    other, _, other_rest = theirs.partition(", ")
+    if rest and rest == other_rest:
+        return f"{first} minus {other}, {rest}"
+    if rest and first == other:
+        return f"{first}, {rest} minus {other_rest}"
+    return f"{ours} minus {theirs}"
+
+
 def compare(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
-    """{"ours minus theirs": the paired difference, prompt by prompt and seed by seed}"""
+    """{ours minus theirs, in words: the paired difference, prompt by prompt and seed by seed}"""
     found = {}
     for ours, theirs in part.compared:
         if ours in scores and theirs in scores:
-            difference = scores[ours] - scores[theirs]
-            found[f"{ours} minus {theirs}"] = statistics.estimate(difference, groups)
+            paired = scores[ours] - scores[theirs]
+            found[difference(ours, theirs)] = statistics.estimate(paired, groups)
     return found
 
 

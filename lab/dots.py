@@ -16,12 +16,13 @@ def save(figure, file) -> None:
         figure.savefig(f, format="png", dpi=DPI)
 
 
-def dot(ax, y: float, row: dict, colour: str, label: str | None = None) -> None:
-    """row: mean and interval in 0..1, and perhaps points: the single values behind them."""
+def dot(ax, y: float, row: dict, colour: str, label: str | None = None, below=0.0) -> None:
+    """row: mean and interval in 0..1, and perhaps points: the single values behind them, that far
+    below."""
     low, high = row["interval"]
     ax.plot([100 * low, 100 * high], [y, y], color=colour, lw=2, solid_capstyle="round")
     points = 100 * np.array(row.get("points", []))
-    ax.plot(points, np.full(len(points), y), ".", color=colour, ms=4, alpha=0.5)
+    ax.plot(points, np.full(len(points), y + below), ".", color=colour, ms=4, alpha=0.6)
     ax.plot(100 * row["mean"], y, "o", color=colour, ms=7, label=label)
 
 
@@ -36,22 +37,23 @@ def rows_of(ax, names, x_label: str) -> None:
 
 
 def plot_arms(scores: dict, differences: dict, smallest: float, file) -> None:
-    """Left each arm's score, with a small dot for each seed; right the differences that are asked
+    """Above each arm's score, with a small dot for each seed; below the differences that are asked
     for, with a band within which nobody would care. {name: dict(mean, interval)}"""
-    n = max(len(scores), len(differences))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.5 + 0.36 * n), layout="constrained")
+    n = [len(scores), len(differences)]
+    figure, axes = plt.subplots(2, 1, figsize=(9, 2.2 + 0.34 * sum(n)), layout="constrained",
+                                height_ratios=[rows + 0.6 for rows in n])
     for y, row in enumerate(scores.values()):
-        dot(axes[0], y, row, COLOURS[0])
+        dot(axes[0], y, row, COLOURS[0], below=0.25)
     rows_of(axes[0], list(scores), "right, %: mean of the categories")
-    axes[1].axvspan(-smallest, smallest, color="0.92", label="does not matter")
+    axes[1].axvspan(-smallest, smallest, color="0.92")
     axes[1].axvline(0, color="0.5", lw=1)
     for y, row in enumerate(differences.values()):
         dot(axes[1], y, row, COLOURS[1])
-    rows_of(axes[1], list(differences), "difference, points")
+    rows_of(axes[1], list(differences),
+            f"difference, points (grey: less than {smallest:g}, which does not matter)")
     widest = max(abs(100 * x) for row in differences.values() for x in row["interval"])
     reach = 1.15 * max(widest, 2 * smallest)
     axes[1].set_xlim(-reach, reach)
-    axes[1].legend(loc="lower right", fontsize=9, bbox_to_anchor=(1, 1), frameon=False)
     save(figure, file)
     plt.close(figure)
 

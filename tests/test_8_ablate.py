@@ -62,6 +62,20 @@ def test_the_tables_are_of_the_last_step_and_paired(study, capsys):
     assert f"| ladder minus final | {ablate.points(test)} |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ours, theirs, words", [
+    ("ladder", "final", "ladder minus final"),
+    ("ladder, 4 queries", "final, 4 queries", "ladder minus final, 4 queries"),
+    ("ladder, MLLM captions", "ladder, MLLM random", "ladder, MLLM captions minus MLLM random"),
+])
+def test_a_difference_says_once_what_both_have(ours, theirs, words):
+    assert ablate.difference(ours, theirs) == words
+
+
+def test_no_two_comparisons_of_a_part_have_one_name():
+    for part in plan.PARTS.values():
+        assert len({ablate.difference(*pair) for pair in part.compared}) == len(part.compared)
+
+
 def test_the_last_quarter_of_a_curve():
     curve = {"a": {step: [0.1 * step] * 2 for step in (1, 2, 3, 4)}, "b": {3: [0.3], 4: [0.5]}}
     assert ablate.last_quarter(curve) == pytest.approx(15)
