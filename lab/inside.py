@@ -393,10 +393,10 @@ def noise(args):
     rows = {}
     for what in table[0][0]:
         values = np.array([[found[what] for found in row] for row in table])   # (noises, prompts)
-        rows[what] = noise_shares(values[:, ~np.isnan(values).any(0)])
+        rows[what] = noise_shares(values)
     for what, row in rows.items():
         cells = [evaluate.percent(row[part]) for part in PARTS_OF_VARIANCE.values()]
-        print(f"| {what} | {' | '.join(cells)} | {row['prompts']} |")
+        print(f"| {what} | {' | '.join(cells)} | {row['known']} |")
     shown = {what: {part: row[part] for part in PARTS_OF_VARIANCE.values()}
              for what, row in rows.items()}
     dots.plot_series(shown, args.out / "noise.png", "share of the variance, %")
@@ -406,18 +406,18 @@ def noise(args):
 PARTS_OF_VARIANCE = dict(rows="the noise's", columns="the prompt's", rest="of both together")
 
 
-def noise_shares(values: np.ndarray, n: int = 500) -> dict:
-    """values (noises, prompts) -> {whose: share of the variance with an interval over prompts}"""
-    rng = np.random.default_rng(0)
+def noise_shares(values: np.ndarray) -> dict:
+    """values (noises, prompts), NaN where it cannot be told -> {whose: share of the variance, with
+    an interval over prompts, by leaving out each once}; known: of how many pictures it could be
+    told. (The bootstrap would draw a prompt twice, and call what is its own the noise's.)"""
     P = values.shape[1]
-    again = [statistics.shares(values[:, rng.integers(0, P, P)]) for _ in range(n if P > 1 else 0)]
-    found = dict(prompts=P)
+    whole = statistics.shares(values)
+    without = [statistics.shares(np.delete(values, i, 1)) for i in range(P)]
+    found = dict(known=int((~np.isnan(values)).sum()))
     for part, name in PARTS_OF_VARIANCE.items():
-        if again:
-            interval = np.percentile([shares[part] for shares in again], (2.5, 97.5)).tolist()
-            found[name] = dict(mean=statistics.shares(values)[part], interval=interval)
-        else:
-            found[name] = dict(mean=float("nan"), interval=[float("nan")] * 2)
+        error = np.std([shares[part] for shares in without]) * (P - 1) ** 0.5
+        interval = np.clip([whole[part] - 1.96 * error, whole[part] + 1.96 * error], 0, 1)
+        found[name] = dict(mean=whole[part], interval=interval.tolist())
     return found
 
 

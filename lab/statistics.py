@@ -100,15 +100,32 @@ def verdict(found: Estimate, smallest: float) -> str:
     return "open"
 
 
+def pairs(table: np.ndarray) -> np.ndarray:
+    """Sums of the products of two cells of a table (A, B): a cell and itself, two of one row, two
+    of one column, two that share neither."""
+    own = (table ** 2).sum()
+    row = (table.sum(1) ** 2).sum() - own
+    column = (table.sum(0) ** 2).sum() - own
+    return np.array([own, row, column, table.sum() ** 2 - row - column - own])
+
+
 def shares(values: np.ndarray) -> dict[str, float]:
-    """values (A, B): what depends on one thing (rows) and on another (columns) -> of their variance
-    the share of each, and the rest, by the components of a two-way table without repeats."""
-    values = np.asarray(values, float)
-    A, B = values.shape
-    rows = values.mean(1, keepdims=True)
-    columns = values.mean(0, keepdims=True)
-    rest = ((values - rows - columns + values.mean()) ** 2).sum() / ((A - 1) * (B - 1))
-    parts = dict(rows=max(0.0, rows.var(ddof=1) - rest / B),
-                 columns=max(0.0, columns.var(ddof=1) - rest / A), rest=rest)
+    """values (A, B): what depends on one thing (rows) and on another (columns), NaN where it is not
+    known -> of its variance the share of each, and of the rest. NaN where too little is known.
+
+    Two cells of one row have in common what is the row's, and so on: the means of their products
+    are the components of variance, whatever is missing.
+    """
+    known = ~np.isnan(values)
+    nothing = dict.fromkeys(("rows", "columns", "rest"), float("nan"))
+    if known.sum() < 2:
+        return nothing
+    count = pairs(known.astype(float))
+    if count.min() <= 0:
+        return nothing
+    centred = np.where(known, values - values[known].mean(), 0.0)
+    own, row, column, neither = pairs(centred) / count
+    parts = dict(rows=max(0.0, row - neither), columns=max(0.0, column - neither),
+                 rest=max(0.0, own - row - column + neither))
     total = sum(parts.values())
     return {name: float(part / total) if total else 0.0 for name, part in parts.items()}

@@ -180,10 +180,10 @@ def test_the_noise_has_its_share():
     rng = np.random.default_rng(0)
     found = inside.noise_shares(3 * rng.normal(size=(8, 1)) + rng.normal(size=(8, 50)))
     assert found["the noise's"]["mean"] > 0.7 and found["the prompt's"]["mean"] < 0.1
-    assert found["prompts"] == 50
+    assert found["known"] == 8 * 50
     low, high = found["the noise's"]["interval"]
     assert low < found["the noise's"]["mean"] < high
-    assert np.isnan(inside.noise_shares(np.ones((8, 0)))["the prompt's"]["mean"])
+    assert np.isnan(inside.noise_shares(np.full((8, 3), np.nan))["the prompt's"]["mean"])
 
 
 @pytest.mark.slow

@@ -92,3 +92,19 @@ def test_shares_are_those_of_the_parts():
     for name, part in parts.items():
         assert found[name] == pytest.approx(part / sum(parts.values()), abs=0.02)
     assert statistics.shares(np.ones((3, 4))) == dict(rows=0, columns=0, rest=0)
+    # A third of the cells unknown: noisier, no other on average. Nothing known: nothing said.
+    values = rows + columns + rng.normal(size=(40, 60))
+    values[rng.random((40, 60)) < 1 / 3] = np.nan
+    found = statistics.shares(values)
+    for name, part in parts.items():
+        assert found[name] == pytest.approx(part / sum(parts.values()), abs=0.03)
+    assert np.isnan(statistics.shares(np.full((3, 4), np.nan))["rows"])
+
+
+def test_shares_are_those_of_the_two_way_table():
+    """By mean squares, as textbooks have it for a table without gaps."""
+    values = np.random.default_rng(3).normal(size=(5, 7)) + np.arange(5)[:, None]
+    row, column = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    rest = ((values - row - column + values.mean()) ** 2).sum() / (4 * 6)
+    parts = [row.var(ddof=1) - rest / 7, max(0, column.var(ddof=1) - rest / 5), rest]
+    assert list(statistics.shares(values).values()) == pytest.approx(np.array(parts) / sum(parts))
