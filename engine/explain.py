@@ -150,18 +150,10 @@ def watched_encoding(model, prompt, images):
         batch = model.mllm.tokenize([prompt], [images], DRAW, "<|vision_start|>",
                                     model.config.max_prompt)
         model.query_states([prompt], [images], below)
-    routes = routes_of(model.ladder, model.config)                         # (L, n_mllm + 1)
     nothing = torch.zeros(len(slots(model.config.n_query)), batch.ids.shape[1])
-    below_each = torch.stack([nothing, *read])                             # (states, S, T)
-    return batch, torch.einsum("li,ist->lst", routes[:, :below + 1], below_each)
-
-
-def routes_of(ladder, config):
-    """Which mixture of the MLLM's states feeds which block: (L, n_mllm + 1), rows that sum to 1."""
-    n_state = config.mllm.n_layer + 1
-    if ladder.routes is not None:
-        return ladder.routes.detach().float().softmax(1).cpu()
-    return F.one_hot(torch.tensor(ladder.taps), n_state).float()
+    below_each = torch.stack([nothing, *read])                             # (T', S, T)
+    routes = model.ladder.matrix(below + 1).detach().cpu()                 # (L, T')
+    return batch, torch.einsum("li,ist->lst", routes, below_each)
 
 
 def reading_hook(read, n_query):

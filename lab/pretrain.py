@@ -97,8 +97,8 @@ def own_options(add) -> None:
 
 def build(args) -> TBAC:
     """The model in --model, what learns in float32, or a fresh toy."""
-    if args.fsdp or args.take or args.wiring or args.queries:
-        raise ValueError("--fsdp, --take, --wiring and --queries are for train.py")
+    if args.fsdp or args.take or args.wiring or args.connector or args.queries:
+        raise ValueError("--fsdp, --take, --wiring, --connector and --queries are for train.py")
     if args.stage != "dcae" and args.data != ["toy"]:
         raise ValueError(f"--data {' '.join(args.data)}: only stage dcae learns from pictures of "
                          "one's own, the others need to know what a picture shows: --data toy")

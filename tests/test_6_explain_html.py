@@ -190,8 +190,7 @@ def test_the_page_stays_small_at_the_released_sizes(one, monkeypatch):
     batch = one.mllm.tokenize([prompt], [images[:1]], max_len=256)
     units = [(1, (32, 32))] * 4
     batch.pictures = units
-    ladder = SimpleNamespace(routes=None, taps=config.build_ladder().taps)
-    model = SimpleNamespace(config=config, ladder=ladder, mllm=one.mllm)
+    model = SimpleNamespace(config=config, ladder=config.build_ladder(), mllm=one.mllm)
     monkeypatch.setattr(explain_html, "watched_encoding", lambda *_: (
         batch, torch.rand(L, S, batch.ids.shape[1])))
     monkeypatch.setattr(explain_html, "over_pictures", lambda *_: [
