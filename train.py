@@ -82,7 +82,7 @@ def options(argv=None):
 
 def draw_example(rng: random.Random, number: int, size: int) -> Example:
     """A scene of the toy world and a request for it."""
-    scene = world.sample_scene(rng)
+    scene = language.scene_to_draw(rng)
     text, _ = language.request(scene, rng)
     return Example(text, (), world.render(scene, size))
 

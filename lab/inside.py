@@ -179,7 +179,7 @@ def probe_facts(scene, text):
     """What a prompt says: colour and shape of the thing that it names first and of another one, how
     many things there are, and, if it tells, at which side of the other the first one is. None
     where it does not say."""
-    first, *others = sorted(scene.things, key=lambda t: text.find(t.name))
+    first, *others = language.in_order(text, scene.things)
     other = next((t for t in others if t.name != first.name), None)
     return {
         "first colour": first.colour,
