@@ -46,6 +46,8 @@ from toy.world import Scene, Thing
 GENEVAL = (
     "single object", "two objects", "counting", "colours", "position", "colour attribution",
 )
+# Of every category, in wordings that training never uses. No part of the means.
+OTHER = "other words"
 # Training draws every colour and shape alone: these two have no prompts that are never seen.
 ALONE = ("single object", "colours")
 TASKS = ("draw", "edit", "ask")
@@ -61,12 +63,17 @@ Scores = dict[tuple[str, str, str, str], list[float]]
 @dataclass(frozen=True)
 class Case:
     """One prompt. target: a scene that is right, or the right answer; source: the scene that is
-    to be changed or asked about."""
+    to be changed or asked about; like: the category by whose rules it is judged, if another."""
     category: str
     pairs: str
     prompt: str
     target: Scene | str = field(compare=False)
     source: Scene | None = None
+    like: str | None = None
+
+    @property
+    def rules(self) -> str:
+        return self.like or self.category
 
     def images(self, size: int) -> list[Image.Image]:
         return [world.render(self.source, size)] if self.source else []
@@ -119,6 +126,12 @@ def scene_to_count(rng: random.Random, held_out: bool) -> Scene:
 
 def draw_case(category: str, held_out: bool, rng: random.Random) -> Case:
     """Half of the prompts are in the plain form, half in varied wording."""
+    if category == OTHER:
+        like = rng.choice(GENEVAL)
+        scene = scene_for(like, rng, held_out)
+        kind = "caption" if like == "position" else "list"
+        prompt, _ = language.request(scene, rng, kind, other=True)
+        return Case(category, PAIRS[held_out], prompt, scene, like=like)
     scene = scene_for(category, rng, held_out)
     varied = rng.random() < 0.5
     if category == "position":
@@ -135,8 +148,10 @@ def edit_case(action: str, held_out: bool, rng: random.Random) -> Case:
     doing nothing would count as following the instruction."""
     n = rng.choice((2, 2, 3) if held_out else (1, 1, 2, 2, 2, 3))
     scene = world.sample_scene(rng, n, held_out)
-    instruction, target, _ = language.edit(scene, rng, action, held_out)
-    case = Case(action, PAIRS[held_out], instruction, target, scene)
+    other = action == OTHER
+    like = rng.choice(language.EDITS) if other else action
+    instruction, target, _ = language.edit(scene, rng, like, held_out, other)
+    case = Case(action, PAIRS[held_out], instruction, target, scene, like)
     # the grader's limit for 'left of' is wider than the one that scenes are made with
     if edited(scene, case)["followed"]:
         raise ValueError(instruction)
@@ -149,7 +164,9 @@ def ask_case(kind: str, held_out: bool, rng: random.Random, seen: bool = True) -
     Raises ValueError where there is no such question about the scene that is drawn.
     """
     scene = world.sample_scene(rng, held_out=held_out)
-    question, answer, _ = language.question(scene, rng, kind, seen)
+    other = kind == OTHER
+    like = rng.choice(language.QUESTIONS) if other else kind
+    question, answer, _ = language.question(scene, rng, like, seen, other)
     if seen:
         return Case(kind, PAIRS[held_out], question, answer, scene)
     return Case(kind, PAIRS[held_out], f"{language.caption(scene, rng)}. {question}", answer)
@@ -188,6 +205,7 @@ def cases(task: str, n: int) -> list[Case]:
         lists.append((make, category, False))
         if category not in ALONE:
             lists.append((make, category, True))
+    lists.append((make, OTHER, False))
     if task == "ask":
         # the same about scenes in words; to describe one would be to repeat it
         in_words = partial(ask_case, seen=False)
@@ -205,11 +223,11 @@ def drawn(found: Scene, case: Case) -> dict[str, bool]:
     shapes = sorted(t.shape for t in found.things) == sorted(t.shape for t in target.things)
     names = sorted(t.name for t in found.things) == sorted(t.name for t in target.things)
     sides = True
-    if case.category == "position" and shapes:
+    if case.rules == "position" and shapes:
         by_shape = {t.shape: t for t in found.things}
         first, second = (by_shape[t.shape] for t in target.things)
         sides = world.relation(first, second, ratio=1.2) == world.relation(*target.things)
-    asked = names if "colour" in case.category else shapes
+    asked = names if "colour" in case.rules else shapes
     return {
         "category": asked and sides,
         "whole prompt": names and sides and found.background == target.background,
@@ -221,22 +239,22 @@ def in_place(thing: Thing, wanted: Thing, found: Scene, case: Case) -> bool:
 
     Where the instruction says neither, a new thing may be anywhere; others stay in place.
     """
-    instruction = case.prompt
-    source = case.source
-    for side in world.OPPOSITE:
-        if f" {language.side(side)} the " in instruction:
-            other = next(t for t in source.things if is_named_last(t, instruction, source))
-            others = [t for t in found.things if t.name == other.name]
-            return any(world.relation(thing, t, ratio=1.2) == side for t in others)
-    at_spot = any(instruction.endswith(language.at(spot)) for spot in world.SPOTS)
-    if case.category == "add" and not at_spot:
+    where = None
+    if case.rules in ("add", "move"):
+        where, other = language.destination(case.prompt, case.source) or (None, None)
+    if case.rules == "add" and where is None:
         return True
-    return grader.near(thing, wanted)
+    if where in (None, "spot"):
+        return grader.near(thing, wanted)
+    others = [t for t in found.things if t.name == other.name]
+    asked = ("left of", "right of") if where == "next to" else (where,)
+    return any(world.relation(thing, t, ratio=1.2) in asked for t in others)
 
 
-def is_named_last(thing: Thing, instruction: str, scene: Scene) -> bool:
-    """Does the instruction end with words that refer to this thing?"""
-    return any(instruction.endswith(words) for words in language.references(thing, scene))
+def is_right(thing: Thing, wanted: Thing, found: Scene, case: Case) -> bool:
+    """Is it in place, and of the size that was asked for?"""
+    size = case.rules != "resize" or thing.size == wanted.size
+    return size and in_place(thing, wanted, found, case)
 
 
 def edited(found: Scene, case: Case) -> dict[str, bool | float]:
@@ -253,15 +271,15 @@ def edited(found: Scene, case: Case) -> dict[str, bool | float]:
     followed = all(count(found, t.name) == count(case.target, t.name) for t in removed | new)
     for thing in new:
         same_name = [t for t in found.things if t.name == thing.name]
-        followed = followed and any(in_place(t, thing, found, case) for t in same_name)
+        followed = followed and any(is_right(t, thing, found, case) for t in same_name)
 
     stayed = [is_near_any(thing, found) for thing in kept]
-    # besides the other things, at most the one that the instruction is about
-    n_max = len(kept) + 1 if removed or new else len(kept)
+    # besides the other things, at most those that the instruction is about
+    n_max = len(kept) + max(len(removed), len(new))
     unchanged = all(stayed) and len(found.things) <= n_max
 
     same_background = found.background == case.target.background
-    if case.category == "background":
+    if case.rules == "background":
         followed = same_background
     else:
         unchanged = unchanged and same_background
@@ -456,6 +474,7 @@ def summary(scores: Scores) -> dict[tuple[str, str, str, str], dict]:
     rows = {key: measure(values) for key, values in scores.items()}
     for task in TASKS:
         categories, columns = layout(scores, task)
+        categories = [c for c in categories if c != OTHER]
         common = [c for c in categories if all((task, c, *column) in scores for column in columns)]
         means = {f"mean of {len(categories)}": categories}
         if len(common) < len(categories):
