@@ -26,11 +26,12 @@ import torch
 import train
 from bench import memory
 from bench.first_difference import differences, trace
-from bench.measure import best_rates, cost, machine, peak, repeated
+from bench.measure import best_rates, cost, peak, repeated
 from bench.parity import Recorded, exact_products
 from bench.sizes import ROOT, SIZES, random_model
 from bench.work import CAPTION, ORDER, Ours, Task, picture
 from engine import fast
+from engine.device import machine
 from engine.files import read_json
 from lab import ablate, plan, trials
 from sample import TOY_FOLDER

@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 
-from bench.measure import machine
 from bench.sizes import ROOT
+from engine.device import machine
 
 LOAD = """
 import time

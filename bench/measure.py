@@ -4,10 +4,6 @@ at once; operations counted one by one; what the machine is, and what it can do 
 The protocol: one run to warm up, in which operations are counted; then n runs, each between two
 points where the device has nothing left to do; the median counts, lowest and highest are kept.
 """
-import importlib.metadata
-import os
-import pathlib
-import platform
 import statistics
 import time
 import weakref
@@ -163,37 +159,6 @@ def cost(f):
 
 
 # ----------------------------------------------------------------------------------- the machine
-
-def processor():
-    """Its name; where the system hides it, family and model."""
-    file = pathlib.Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    facts = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    if "model name" not in facts:
-        return platform.processor() or platform.machine()
-    number = f"family {facts.get('cpu family')}, model {facts.get('model')}"
-    return f"{facts['model name']} ({number})"
-
-
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def machine(device):
-    """What a number was measured on: processor, cores, threads, versions."""
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    packages = ("torch", "transformers", "diffusers", "triton")
-    versions = {package: version(package) for package in packages}
-    return dict(device=name, processor=processor(), cores=os.cpu_count(),
-                threads=torch.get_num_threads(), python=platform.python_version(),
-                system=platform.system(), cuda=torch.version.cuda, versions=versions)
-
 
 def best_rates(device, dtype, large=None, room=1 << 30):
     """-> operations per second of a matrix product or a 1x1 convolution, one that fits a cache or a

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from bench.first_difference import differences, some_values, trace
-from bench.measure import machine
 from bench.peer import Peer
 from bench.work import CAPTION, ORDER, Inputs, distance, picture
 from engine import fast
+from engine.device import machine
 from engine.files import read_json
 from engine.pictures import to_pixels
 from tbac import TBAC, TBACConfig

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import sample
-from bench.measure import machine
 from engine import distributed, fast
+from engine.device import machine
 from engine.pictures import to_pixels
 from mllm import ASK
 from tbac import TBAC

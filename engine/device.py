@@ -1,6 +1,8 @@
-"""What a device can do, and whether it does it right."""
+"""What a device can do, whether it does it right, and what it is called."""
+import importlib.metadata
 import os
 import pathlib
+import platform
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,39 @@ def check(device) -> None:
         raise ValueError(f"device {device}: {str(e).splitlines()[0]}") from None
     if torch.device(device).type == "mps":
         check_numbers(device)
+
+
+# ------------------------------------------------------------------------------- which machine
+
+def processor() -> str:
+    """Its name; where the system hides it, family and model."""
+    file = pathlib.Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    facts = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    number = f"family {facts.get('cpu family')}, model {facts.get('model')}"
+    return f"{facts['model name']} ({number})"
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: str) -> dict:
+    """What a number was measured on: processor, cores, threads, versions."""
+    name = processor() if device == "cpu" else torch.cuda.get_device_name(device)
+    packages = ("torch", "transformers", "diffusers", "triton")
+    versions = {package: version(package) for package in packages}
+    return dict(device=name, processor=processor(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), python=platform.python_version(),
+                system=platform.system(), cuda=torch.version.cuda, versions=versions)
 
 
 # ------------------------------------------------------------------------ does it compute right?

@@ -15,6 +15,7 @@ from torch import nn
 import sample
 from bench import first_difference, gpu, make_random, measure, tables, work
 from bench.sizes import SIZES, empty_model, random_model, size_of
+from engine.device import machine
 from engine.files import read_json
 from tbac import TBAC
 from tests.conftest import ROOT, relative, run
@@ -99,7 +100,7 @@ def test_operations_of_fused_attention_are_those_of_its_products():
 
 
 def test_the_processor_has_a_name():
-    found = measure.machine("cpu")
+    found = machine("cpu")
     assert found["device"] == found["processor"] and len(found["processor"]) > 3
     assert found["versions"]["torch"] == torch.__version__
 
