@@ -13,10 +13,11 @@
     python -m lab.pretrain --stage dcae --out runs/dcae
     python -m lab.pretrain --stage dit  --model runs/dcae --out runs/dit
 
-Each stage has its own examples, a loss, and perhaps an auxiliary head that is thrown away at the
-end; the loop is train.py's. A stage without --model starts from a fresh toy. (The losses of vit and
-mllm are means over the rows of one process, and the noise of dcae is scaled by them: with more
-processes they differ a little.)
+`python -m lab.make` runs them all, and the paper's stages after them. Each stage has its own
+examples, a loss, and perhaps an auxiliary head that is thrown away at the end; the loop is
+train.py's. A stage without --model starts from a fresh toy. (The losses of vit and mllm are means
+over the rows of one process, and the noise of dcae is scaled by them: with more processes they
+differ a little.)
 
 Dimension key: B examples, R packed rows, U units, S tokens of a row, M MLLM width, N marked tokens.
 """
@@ -317,13 +318,16 @@ def conversation(rng: random.Random, number: int, size: int) -> Conversation:
 
 
 def about_words(rng: random.Random) -> Conversation:
-    scene = world.sample_scene(rng)
+    scene = language.scene_to_draw(rng)
     if rng.random() < 0.5:
         # A caption, in any words -> what it says, its things in the order of the text.
         text, said = language.request(scene, rng)
-        things = sorted(scene.things, key=lambda t: text.find(t.name))
+        things = language.in_order(text, scene.things)
         turns = [(text, f"{said}, on a {scene.background} background")]
-        return Conversation(DRAW, None, turns, [(thing, False) for thing in things], scene)
+        # "Two circles": summary tokens could only guess the colours.
+        all_told = all(thing.name in said for thing in things)
+        drawn = [(thing, False) for thing in things] if all_told else None
+        return Conversation(DRAW, None, turns, drawn, scene)
     # A scene in words, and questions about it.
     asked = [language.question(scene, rng, seen=False)[:2] for _ in range(4)]
     (question, answer), *turns = asked

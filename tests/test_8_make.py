@@ -1,0 +1,93 @@
+"""From nothing to the toy: lab/make.py."""
+import json
+import types
+
+import pytest
+
+import train
+from conftest import run
+from engine.files import digest
+from lab import make, pretrain
+from tbac import TBAC
+
+
+def arguments(*words):
+    return make.options([str(word) for word in words])
+
+
+def test_each_stage_is_a_command_line_that_its_script_understands(tmp_path):
+    """On a CPU the paper's stages are two processes with half of the batch each."""
+    for device, share in (("cpu", 2), ("cuda", 1)):
+        args = arguments("--out", tmp_path, "--device", device, "--seed", 3)
+        for stage in make.RECIPE:
+            words = make.command(stage, args)
+            words = words[words.index(stage.module) + 1:]
+            parsed = (train if stage.module == "train" else pretrain).options(words)
+            alone = stage.module == "train"
+            assert parsed.stage == stage.name and parsed.seed == 3
+            assert parsed.batch == stage.preset()["batch"] // (share if alone else 1)
+            assert parsed.steps == stage.preset()["steps"]
+            if stage.model:
+                assert parsed.model == str(tmp_path / stage.model)
+
+
+def test_stages_wait_for_those_that_they_need():
+    before = set()
+    for stage in make.RECIPE:
+        assert before.issuperset(stage.needs())
+        before.add(stage.name)
+    assert {stage.name for stage in make.RECIPE if not stage.needs()} == {"vit", "dcae"}
+
+
+def test_one_toy_is_of_one_commit_and_seed(tmp_path):
+    args = arguments("--out", tmp_path / "toy", "--seed", 1)
+    diary = make.open_diary(args)
+    (args.out / "make.json").write_text(json.dumps(diary))
+    assert make.open_diary(args) == diary
+    args.seed = 2
+    with pytest.raises(ValueError, match="begun with seed 1, not 2"):
+        make.open_diary(args)
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="not empty"):
+        make.open_diary(arguments("--out", tmp_path))
+
+
+def test_logs_are_thinned_to_means():
+    rows = [dict(step=i + 1, loss=float(i), norm=1.0, lr=0.1) for i in range(10)]
+    rows[3]["loss"] = None
+    thin = make.thinned(rows, 5)
+    assert thin["step"] == [2, 4, 6, 8, 10]
+    assert thin["loss"] == [0.5, 2.0, 4.5, 6.5, 8.5]
+    assert make.some(list("abcdefg"), 4) == ["a", "c", "e", "g"]
+
+
+def test_the_time_left_is_that_of_the_longest_chain(tmp_path, monkeypatch):
+    """Two chains side by side, then what needs both."""
+    chain = (make.Stage("vit", "lab.pretrain", 1.0), make.Stage("dcae", "lab.pretrain", 3.0),
+             make.Stage("t2i", "train", 2.0, "vit", "dcae"))
+    monkeypatch.setattr(make, "RECIPE", chain)
+    monkeypatch.setattr(make, "steps", lambda stage, args: 100)
+    args = types.SimpleNamespace(out=tmp_path, stop_after="t2i", dry_run=False)
+    assert make.Processes(args, dict(minutes={})).seconds_left() == 100 * 3 + 100 * 2
+
+
+@pytest.mark.slow
+def test_a_dry_run_makes_all_of_it_and_goes_on_where_it_was(tmp_path):
+    out = tmp_path / "toy"
+    first = run("-m", "lab.make", "--out", out, "--dry-run", "--stop-after", "vit")
+    assert first.returncode == 0, first.stderr
+    assert (out / "vit" / "model.safetensors").is_file() and not (out / "dcae").exists()
+    vit = digest(out / "vit" / "model.safetensors")
+    done = run("-m", "lab.make", "--out", out, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert digest(out / "vit" / "model.safetensors") == vit
+    folder = out / "weights"
+    record = json.loads((folder / "record.json").read_text())
+    assert record["sha256"] == {"model.safetensors": digest(folder / "model.safetensors")}
+    assert record["dry_run"] and list(record["stages"]) == [stage.name for stage in make.RECIPE]
+    assert str(tmp_path) not in json.dumps(record)
+    logs = json.loads((folder / "logs.json").read_text())
+    assert all(len(log["loss"]) == make.DRY_STEPS for log in logs.values())
+    for stage in make.RECIPE:
+        assert len(list(folder.glob(f"{stage.name}-sheet-*.png"))) == 1
+    assert TBAC.load(folder).ask("what colour is the circle?", max_new_tokens=1) is not None
