@@ -428,7 +428,7 @@ def mark_words(tok: Tokenizer, aux_head, scene, question: str, text: str, offset
 
 
 # Longer than any conversation; what does not fit any more is left out.
-PACKED_LENGTH = 256
+PACKED_LENGTH = 192
 
 
 def pack(marked: list[Marked]) -> list[list[Marked]]:
