@@ -79,8 +79,8 @@ PRESETS = {"toy": {
     "vit": COMMON | dict(steps=1500),
     # AdamW's default memory of squared gradients (0.999) learns more slowly here.
     "mllm": COMMON | dict(steps=8000, betas=[0.9, 0.98]),
-    "dcae": COMMON | dict(steps=1500),
-    "dit": COMMON | dict(steps=3000, batch=48, lr=1e-3),
+    "dcae": COMMON | dict(steps=2000),
+    "dit": COMMON | dict(steps=6000, batch=48, lr=1e-3),
 }}
 # What stage mllm learns besides captions and answers, see SummaryTokens and mark_words.
 AUX = ("summary", "pointing")
