@@ -31,7 +31,7 @@ def style(grid: bool = False) -> None:
     })
 
 
-# ---------------------------------------------------------------------------------- 1_flow
+# ------------------------------------------------------------------------------------------- 1_flow
 
 CLUSTERS = ("tab:blue", "tab:orange", "tab:green")
 
@@ -130,7 +130,7 @@ def shifts(times: dict, values: list, errors: dict) -> None:
     plt.show()
 
 
-# --------------------------------------------------------------------------------- 2_mllm
+# ------------------------------------------------------------------------------------------- 3_mllm
 
 AXES = {"time": "tab:blue", "height": "tab:orange", "width": "tab:green"}          # of M-RoPE
 
@@ -335,7 +335,7 @@ def work_per_token(runs: dict) -> None:
     plt.show()
 
 
-# ---------------------------------------------------------------------------------- 3_dit
+# -------------------------------------------------------------------------------------------- 4_dit
 
 def page(image: Image.Image, size: tuple = (12, 3.6)) -> None:
     """One picture, without axes."""
@@ -484,7 +484,7 @@ def learned_batch(losses: list, level: float, rows: dict, every: int = 10) -> No
     plt.show()
 
 
-# ------------------------------------------------------------------------------- 4_ladder
+# ----------------------------------------------------------------------------------------- 5_ladder
 
 def reading(mask: Tensor, begin: int, apart: list) -> None:
     """mask (S, S), who attends to whom, queries from `begin` on; differences of their states."""
@@ -596,7 +596,7 @@ def wiring_comparison(curves: dict, shipped: float) -> None:
     plt.show()
 
 
-# ------------------------------------------------------------------------------ 5_inspect
+# ---------------------------------------------------------------------------------------- 7_inspect
 
 def label_row(ax, label: str) -> None:
     """Words to the left of a row's first panel."""
@@ -684,7 +684,7 @@ def edits(rows: dict, orders: list) -> None:
     plt.show()
 
 
-# ------------------------------------------------------------------------------ 6_weights
+# ---------------------------------------------------------------------------------------- 8_weights
 
 def checkpoint_shares(tensors: dict, numbers: dict) -> None:
     """{part: its share} of all tensors and of all numbers, as two bars."""

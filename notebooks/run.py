@@ -2,7 +2,7 @@
 just open them.
 
     pip install nbclient nbformat ipykernel
-    python notebooks/run.py 1_flow 6_weights        # without names: all
+    python notebooks/run.py 1_flow 8_weights        # without names: all
 """
 import base64
 import io

@@ -241,7 +241,7 @@ def test_the_studies_are_of_the_shipped_weights():
 
 def test_the_probes_of_notebook_2_are_quoted_right():
     """docs/study.md says why they differ from its own."""
-    cells = json.loads((ROOT / "notebooks" / "2_mllm.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "notebooks" / "3_mllm.ipynb").read_text())["cells"]
     printed = "".join("".join(output.get("text", "")) for cell in cells
                       for output in cell.get("outputs", []))
 

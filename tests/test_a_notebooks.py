@@ -16,14 +16,14 @@ import ladder
 import mllm
 from tests.conftest import ROOT
 
-NAMES = ["1_flow", "2_mllm", "3_dit", "4_ladder", "5_inspect", "6_weights"]
+NAMES = ["1_flow", "3_mllm", "4_dit", "5_ladder", "7_inspect", "8_weights"]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 # ---------------------------------------------------------------- mistakes, as functions
 
 def positions(before, h, w, after, further):
-    """2_mllm, exercise 1: the text goes on `further` behind where the picture begins; right is
+    """3_mllm, exercise 1: the text goes on `further` behind where the picture begins; right is
     max(h, w)."""
     rows = torch.arange(h * w) // w
     columns = torch.arange(h * w) % w
@@ -45,7 +45,7 @@ def forbidden_positions(before, h, w, after):
 
 
 def causal(attention_mask):
-    """2_mllm, exercise 3: (S, S)."""
+    """3_mllm, exercise 3: (S, S)."""
     S = attention_mask.shape[1]
     return torch.ones(S, S).tril().bool()
 
@@ -55,7 +55,7 @@ def similar(q, k):
 
 
 def attend(q, k, v, own=lambda a: 0, below=1):
-    """3_dit, exercise 1: linear attention, less own(what a place adds to its own sums), in the
+    """4_dit, exercise 1: linear attention, less own(what a place adds to its own sums), in the
     denominator `below` times."""
     q, k = q.relu(), k.relu()
     o = own((q * k).sum(3, keepdim=True))
@@ -71,7 +71,7 @@ def attend_explicitly(q, k, v):
 
 
 def routes(n, n_dit, steps, inside=0.0, outside=-1e4, n_state=None):
-    """4_ladder, exercise 3: logits, `inside` where i - j - (n - n_dit) is one of `steps`."""
+    """5_ladder, exercise 3: logits, `inside` where i - j - (n - n_dit) is one of `steps`."""
     table = torch.full((n_dit, n + 1), outside)
     for j in range(n_dit):
         for step in steps:
@@ -80,7 +80,7 @@ def routes(n, n_dit, steps, inside=0.0, outside=-1e4, n_state=None):
 
 
 def fill(dim, queries, then=lambda weights: weights):
-    """5_inspect, exercise 1: a hook that puts zeros along `dim`, and leaves it at that."""
+    """7_inspect, exercise 1: a hook that puts zeros along `dim`, and leaves it at that."""
     def hook(module, args, weights):
         return then(weights.index_fill(dim, torch.tensor(queries), 0))
 
@@ -88,7 +88,7 @@ def fill(dim, queries, then=lambda weights: weights):
 
 
 def climbed(a, b, rungs=slice, rows=1):
-    """5_inspect, exercise 2: picture n has the rungs in rungs(n) from b, in the last `rows` rows.
+    """7_inspect, exercise 2: picture n has the rungs in rungs(n) from b, in the last `rows` rows.
     As it stands, right."""
     n = len(a) + 1
     mixed = a.repeat_interleave(n, 1).unflatten(1, (-1, n)).clone()
@@ -102,7 +102,7 @@ def rms(difference):
 
 
 def total_errors(source, made, edited, keep):
-    """5_inspect, exercise 3: the edited picture's whole error is not the edit's own."""
+    """7_inspect, exercise 3: the edited picture's whole error is not the edit's own."""
     return rms((made - source)[keep]), rms((edited - source)[keep])
 
 
@@ -126,7 +126,7 @@ WRONG = {
         ],
         [lambda n: n, lambda n: 1.0, lambda n: n ** -0.5, lambda n: 3.0],
     ],
-    "2_mllm": [
+    "3_mllm": [
         [
             lambda before, h, w, after: positions(before, h, w, after, h * w),
             lambda before, h, w, after: positions(before, h, w, after, max(h, w) + 1),
@@ -148,7 +148,7 @@ WRONG = {
             lambda mask: causal(mask) & mask[:, None],
         ],
     ],
-    "3_dit": [
+    "4_dit": [
         [
             attend,
             lambda q, k, v: attend(q, k, v, own=lambda a: a, below=0),
@@ -163,7 +163,7 @@ WRONG = {
             lambda x0: (1 + x0.std()) ** 2,
         ],
     ],
-    "4_ladder": [
+    "5_ladder": [
         [
             lambda n, n_dit: [*range(n - n_dit, n)],
             lambda n, n_dit: [*range(n - n_dit + 1, n + 1)],
@@ -183,7 +183,7 @@ WRONG = {
             lambda n, n_dit: routes(n, n_dit, (0, 1), n_state=n),
         ],
     ],
-    "5_inspect": [
+    "7_inspect": [
         [
             lambda queries: fill(-1, queries),
             lambda queries: fill(-2, queries),
@@ -203,7 +203,7 @@ WRONG = {
             lambda source, made, edited, keep: (rms(made - source), rms(edited - made)),
         ],
     ],
-    "6_weights": [
+    "8_weights": [
         [
             lambda name, n: True,
             lambda name, n: "visual" not in name and "encoder" not in name,
@@ -236,7 +236,7 @@ def prose(file):
 
 @pytest.fixture(scope="module")
 def solutions():
-    file = ROOT / "notebooks" / "solutions.py"
+    file = ROOT / "notebooks" / "instructor" / "solutions.py"
     spec = importlib.util.spec_from_file_location("notebook_solutions", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-# --------------------------------------------------------------------------------- 1_flow
+# ------------------------------------------------------------------------------------------- 1_flow
 
 def both_ends(x_t, t, v):
     """x_t = (1 - t) x0 + t eps = x0 + t v, and eps = x0 + v."""
@@ -27,7 +27,7 @@ def shift_for_copies(n):
     return math.sqrt(n)
 
 
-# --------------------------------------------------------------------------------- 2_mllm
+# ------------------------------------------------------------------------------------------- 3_mllm
 
 def picture_positions(before, h, w, after):
     """Text counts up; the picture stands still in time and counts rows and columns; what follows
@@ -54,7 +54,7 @@ def padded_mask(attention_mask):
     return causal & attention_mask[:, None] | torch.eye(S).bool()
 
 
-# ---------------------------------------------------------------------------------- 3_dit
+# -------------------------------------------------------------------------------------------- 4_dit
 
 def everyone_but_oneself(q, k, v):
     """Both sums over all places, less what the place itself adds to them."""
@@ -77,7 +77,7 @@ def starting_loss(x0):
     return 1 + x0.pow(2).mean()
 
 
-# ------------------------------------------------------------------------------- 4_ladder
+# ----------------------------------------------------------------------------------------- 5_ladder
 
 def ladder_taps(n_mllm, n_dit):
     """The last block receives what enters the last layer."""
@@ -100,7 +100,7 @@ def halves(n_mllm, n_dit):
     return routes
 
 
-# ------------------------------------------------------------------------------ 5_inspect
+# ---------------------------------------------------------------------------------------- 7_inspect
 
 def mute(queries):
     """What is left of each place's unit is scaled up to a unit again."""
@@ -131,7 +131,7 @@ def two_errors(source, reconstructed, edited, keep):
     return rms(reconstructed - source), rms(edited - reconstructed)
 
 
-# ------------------------------------------------------------------------------ 6_weights
+# ---------------------------------------------------------------------------------------- 8_weights
 
 def needed_to_draw(name, n_layer):
     """No pictures are read and none encoded; the last state tapped enters the last layer, so that
@@ -157,9 +157,9 @@ BROKEN_LAYER = 1
 
 ANSWERS = {
     "1_flow": [both_ends, heun, shift_for_copies],
-    "2_mllm": [picture_positions, share_a_window, padded_mask],
-    "3_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
-    "4_ladder": [ladder_taps, idle_layers, halves],
-    "5_inspect": [mute, up_the_ladder, two_errors],
-    "6_weights": [needed_to_draw, training_bytes, BROKEN_LAYER],
+    "3_mllm": [picture_positions, share_a_window, padded_mask],
+    "4_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
+    "5_ladder": [ladder_taps, idle_layers, halves],
+    "7_inspect": [mute, up_the_ladder, two_errors],
+    "8_weights": [needed_to_draw, training_bytes, BROKEN_LAYER],
 }
