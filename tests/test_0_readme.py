@@ -1,7 +1,7 @@
 """What the pages say is what the files hold: code, numbers, names, links, commands. And how the
 files themselves are written: columns, statements, imports.
 
-The pages are README.md, docs/*.md, bench/README.md and CONTRIBUTING.md.
+The pages are README.md, docs/*.md, notebooks/instructor/*.md, bench/README.md and CONTRIBUTING.md.
 """
 import ast
 import graphlib
@@ -20,7 +20,8 @@ from tbac import TBACConfig
 from tests.conftest import ROOT
 
 PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md"]
-PAGES += sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))
+for folder in ("docs", "notebooks/instructor"):
+    PAGES += sorted(f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.md"))
 TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 README, STUDY, TRAINING = (TEXT[page] for page in ("README.md", "docs/study.md",
                                                    "docs/training.md"))
