@@ -2,6 +2,8 @@
 these say themselves. (Links, names and commands: tests/test_0_readme.py.)"""
 import re
 
+import torch
+
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "notebooks" / "instructor"
@@ -35,3 +37,19 @@ def test_a_lecture_takes_as_long_as_its_parts():
     weeks = re.split(r"^## Week \d", page("syllabus"), flags=re.M)[1:]
     minutes = [re.findall(r"^\| (\d+) \| [^|]+ \|$", week, re.M) for week in weeks]
     assert [sum(map(int, parts)) for parts in minutes] == 6 * [90]
+
+
+# ------------------------------------------------------------------------------ before you start
+
+def test_the_answers_to_the_test_are_right():
+    """Its code runs; each question has its answer."""
+    answers = page("before_you_start_answers")
+    blocks = re.findall(r"```py\n(.*?)```", answers, re.S)
+    torch.manual_seed(0)
+    exec("\n".join(blocks), {})
+    assert len(blocks) > 5
+
+    def numbers(text):
+        return [int(n) for n in re.findall(r"^\*\*(\d+)\.\*\*", text, re.M)]
+
+    assert numbers(answers) == numbers(page("before_you_start")) == [*range(1, 15)]
