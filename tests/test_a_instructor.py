@@ -1,5 +1,7 @@
 """The pages for lecturers: minutes add up, and what they say of assignment and notebooks is what
 these say themselves. (Links, names and commands: tests/test_0_readme.py.)"""
+import ast
+import json
 import re
 
 import torch
@@ -7,7 +9,8 @@ import torch
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "notebooks" / "instructor"
-HANDOUT = (ROOT / "notebooks" / "assignment" / "handout.md").read_text()
+ASSIGNMENT = ROOT / "notebooks" / "assignment"
+HANDOUT = (ASSIGNMENT / "handout.md").read_text()
 
 
 def page(name):
@@ -53,3 +56,38 @@ def test_the_answers_to_the_test_are_right():
         return [int(n) for n in re.findall(r"^\*\*(\d+)\.\*\*", text, re.M)]
 
     assert numbers(answers) == numbers(page("before_you_start")) == [*range(1, 15)]
+
+
+# -------------------------------------------------------------------------------------- mistakes
+
+def strings(file):
+    """All texts in a file of Python, as they are said."""
+    return [node.value for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_the_graders_say_what_the_page_says_they_say():
+    """In the tests of that part; and every problem has a row."""
+    assignment = page("mistakes").split("## The notebooks")[0]
+    parts = re.split(r"^## Part (\d): .*", assignment, flags=re.M)
+    seen = set()
+    for part, text in zip(parts[1::2], parts[2::2]):
+        [file] = ASSIGNMENT.glob(f"test_{part}_*.py")
+        said = strings(file)
+        rows = re.findall(r"^\| (\d\w(?:, \d\w)*) \| (.*?) \| .*? \| \".*\" \|$", text, re.M)
+        lost = [quote for _, quote in rows if not any(quote in words for words in said)]
+        assert len(rows) == len(re.findall(r"^\| \d", text, re.M)) > 5 and not lost, lost
+        seen.update(problem for problems, _ in rows for problem in problems.split(", "))
+    assert seen == set(re.findall(r"^### Problem (\d\w) ", HANDOUT, re.M))
+
+
+def test_every_exercise_has_its_row():
+    """By its number and title, as the notebook has it."""
+    expected = []
+    for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(file.read_text())["cells"]:
+            if cell["cell_type"] == "markdown":
+                found = re.findall(r"\*\*Exercise (\d): ([^*]+?)[.?]?\*\*", "".join(cell["source"]))
+                expected += [f"{file.stem[0]}.{number} {title}" for number, title in found]
+    rows = re.findall(r"^\| (\d\.\d .+?) \| .+? \| .+? \|$", page("mistakes"), re.M)
+    assert rows == expected and len(rows) >= 18
