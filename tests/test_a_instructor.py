@@ -91,3 +91,12 @@ def test_every_exercise_has_its_row():
                 expected += [f"{file.stem[0]}.{number} {title}" for number, title in found]
     rows = re.findall(r"^\| (\d\.\d .+?) \| .+? \| .+? \|$", page("mistakes"), re.M)
     assert rows == expected and len(rows) >= 18
+
+
+# ---------------------------------------------------------------------------------------- rubric
+
+def test_shares_add_up():
+    """Of the grade, of the assignment, of the project."""
+    tables = re.split(r"\n\n", page("rubric"))
+    shares = [re.findall(r"^\| [^|]+ \| (\d+) \|", table, re.M) for table in tables]
+    assert [sum(map(int, found)) for found in shares if found] == [100, 100, 100]
