@@ -100,3 +100,14 @@ def test_shares_add_up():
     tables = re.split(r"\n\n", page("rubric"))
     shares = [re.findall(r"^\| [^|]+ \| (\d+) \|", table, re.M) for table in tables]
     assert [sum(map(int, found)) for found in shares if found] == [100, 100, 100]
+
+
+# -------------------------------------------------------------------------------------- projects
+
+def test_ten_projects_say_what_one_has_to_know():
+    _, *projects = re.split(r"^## \d+\. ", page("projects"), flags=re.M)
+    parts = ["Question", "First steps", "Machine", "A good result", "Pitfalls"]
+    for project in projects:
+        found = re.findall(r"^\*\*([^*]+)\.\*\*", project, re.M)
+        assert [name for name in found if name != "Rules"] == parts, project[:40]
+    assert len(projects) == 10
