@@ -111,3 +111,39 @@ def test_ten_projects_say_what_one_has_to_know():
         found = re.findall(r"^\*\*([^*]+)\.\*\*", project, re.M)
         assert [name for name in found if name != "Rules"] == parts, project[:40]
     assert len(projects) == 10
+
+
+# ---------------------------------------------------------------------------------------- slides
+
+def slides():
+    """-> [(what is shown, notes)]"""
+    _, front, *texts = re.split(r"^---$", page("slides"), flags=re.M)
+    assert "\nmarp: true\n" in front
+    notes = ["\n".join(re.findall(r"<!--\n(.*?)-->", text, re.S)) for text in texts]
+    return [(re.sub(r"<!--.*?-->", "", text, flags=re.S), said)
+            for text, said in zip(texts, notes)]
+
+
+def test_there_are_six_lectures():
+    weeks = [re.findall(r"^# (Week \d) · ", shown, re.M) for shown, _ in slides()]
+    starts = [i for i, week in enumerate(weeks) if week]
+    assert [weeks[i] for i in starts] == [[f"Week {n}"] for n in range(1, 7)]
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], len(weeks)])]
+    assert starts[0] == 0 and all(12 <= n <= 16 for n in lengths), lengths
+
+
+def test_every_question_has_its_answer_in_the_notes():
+    asking = [(shown, notes) for shown, notes in slides() if "**Question.**" in shown]
+    assert len(asking) > 50
+    without = [shown for shown, notes in asking if not notes.startswith("Answer: ")]
+    assert not without, without
+
+
+def test_a_slide_fits():
+    """One idea: a heading, and not much below it; every slide has notes."""
+    for shown, notes in slides():
+        text = re.sub(r"```.*?```", "", shown, flags=re.S)
+        assert len(re.findall(r"^# ", text, re.M)) == 1, shown
+        words = len(re.findall(r"[\w']+", re.sub(r"\$+[^$]*\$+|!\[.*?\)", "", text)))
+        assert words <= (60 if "![bg" in shown else 100), (words, shown)
+        assert len(notes.split()) >= 5, shown
