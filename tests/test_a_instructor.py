@@ -42,6 +42,12 @@ def test_a_lecture_takes_as_long_as_its_parts():
     assert [sum(map(int, parts)) for parts in minutes] == 6 * [90]
 
 
+def test_every_notebook_has_its_week():
+    linked = re.findall(r"\]\(\.\./(\w+)\.ipynb\)", page("syllabus"))
+    notebooks = sorted(file.stem for file in (ROOT / "notebooks").glob("*.ipynb"))
+    assert sorted(set(linked)) == notebooks
+
+
 # ------------------------------------------------------------------------------ before you start
 
 def test_the_answers_to_the_test_are_right():
