@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap, to_rgb
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from vit import frequencies, smart_size, window_index
 def style(grid: bool = False) -> None:
     """The looks of all figures of a notebook."""
     plt.rcParams.update({
-        "figure.dpi": 72,
+        "figure.dpi": 100,
         "font.size": 12,
         "figure.constrained_layout.use": True,
         "axes.grid": grid,
@@ -593,6 +593,74 @@ def wiring_comparison(curves: dict, shipped: float) -> None:
     axes[1].set(xlabel=f"{other}: loss of each held-out picture")
     axes[1].set(ylabel=f"{one}: loss of the same picture")
     axes[1].legend()
+    plt.show()
+
+
+# --------------------------------------------------------------------------------------- 6_training
+
+def wrapped(texts: list, width: int) -> list:
+    """Texts broken into lines, as titles of small pictures."""
+    return [textwrap.fill(text, width) for text in texts]
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share, of which right of n were seen; it holds at 0 and n, too."""
+    z = 1.96
+    middle = (right + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
+    return middle - half, middle + half
+
+
+def stages(losses: dict, right: dict) -> None:
+    """{task: {stage: losses (n,)}} and {task: {stage: which pictures are right}}, with intervals:
+    of the change of the loss since the stage before, and of the share."""
+    fig, (left, middle) = plt.subplots(1, 2, figsize=(8, 3.4))
+    for k, (task, by_stage) in enumerate(losses.items()):
+        places = np.arange(len(by_stage)) + 0.12 * k
+        rows = list(by_stage.values())
+        changes = [b - a for a, b in zip(rows, rows[1:])]
+        bars = [0, *(2 * change.std().item() / len(change) ** 0.5 for change in changes)]
+        left.errorbar(places, [row.mean().item() for row in rows], bars, fmt="o-", capsize=3)
+        counts = [(sum(found), len(found)) for found in right[task].values()]
+        shares = np.array([100 * r / n for r, n in counts])
+        low, high = 100 * np.array([wilson(*count) for count in counts]).T
+        middle.errorbar(places, shares, [shares - low, high - shares], fmt="o-", capsize=3,
+                        label=task)
+    for ax in (left, middle):
+        ax.set_xticks(range(len(by_stage)), list(by_stage))
+        ax.set_xlabel("after stage")
+    left.set(title="held-out loss\n(bar: of the change)", ylim=(0, None))
+    middle.set(title="pictures right, %\n(bar: 95 % interval)", ylim=(-2, 102))
+    middle.legend()
+    plt.show()
+
+
+def plane(ended: dict) -> None:
+    """{title: where points end, (n, 2)}, beside the two clusters."""
+    fig, axes = plt.subplots(1, len(ended), figsize=(8, 2.1), sharex=True, sharey=True)
+    for ax, (title, x) in zip(axes, ended.items()):
+        for centre in (-2, 2):
+            ax.add_patch(Circle((centre, 0), 0.9, facecolor="none", edgecolor="tab:red"))
+        ax.scatter(*x.T, s=4, color="tab:blue", alpha=0.5)
+        ax.set_title(title.replace(", ", "\n"), fontsize=11)
+        ax.set(xlim=(-4, 8), ylim=(-3, 3), xticks=(-2, 2), yticks=[], aspect="equal")
+    fig.supxlabel("red: where 99 % of a cluster lie", fontsize=11)
+    plt.show()
+
+
+def loss_by_time(times: Tensor, by_time: dict) -> None:
+    """{prompt: losses (times, n)}: means, with bands of two standard errors; and what a prompt
+    costs above the first one."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+    first = next(iter(by_time.values()))
+    for name, rows in by_time.items():
+        left.semilogy(times, rows.mean(1), "o-", ms=4, label=name)
+        more = rows - first
+        bars = 2 * more.std(1) / more.shape[1] ** 0.5
+        right.errorbar(times, more.mean(1), bars, fmt="o-", ms=4, capsize=2)
+    left.set(xlabel="t (1: noise)", ylabel="loss")
+    left.legend(loc="lower right", fontsize=10)
+    right.set(xlabel="t (1: noise)", ylabel="loss above the right prompt's")
     plt.show()
 
 

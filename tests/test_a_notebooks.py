@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import re
 import sys
 
@@ -16,7 +17,7 @@ import ladder
 import mllm
 from tests.conftest import ROOT
 
-NAMES = ["1_flow", "3_mllm", "4_dit", "5_ladder", "7_inspect", "8_weights"]
+NAMES = ["1_flow", "3_mllm", "4_dit", "5_ladder", "6_training", "7_inspect", "8_weights"]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -77,6 +78,46 @@ def routes(n, n_dit, steps, inside=0.0, outside=-1e4, n_state=None):
         for step in steps:
             table[j, n - n_dit + j + step] = inside
     return table[:, :n_state]
+
+
+def accumulate(loss, passes, optimizer, clip, share=3, each=None, zero=True, whole=True):
+    """6_training, exercise 1. As it stands, right for three passes; each(weights): what is done
+    after every pass."""
+    learns = optimizer.param_groups[0]["params"]
+    total = 0.0
+    for rows in passes:
+        mean = loss(rows).mean() / share
+        mean.backward()
+        total = mean.item() + total * whole
+        if each:
+            each(learns)
+    torch.nn.utils.clip_grad_norm_(learns, clip)
+    optimizer.step()
+    if zero:
+        optimizer.zero_grad()
+    return total
+
+
+def step_each_pass(loss, passes, optimizer, clip):
+    return sum(accumulate(loss, [rows], optimizer, clip) for rows in passes)
+
+
+def clip_each_pass(loss, passes, optimizer, clip):
+    def each(weights):
+        torch.nn.utils.clip_grad_norm_(weights, clip)
+
+    return accumulate(loss, passes, optimizer, clip, each=each)
+
+
+def guard(losses, refused=lambda loss, mean: loss > 20 * mean or not math.isfinite(loss),
+          enters=lambda taken: taken, mean=lambda old, new: 0.99 * old + 0.01 * new):
+    """6_training, exercise 2. As it stands, right but for a NaN to begin with."""
+    decisions, so_far = [True], losses[0]
+    for loss in losses[1:]:
+        decisions.append(not refused(loss, so_far))
+        if enters(decisions[-1]):
+            so_far = mean(so_far, loss)
+    return decisions
 
 
 def fill(dim, queries, then=lambda weights: weights):
@@ -181,6 +222,36 @@ WRONG = {
             lambda n, n_dit: routes(n, n_dit, (-1, 0)),
             lambda n, n_dit: routes(n, n_dit, (0,)),
             lambda n, n_dit: routes(n, n_dit, (0, 1), n_state=n),
+        ],
+    ],
+    "6_training": [
+        [
+            lambda *given: accumulate(*given, share=1),
+            step_each_pass,
+            clip_each_pass,
+            lambda *given: accumulate(*given, zero=False),
+            lambda *given: accumulate(*given, whole=False),
+            lambda *given: torch.tensor(accumulate(*given)),
+            lambda *given: None,
+        ],
+        [
+            guard,
+            lambda losses: guard(losses, enters=lambda taken: True),
+            lambda losses: guard(losses, refused=lambda loss, mean: loss > 20 * mean),
+            lambda losses: guard(losses, mean=lambda old, new: new),
+            lambda losses: guard(losses, mean=lambda old, new: old),
+            lambda losses: torch.tensor(losses) < 20,
+            lambda losses: [loss < 20 for loss in losses],
+        ],
+        [
+            lambda r, p: (r >= p, r >= p),
+            lambda r, p: (r >= 2 * p, r >= 2 * p),
+            lambda r, p: (r >= p, not p <= r < 2 * p),
+            lambda r, p: (r < 2 * p, p <= r < 3 * p),
+            # two coins
+            lambda r, p: (r >= 2 * p, 100 * r % 1 >= 2 * p),
+            lambda r, p: r >= p,
+            lambda r, p: torch.tensor([r >= 2 * p, not p <= r < 3 * p]),
         ],
     ],
     "7_inspect": [

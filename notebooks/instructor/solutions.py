@@ -100,6 +100,40 @@ def halves(n_mllm, n_dit):
     return routes
 
 
+# --------------------------------------------------------------------------------------- 6_training
+
+def accumulated_step(loss, passes, optimizer, clip):
+    """Passes of one size: the mean of all rows is the mean of the passes' means. Each backward
+    frees its graph and adds to the gradients; clip once, when all are there."""
+    learns = optimizer.param_groups[0]["params"]
+    total = 0.0
+    for rows in passes:
+        mean = loss(rows).mean() / len(passes)
+        mean.backward()
+        total += mean.item()
+    torch.nn.utils.clip_grad_norm_(learns, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def guarded(losses):
+    """NaN compares as False, so ask whether a loss is finite first. Refused ones leave the mean as
+    it is."""
+    taken, mean = [], None
+    for loss in losses:
+        take = math.isfinite(loss) and (mean is None or loss <= 20 * mean)
+        if take:
+            mean = loss if mean is None else 0.99 * mean + 0.01 * loss
+        taken.append(take)
+    return taken
+
+
+def dropped(r, p):
+    """[0, p) the text, [p, 2p) both, [2p, 3p) the picture."""
+    return r >= 2 * p, not p <= r < 3 * p
+
+
 # ---------------------------------------------------------------------------------------- 7_inspect
 
 def mute(queries):
@@ -160,6 +194,7 @@ ANSWERS = {
     "3_mllm": [picture_positions, share_a_window, padded_mask],
     "4_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
     "5_ladder": [ladder_taps, idle_layers, halves],
+    "6_training": [accumulated_step, guarded, dropped],
     "7_inspect": [mute, up_the_ladder, two_errors],
     "8_weights": [needed_to_draw, training_bytes, BROKEN_LAYER],
 }
