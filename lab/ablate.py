@@ -33,6 +33,7 @@ import platform
 import subprocess
 import time
 
+import matplotlib
 import numpy as np
 import torch
 
@@ -359,6 +360,8 @@ def origin(args) -> dict:
 
 def main(argv=None):
     args = options(argv)
+    # Figures go to files: a command needs no screen.
+    matplotlib.use("Agg")
     with command.one_line_errors():
         names = [f"{name}.{kind}" for name in args.parts for kind in ("json", "png")]
         prepare_folder(args.out, *names)

@@ -1,11 +1,9 @@
 """Figures of dots with intervals: no lines to follow, one row for each thing."""
-import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
 from engine.files import new_file
 
-matplotlib.use("Agg")
 DPI = 120
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
