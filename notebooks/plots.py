@@ -4,12 +4,16 @@ nothing; `style()` sets the looks once, in a notebook's first cell.
 
     from notebooks import plots
 """
+import base64
+import io
+import itertools
 import math
 import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
@@ -686,69 +690,154 @@ def picture_grid(rows: list, down: list, across: list, size: float = 1.35) -> No
     plt.show()
 
 
-def attention_maps(maps: Tensor, picture: Image.Image, queries: list, steps: tuple) -> None:
-    """maps (steps, L, h, w), one query for each block: some steps, their mean, and the picture."""
-    maps = maps.numpy()
+def added_maps(maps: Tensor, picture: Image.Image) -> None:
+    """maps (steps, L, h, w), what each block adds: means over the first, middle and last steps, on
+    one scale, beside the picture."""
+    parts = maps.tensor_split(3)
     L = maps.shape[1]
-    fig, axes = plt.subplots(L, len(steps) + 2, figsize=(9.6, 1.4 * L))
-    titles = [*(f"step {step}" for step in steps), "mean", "picture"]
-    for j, row in enumerate(axes):
-        top = maps[:, j].max()
-        shown = [*(maps[step, j] for step in steps), maps[:, j].mean(0)]
-        for ax, values in zip(row, shown):
-            ax.imshow(values, vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
-        row[-1].imshow(picture, interpolation="nearest")
-        label_row(row[0], f"block {j}\nquery {queries[j]}")
-        for ax, title in zip(row, titles):
+    fig, axes = plt.subplots(len(parts), L + 1, figsize=(8, 3.5))
+    top = max(part.mean(0).max().item() for part in parts)
+    for row, part, when in zip(axes, parts, ("first", "middle", "last")):
+        for j, (ax, values) in enumerate(zip(row, part.mean(0))):
+            shown = ax.imshow(values, vmin=0, vmax=top, cmap="magma", interpolation="nearest")
+            ax.set_title(f"block {j}" if when == "first" else "", fontsize=11)
+        label_row(row[0], f"{when}\nsteps")
+        row[-1].axis("off")
+        for ax in row:
             ax.set(xticks=[], yticks=[])
-            ax.set_title(title if j == 0 else "", fontsize=11)
+    axes[0, -1].axis("on")
+    axes[0, -1].imshow(picture, interpolation="nearest")
+    fig.colorbar(shown, ax=axes, label="added, as a share of\nwhat it is added to", shrink=0.8)
     plt.show()
 
 
-def attention_differences(differences: dict) -> None:
-    """{title: (steps, L)}, each a panel: steps to the right, blocks downwards."""
-    n = len(differences)
-    fig, axes = plt.subplots(1, n, figsize=(4.6 * n, 3), squeeze=False)
-    for ax, (title, values) in zip(axes[0], differences.items()):
-        shown = ax.imshow(values.T.numpy(), vmin=0, vmax=0.5, aspect="auto", cmap="magma",
+class Film:
+    """Pictures with a slider, for a notebook to show."""
+
+    def __init__(self, html: str, n: int):
+        self.html = html
+        self.n = n
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return f"a film of {self.n} steps"
+
+
+def film(times: list, pictures: list, maps: Tensor) -> Film:
+    """After each step: (x_t, x0) as pictures, and what each block adds, maps (steps, L, h, w)."""
+    L = maps.shape[1]
+    fig, axes = plt.subplots(1, L + 2, figsize=(8, 1.35))
+    axes[0].set_title("$x_t$", fontsize=10)
+    axes[1].set_title("foreseen $x_0$", fontsize=10)
+    frames = [ax.imshow(picture, animated=True) for ax, picture in zip(axes, pictures[0])]
+    for j, ax in enumerate(axes[2:]):
+        frames.append(ax.imshow(maps[0, j], vmin=0, vmax=maps.max(), cmap="magma"))
+        ax.set_title(f"block {j}", fontsize=10)
+    for ax in axes:
+        ax.set(xticks=[], yticks=[])
+
+    def show(i: int) -> list:
+        for frame, values in zip(frames, [*pictures[i], *maps[i]]):
+            frame.set_data(values)
+        axes[0].set_xlabel(f"t = {times[i]:.2f}", fontsize=10)
+        return frames
+
+    moving = FuncAnimation(fig, show, frames=len(times), interval=700)
+    head, *frames = moving.to_jshtml(default_mode="once").split(PNG)
+    plt.close(fig)
+    return Film(PNG.join([head, *map(smaller, frames)]), len(times))
+
+
+# How a page holds a picture.
+PNG = "data:image/png;base64,"
+
+
+def smaller(part: str) -> str:
+    """What follows PNG in a page, up to the next one: the picture in 64 colours."""
+    data, end = part.split('"', 1)
+    image = Image.open(io.BytesIO(base64.b64decode(data.replace("\\\n", ""))))
+    out = io.BytesIO()
+    image.convert("RGB").quantize(64).save(out, "png", optimize=True)
+    return base64.b64encode(out.getvalue()).decode() + '"' + end
+
+
+def attention_and_change(shares: Tensor, changes: Tensor) -> None:
+    """(prompts, Q) each: per cent of attention, and change of the picture without the query. A dot
+    for each prompt, a bar for their mean."""
+    fig, axes = plt.subplots(2, 1, figsize=(8, 4.2), sharex=True)
+    names = ("attention, %", "change of picture\nwithout it, of 255")
+    for ax, values, name, colour in zip(axes, (shares, changes), names, ("tab:blue", "tab:red")):
+        queries = range(values.shape[1])
+        ax.bar(queries, values.mean(0), color=colour, alpha=0.5)
+        for row in values:
+            ax.plot(queries, row, "k.", ms=5)
+        ax.set_ylabel(name, fontsize=11)
+        ax.grid(axis="y", alpha=0.3)
+    axes[0].axhline(100 / shares.shape[1], color="grey", ls="--")
+    axes[0].set_title("bars: means; dots: prompts; dashed: an equal share", fontsize=11)
+    axes[1].set(xlabel="query", xticks=queries)
+    plt.show()
+
+
+def surgery(there: dict) -> None:
+    """{what is done: {which object: is it in each picture}}: left what muting leaves of the
+    prompt's own two objects, right what splicing brings in of the other's; 95 % intervals."""
+    panels = {"mute": ("its first", "its second"),
+              "splice": ("the other's first", "the other's second")}
+    fig, axes = plt.subplots(1, 2, figsize=(8, 4.6), sharey=True)
+    for ax, (what, names) in zip(axes, panels.items()):
+        rows = {"as it is": there["as it is"]}
+        rows |= {done.split(" ", 1)[1]: found for done, found in there.items() if what in done}
+        for (y, found), (k, name) in itertools.product(enumerate(rows.values()), enumerate(names)):
+            low, high = wilson(sum(found[name]), len(found[name]))
+            y += 0.15 * (2 * k - 1)
+            ax.plot([100 * low, 100 * high], [y, y], color=f"C{k}", lw=2, alpha=0.5)
+            label = name if y < 0.5 else None
+            ax.plot(100 * np.mean(found[name]), y, "o", color=f"C{k}", label=label)
+        ax.set_yticks(range(len(rows)), list(rows))
+        ax.set(title=what, xlabel="it is there, % of the pictures", xlim=(-3, 103))
+        ax.grid(alpha=0.3)
+        ax.legend(loc="center left" if what == "mute" else "center right", fontsize=10)
+    axes[0].invert_yaxis()
+    plt.show()
+
+
+def probe_maps(accuracy: dict, chance: dict) -> None:
+    """{fact: accuracy (depths, Q)}, {fact: chance}: a map each, from chance to 1 on one scale."""
+    fig, axes = plt.subplots(1, len(accuracy), figsize=(8, 3.4), sharey=True)
+    for ax, (fact, values) in zip(axes, accuracy.items()):
+        above = (values - chance[fact]) / (1 - chance[fact])
+        shown = ax.imshow(above, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower",
                           interpolation="nearest")
-        ax.set(title=title, xlabel="step (0: noise)", ylabel="block")
-    fig.colorbar(shown, ax=axes, label="difference of attention")
+        ax.set_title(f"{fact}\n(0: {chance[fact]:.0%} right)", fontsize=11)
+        ax.set(xlabel="query", xticks=range(0, values.shape[1], 4), yticks=range(len(values)))
+    axes[0].set_ylabel("depth: state i enters layer i")
+    fig.colorbar(shown, ax=axes, label="right, from chance (0) to all (1)")
     plt.show()
 
 
-def transplant_tables(tables: dict) -> None:
-    """{what the prompts differ in: (4, L)}: new, neither, change inside, change elsewhere."""
-    panels = {
-        "this rung alone:\nthe new picture, %": (100, 100),
-        "this rung alone: neither\nnew nor old, %": (100, 100),
-        "change where the word\nacts, % of all rungs'": (100, 100),
-        "change elsewhere,\nof 255": (1, 50),
-    }
-    fig, axes = plt.subplots(1, 4, figsize=(16, 3.4), sharey=True)
-    for i, (ax, (title, (unit, top))) in enumerate(zip(axes, panels.items())):
-        values = np.array([unit * table[i] for table in tables.values()])
-        ax.imshow(values, vmin=0, vmax=top, cmap="Blues", aspect="auto", interpolation="nearest")
-        for (y, x), value in np.ndenumerate(values):
-            colour = "white" if value > 0.6 * top else "black"
-            ax.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour)
-        ax.set(title=title, xlabel="rung taken from the other prompt")
-        ax.set(xticks=range(values.shape[1]), yticks=range(len(tables)))
-    axes[0].set_yticklabels(list(tables))
-    plt.show()
-
-
-def edits(rows: dict, orders: list) -> None:
-    """{label: a picture or a map of errors (NaN: grey) for each order}, the orders as titles."""
-    fig, axes = plt.subplots(len(rows), len(orders), figsize=(15.5, 9.6))
-    colours = plt.get_cmap("magma").with_extremes(bad="lightgrey")
-    for row, (label, pictures) in zip(axes, rows.items()):
-        label_row(row[0], label)
-        for ax, picture in zip(row, pictures):
-            ax.imshow(picture, vmin=0, vmax=255, cmap=colours, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-    for ax, order in zip(axes[0], orders):
-        ax.set_title(textwrap.fill(order, 22), fontsize=9)
+def traced(back: np.ndarray, labels: list, ends: list) -> None:
+    """back (places, depths): what comes back of the red if this state alone is put right; the
+    corrupted and the clean picture beside it."""
+    fig = plt.figure(figsize=(8, 5.6))
+    axes = fig.subplot_mosaic([["map", "corrupted"], ["map", "clean"]], width_ratios=(3.4, 1))
+    shown = axes["map"].imshow(back, vmin=0, vmax=1, cmap="Reds", aspect="auto",
+                               interpolation="nearest")
+    for (y, x), value in np.ndenumerate(back):
+        if abs(value) >= 0.05:
+            colour = "white" if value > 0.6 else "black"
+            axes["map"].text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=9,
+                             color=colour)
+    words = [label.replace("\n", "\\n") for label in labels]
+    axes["map"].set_yticks(range(len(words)), words, fontsize=10)
+    axes["map"].set_xticks(range(back.shape[1]), range(1, back.shape[1] + 1))
+    axes["map"].set(xlabel="put right on entering layer", ylabel="the one state put right")
+    fig.colorbar(shown, ax=axes["map"], label="red that comes back")
+    for name, picture in zip(("corrupted", "clean"), ends):
+        axes[name].imshow(picture, interpolation="nearest")
+        axes[name].set(title=name, xticks=[], yticks=[])
     plt.show()
 
 

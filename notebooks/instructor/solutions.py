@@ -6,6 +6,7 @@ into the checks that are given there.
 import math
 
 import torch
+import torch.nn.functional as F
 
 # ------------------------------------------------------------------------------------------- 1_flow
 
@@ -136,14 +137,14 @@ def dropped(r, p):
 
 # ---------------------------------------------------------------------------------------- 7_inspect
 
-def mute(queries):
-    """What is left of each place's unit is scaled up to a unit again."""
-    def hook(module, args, weights):
-        weights = weights.clone()
-        weights[..., queries] = 0
-        return weights / weights.sum(-1, keepdim=True)
-
-    return hook
+def contributions(cross, x, keys, values):
+    """The module's own steps, with the sum over queries left out; `out` without its bias is
+    linear, so it may be applied to each part."""
+    q = cross.heads(cross.q(x))                                        # (B, H, N, K)
+    weights = (q @ keys.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)
+    weights = weights.permute(3, 0, 1, 2)[..., None]                   # (Q, B, H, N, 1)
+    each = weights * values.permute(2, 0, 1, 3)[:, :, :, None]         # (Q, B, H, N, K)
+    return each.transpose(2, 3).flatten(3) @ cross.out.weight.T        # (Q, B, N, D)
 
 
 def up_the_ladder(a, b):
@@ -156,13 +157,17 @@ def up_the_ladder(a, b):
     return mixed
 
 
-def two_errors(source, reconstructed, edited, keep):
-    """The edited and the reconstructed picture have gone through the same decoder: what differs
-    between them is the edit's."""
-    def rms(difference):
-        return (difference[keep] ** 2).mean() ** 0.5
+def probe(x, y, x_test):
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
 
-    return rms(reconstructed - source), rms(edited - reconstructed)
+    def features(rows):
+        return F.pad((rows - mean) / deviation, (0, 1), value=1.0)
+
+    X = features(x)
+    gram = X.T @ X
+    penalty = 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+    W = torch.linalg.solve(gram + penalty, X.T @ F.one_hot(y).to(X.dtype))
+    return (features(x_test) @ W).argmax(1)
 
 
 # ---------------------------------------------------------------------------------------- 8_weights
@@ -195,6 +200,6 @@ ANSWERS = {
     "4_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
     "5_ladder": [ladder_taps, idle_layers, halves],
     "6_training": [accumulated_step, guarded, dropped],
-    "7_inspect": [mute, up_the_ladder, two_errors],
+    "7_inspect": [contributions, up_the_ladder, probe],
     "8_weights": [needed_to_draw, training_bytes, BROKEN_LAYER],
 }
