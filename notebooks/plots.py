@@ -490,113 +490,112 @@ def learned_batch(losses: list, level: float, rows: dict, every: int = 10) -> No
 
 # ----------------------------------------------------------------------------------------- 5_ladder
 
+def matrices(A: dict) -> None:
+    """{wiring: its matrix (L, T)}, a panel each on one scale."""
+    fig, axes = plt.subplots(3, 3, figsize=(8, 5.2), sharex=True, sharey=True)
+    for ax, (wiring, values) in zip(axes.flat, A.items()):
+        shown = ax.imshow(values, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+        ax.set_title(wiring)
+        ax.set(xticks=range(values.shape[1]), yticks=range(len(values)))
+    fig.supxlabel("state t (the last one: the normed end)")
+    fig.supylabel("block j")
+    fig.colorbar(shown, ax=axes, label="$A_{jt}$", shrink=0.7)
+    plt.show()
+
+
 def reading(mask: Tensor, begin: int, apart: list) -> None:
     """mask (S, S), who attends to whom, queries from `begin` on; differences of their states."""
-    fig, axes = plt.subplots(1, 2, figsize=(15, 5.4))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.7))
     # What queries attend to in a colour of its own.
     shown = mask.int().numpy()
     shown[begin:] *= 2
     colours = ListedColormap(["white", "tab:blue", "tab:orange"])
-    axes[0].imshow(shown, cmap=colours, interpolation="nearest")
-    axes[0].axvline(begin - 0.5, color="black", ls=":")
-    axes[0].axhline(begin - 0.5, color="black", ls=":")
-    axes[0].set(title="who attends to whom (blue: prompt, orange: queries)")
-    axes[0].set(xlabel="position attended to", ylabel="position that attends")
-    axes[0].grid(False)
-    axes[1].plot(apart, "o-", color="tab:orange")
-    axes[1].set(title="the queries' states: one prompt against the other", ylim=(0, None))
-    axes[1].set(xlabel="depth: state i enters layer i", ylabel="relative difference")
+    left.imshow(shown, cmap=colours, interpolation="nearest")
+    left.axvline(begin - 0.5, color="black", ls=":")
+    left.axhline(begin - 0.5, color="black", ls=":")
+    left.set_title("blue: prompt, orange: queries", fontsize=12)
+    left.set(xlabel="position attended to", ylabel="position that attends")
+    right.plot(apart, "o-", color="tab:orange")
+    right.set_title("one prompt against the other", fontsize=12)
+    right.set(xlabel="depth", ylabel="difference of the queries'\nstates, relative",
+              ylim=(0, None), xticks=range(len(apart)))
+    right.grid(alpha=0.3)
     plt.show()
 
 
-def wirings(name: str, n_mllm: int, n_dit: int, taps: dict) -> None:
-    """{wiring: its taps} -> a panel each: the MLLM's states, the DiT's blocks, what feeds what."""
-    height = 6 if n_mllm < 10 else 8
-    fig, axes = plt.subplots(1, len(taps), figsize=(16, height), sharey=True)
-    for ax, (how, tapped) in zip(axes, taps.items()):
-        one_wiring(ax, n_mllm, n_dit, how, tapped)
-    axes[0].set_ylabel(f"{name}: {n_mllm} layers, {n_dit} blocks\nstate (diamond: the normed end)")
-    fig.suptitle("left, MLLM states (blue: tapped); right, DiT blocks, block 0 at the bottom")
+def depths(lengths: tuple, cosines: Tensor, taps: list) -> None:
+    """Mean sizes of the queries' states and of their rungs, (N + 1,) each; and the cosine of the
+    states of two depths (N + 1, N + 1)."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6))
+    for values, name, mark in zip(lengths, ("state", "behind the connector"), ("o-", "s--")):
+        left.semilogy(values, mark, label=name)
+    left.axvspan(min(taps) - 0.3, max(taps) + 0.3, color="0.92", label="tapped")
+    left.set(xlabel="depth", ylabel="root mean square", xticks=range(len(cosines)))
+    left.legend(fontsize=10)
+    left.grid(alpha=0.3)
+    shown = right.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+    for (y, x), value in np.ndenumerate(cosines.numpy()):
+        colour = "white" if abs(value) > 0.7 else "black"
+        right.text(x, y, f"{value:.1f}".replace("-0.0", "0.0"), ha="center", va="center",
+                   fontsize=8, color=colour)
+    right.set(xlabel="depth", ylabel="depth", xticks=range(len(cosines)),
+              yticks=range(len(cosines)))
+    fig.colorbar(shown, ax=right, label="cosine")
     plt.show()
-
-
-def one_wiring(ax, n_mllm: int, n_dit: int, how: str, taps: list) -> None:
-    """One panel of `wirings`. Block j stands at the height of layer n_mllm - n_dit + j."""
-    heights = [n_mllm - n_dit + j for j in range(n_dit)]
-    size = 45 if n_mllm < 10 else 12
-    if how == "routed" and n_mllm > 10:
-        # Too many lines to see one.
-        corners = [0, heights[0], heights[-1], n_mllm]
-        ax.fill([0, 1, 1, 0], corners, color="tab:orange", alpha=0.3, zorder=1)
-    else:
-        for x, y in wires(how, taps, heights):
-            ax.plot(x, y, color="tab:orange", lw=0.4 if how == "routed" else 1.2, zorder=1)
-    colours = ["tab:blue" if i in taps else "lightgrey" for i in range(n_mllm + 1)]
-    ax.scatter([0] * n_mllm, range(n_mllm), s=size, c=colours[:-1], zorder=2)
-    ax.scatter(0, n_mllm, s=size, c=colours[-1:], marker="D", zorder=2)
-    ax.scatter([1] * n_dit, heights, s=size, color="tab:red", marker="s", zorder=2)
-    ax.set(title=how, xlim=(-0.25, 1.25), ylim=(-1, n_mllm + 1), xticks=[])
-    ax.set_xlabel(f"{max(taps)} of {n_mllm}\nlayers run")
-    ax.grid(False)
-
-
-def wires(how: str, taps: list, heights: list) -> list:
-    """The lines ((x0, x1), (y0, y1)) from states to blocks."""
-    if how == "mean":
-        # All states meet, and one average goes to all blocks.
-        middle = sum(heights) / len(heights)
-        inwards = [((0, 0.5), (i, middle)) for i in taps]
-        return inwards + [((0.5, 1), (middle, height)) for height in heights]
-    if how == "routed":
-        return [((0, 1), (i, height)) for i in taps for height in heights]
-    return [((0, 1), (i, height)) for i, height in zip(taps, heights)]
 
 
 def gradients(norms: dict, taps: dict) -> None:
-    """{wiring: (norms at the queries, norms at the prompt)}, each (N + 1), depth by depth."""
-    fig, axes = plt.subplots(1, len(norms), figsize=(15, 4.4), sharey=True)
-    for ax, (how, (at_queries, at_prompt)) in zip(axes, norms.items()):
-        depths = np.arange(len(at_queries))
-        ax.bar(depths - 0.2, at_queries, 0.4, color="tab:orange", label="at the queries")
-        ax.bar(depths + 0.2, at_prompt, 0.4, color="tab:blue",
-               label="at the prompt: leads to nothing that learns")
-        ax.set(title=how, xlabel="depth: state i enters layer i", yscale="log")
-        ax.set_xticks(depths, [f"{i}\ntap" if i in taps[how] else str(i) for i in depths])
-    axes[0].set_ylabel("norm of the loss's gradient")
-    axes[-1].legend(loc="upper center")
+    """{wiring: norms at the queries' states (N + 1,)}, depth by depth; taps in another colour."""
+    fig, axes = plt.subplots(1, len(norms), figsize=(8, 3.2), sharey=True)
+    for ax, (wiring, values) in zip(axes, norms.items()):
+        colours = ["tab:red" if i in taps[wiring] else "tab:blue" for i in range(len(values))]
+        ax.bar(range(len(values)), values, color=colours)
+        ax.set(title=f"{wiring} (red: tapped)", xlabel="depth", yscale="log",
+               xticks=range(len(values)))
+        ax.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("gradient at the queries' states")
     plt.show()
 
 
-def two_runs(step: int, drawn: dict, prompts: list) -> None:
-    """{name of a run: a picture for each prompt} after so many steps, side by side."""
-    fig, axes = plt.subplots(1, len(drawn) * len(prompts), figsize=(15, 2.9))
-    for k, pictures in enumerate(drawn.values()):
-        for ax, picture, prompt in zip(axes[len(prompts) * k:], pictures, prompts):
-            ax.imshow(picture)
-            ax.set_title(prompt, color=f"C{k}")
-            ax.set(xticks=[], yticks=[])
-    left, right = drawn
-    fig.suptitle(f"after {step} steps: left {left}, right {right}")
+def study(curves: dict) -> None:
+    """{(wiring, queries): {step: share right, of each seed}}: means, and bars of two standard
+    errors over the seeds; a panel for each number of queries."""
+    numbers = list(dict.fromkeys(n for _, n in curves))
+    fig, axes = plt.subplots(1, len(numbers), figsize=(8, 3.4), sharey=True)
+    for ax, n in zip(axes, numbers):
+        for k, (wiring, mark) in enumerate((("ladder", "o-"), ("final", "s--"))):
+            rows = 100 * torch.stack(list(curves[wiring, n].values()))         # (steps, seeds)
+            steps = np.array(list(curves[wiring, n]))
+            bars = 2 * rows.std(1) / rows.shape[1] ** 0.5
+            # Beside each other, so that both bars can be seen.
+            ax.errorbar(steps + 0.02 * k * steps[-1], rows.mean(1), bars, fmt=mark, ms=4,
+                        capsize=2, label=wiring)
+        ax.set_title(n, fontsize=12)
+        ax.set(xlabel="step", xlim=(0, None))
+        ax.tick_params(axis="x", labelsize=9)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylim(0, None)
+    axes[0].set_ylabel("right, %")
+    axes[0].legend(fontsize=10)
     plt.show()
 
 
-def wiring_comparison(curves: dict, shipped: float) -> None:
-    """{wiring: {step: losses (n,)}} of two wirings: their means, and the last losses one by one."""
-    fig, axes = plt.subplots(1, 2, figsize=(15, 4.6))
-    for how, losses in curves.items():
-        axes[0].plot(list(losses), [x.mean().item() for x in losses.values()], "o-", label=how)
-    axes[0].axhline(shipped, color="black", ls="--", label="the shipped model")
-    axes[0].set(xlabel="step", ylabel="held-out loss", ylim=(0, None))
-    axes[0].legend()
-    one, other = curves
-    of_one, of_other = (list(losses.values())[-1].numpy() for losses in curves.values())
-    axes[1].plot(of_other, of_one, "o", ms=4)
-    ends = [0.9 * min(of_one.min(), of_other.min()), 1.1 * max(of_one.max(), of_other.max())]
-    axes[1].plot(ends, ends, "k:", label="equal")
-    axes[1].set(xscale="log", yscale="log", aspect="equal")
-    axes[1].set(xlabel=f"{other}: loss of each held-out picture")
-    axes[1].set(ylabel=f"{one}: loss of the same picture")
-    axes[1].legend()
+def exchanged(moved: Tensor, error: Tensor, taps: list) -> None:
+    """(L, N + 1) each: how far the velocity moves, in per cent, if a block is given another depth's
+    rung, and the standard error; each block's own depth is framed."""
+    fig, ax = plt.subplots(figsize=(8, 4.6))
+    top = moved.max().item()
+    shown = ax.imshow(moved, vmin=0, vmax=top, cmap="Oranges", aspect="auto",
+                      interpolation="nearest")
+    for (y, x), value in np.ndenumerate(moved.numpy()):
+        text = "0" if x == taps[y] else f"{value:.0f}\n±{2 * error[y, x]:.0f}"
+        colour = "white" if value > 0.7 * top else "black"
+        ax.text(x, y, text, ha="center", va="center", fontsize=9, color=colour)
+    for y, x in enumerate(taps):
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=2.5))
+    ax.set(xlabel="depth of the rung it is given (the last one: the normed end)", ylabel="block",
+           xticks=range(moved.shape[1]), yticks=range(len(moved)))
+    fig.colorbar(shown, ax=ax, label="velocity moved, % of silence")
     plt.show()
 
 

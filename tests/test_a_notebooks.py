@@ -14,7 +14,6 @@ import matplotlib
 import pytest
 import torch
 
-import ladder
 import mllm
 from tests.conftest import ROOT
 
@@ -72,13 +71,33 @@ def attend_explicitly(q, k, v):
     return w @ v / w.sum(3, keepdim=True)
 
 
-def routes(n, n_dit, steps, inside=0.0, outside=-1e4, n_state=None):
-    """5_ladder, exercise 3: logits, `inside` where i - j - (n - n_dit) is one of `steps`."""
-    table = torch.full((n_dit, n + 1), outside)
-    for j in range(n_dit):
-        for step in steps:
-            table[j, n - n_dit + j + step] = inside
-    return table[:, :n_state]
+def climb(mllm, x, positions, mask, queries, A, connector, start=1, first=False, hidden=False,
+          behind=False, up=0):
+    """5_ladder, exercise 1. As it stands, right."""
+    B, Q = len(x), len(queries)
+    own = queries.expand(B, -1, -1)
+    x = torch.cat([own, x] if first else [x, own], 1)
+    after = positions[:, :, -1:] + torch.arange(start, start + Q)
+    mask = torch.cat([mask, mask.new_full((B, Q), not hidden)], 1)
+    states = mllm(x, torch.cat([positions, after], 2), mask)
+    states = torch.stack([state[:, :Q] if first else state[:, -Q:] for state in states])
+    states = states.roll(-up, 0)
+    if behind:
+        return torch.einsum("lt,tbqd->lbqd", A, connector(states))
+    return connector(torch.einsum("lt,tbqm->lbqm", A, states))
+
+
+def interval(ours, theirs, paired=True, less=1, root=True, quantile=None):
+    """5_ladder, exercise 2. As it stands, right."""
+    ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+    n = len(ours)
+    variance = ours.sub(theirs).var(correction=less)
+    if not paired:
+        variance = ours.var() + theirs.var()
+    quantile = quantile or {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[n]
+    half = quantile * variance.sqrt() / (n ** 0.5 if root else 1)
+    mean = (ours - theirs).mean()
+    return mean.item(), (mean - half).item(), (mean + half).item()
 
 
 def accumulate(loss, passes, optimizer, clip, share=3, each=None, zero=True, whole=True):
@@ -211,22 +230,30 @@ WRONG = {
     ],
     "5_ladder": [
         [
-            lambda n, n_dit: [*range(n - n_dit, n)],
-            lambda n, n_dit: [*range(n - n_dit + 1, n + 1)],
-            lambda n, n_dit: [*range(n_dit)],
-            lambda n, n_dit: [*range(n - 1, n - n_dit - 1, -1)],
-            lambda n, n_dit: ladder.tap_layers(n, n_dit),
+            lambda *given: climb(*given, start=0),
+            lambda *given: climb(*given, first=True),
+            lambda *given: climb(*given, hidden=True),
+            lambda *given: climb(*given, behind=True),
+            lambda *given: climb(*given, up=1),
+            lambda *given: climb(*given)[..., :-1],
+            lambda *given: list(climb(*given)),
         ],
         [
-            lambda taps, n: [*range(max(taps) + 1, n)],
-            lambda taps, n: [i for i in range(n) if i not in taps],
-            lambda taps, n: [n - 1],
+            lambda ours, theirs: interval(ours, theirs, paired=False),
+            lambda ours, theirs: interval(ours, theirs, less=0),
+            lambda ours, theirs: interval(ours, theirs, root=False),
+            lambda ours, theirs: interval(ours, theirs, quantile=1.96),
+            lambda ours, theirs: interval(theirs, ours),
+            lambda ours, theirs: interval(ours, theirs)[0],
         ],
         [
-            lambda n, n_dit: routes(n, n_dit, (0, 1), inside=0.5, outside=0.0),
-            lambda n, n_dit: routes(n, n_dit, (-1, 0)),
-            lambda n, n_dit: routes(n, n_dit, (0,)),
-            lambda n, n_dit: routes(n, n_dit, (0, 1), n_state=n),
+            lambda A: A,
+            lambda A: A.log(),
+            lambda A: A.clamp(min=1e-2).log(),
+            lambda A: torch.where(A > 0, A.log(), -1e4),
+            lambda A: A.clamp_(min=1e-6).log(),
+            lambda A: A.clamp(min=1e-6).log().T,
+            lambda A: None,
         ],
     ],
     "6_training": [

@@ -80,25 +80,31 @@ def starting_loss(x0):
 
 # ----------------------------------------------------------------------------------------- 5_ladder
 
-def ladder_taps(n_mllm, n_dit):
-    """The last block receives what enters the last layer."""
-    if n_dit > n_mllm:
-        raise ValueError(f"{n_dit} blocks, but only {n_mllm} layers")
-    return list(range(n_mllm - n_dit, n_mllm))
+def rungs(mllm, x, positions, mask, queries, A, connector):
+    """The queries stand last, their positions go on, nobody masks them; of each state only their
+    part is kept. A mixes inside the connector."""
+    B, Q = len(x), len(queries)
+    x = torch.cat([x, queries.expand(B, -1, -1)], 1)                   # (B, S + Q, M)
+    after = positions[:, :, -1:] + torch.arange(1, Q + 1)              # (3, B, Q)
+    mask = torch.cat([mask, mask.new_ones(B, Q)], 1)
+    states = mllm(x, torch.cat([positions, after], 2), mask)
+    states = torch.stack([state[:, -Q:] for state in states])          # (N + 1, B, Q, M)
+    return connector(torch.einsum("lt,tbqm->lbqm", A, states))         # (L, B, Q, D)
 
 
-def idle_layers(taps, n_mllm):
-    """State i is there before layer i has run."""
-    return list(range(max(taps), n_mllm))
+def paired_interval(ladder, final):
+    """What a seed does to both cancels in the difference."""
+    differences = [a - b for a, b in zip(ladder, final)]
+    n = len(differences)
+    mean = sum(differences) / n
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
+    half = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[n] * deviation / math.sqrt(n)
+    return mean, mean - half, mean + half
 
 
-def halves(n_mllm, n_dit):
-    """Equal logits for the two, and minus infinity, whose softmax is 0, for all others."""
-    routes = torch.full((n_dit, n_mllm + 1), -math.inf)
-    for j in range(n_dit):
-        i = n_mllm - n_dit + j
-        routes[j, i:i + 2] = 0
-    return routes
+def learnable_routes(A):
+    """The logarithm undoes the softmax; 1e-6 in place of 0 is small, and can still grow."""
+    return A.clamp(min=1e-6).log()
 
 
 # --------------------------------------------------------------------------------------- 6_training
@@ -198,7 +204,7 @@ ANSWERS = {
     "1_flow": [both_ends, heun, shift_for_copies],
     "3_mllm": [picture_positions, share_a_window, padded_mask],
     "4_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
-    "5_ladder": [ladder_taps, idle_layers, halves],
+    "5_ladder": [rungs, paired_interval, learnable_routes],
     "6_training": [accumulated_step, guarded, dropped],
     "7_inspect": [contributions, up_the_ladder, probe],
     "8_weights": [needed_to_draw, training_bytes, BROKEN_LAYER],
