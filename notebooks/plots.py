@@ -842,22 +842,22 @@ def traced(back: np.ndarray, labels: list, ends: list) -> None:
 
 # ---------------------------------------------------------------------------------------- 8_weights
 
-def checkpoint_shares(tensors: dict, numbers: dict) -> None:
-    """{part: its share} of all tensors and of all numbers, as two bars."""
-    fig, ax = plt.subplots(figsize=(9, 2.4))
-    left = [0, 0]
-    for part, colour in zip(tensors, ("tab:blue", "tab:red", "tab:orange", "tab:green")):
-        widths = [tensors[part], numbers[part]]
+def checkpoint_shares(shares: dict) -> None:
+    """{part: its share of all tensors and of all numbers}, as two bars."""
+    fig, ax = plt.subplots(figsize=(8, 2.2))
+    left = np.zeros(2)
+    for (part, widths), colour in zip(shares.items(), ("tab:blue", "tab:red", "tab:orange",
+                                                       "tab:green")):
         ax.barh(["tensors", "numbers"], widths, left=left, color=colour, label=part)
-        left = [start + width for start, width in zip(left, widths)]
+        left += widths
     ax.set(xlabel="share of the checkpoint", xlim=(0, 1))
-    ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=11)
     plt.show()
 
 
 def parity(table: dict, bars: dict, mistakes: dict) -> None:
     """{what: differences to the released code} beside the bars, and {mistake: its difference}."""
-    fig, ax = plt.subplots(figsize=(10, 6))
+    fig, ax = plt.subplots(figsize=(8, 5.4))
     rows = [*table, *mistakes]
     for row, what in enumerate(rows):
         if what in table:
@@ -878,7 +878,7 @@ def parity(table: dict, bars: dict, mistakes: dict) -> None:
 
 def memory(rows: dict) -> None:
     """{what: {part: bytes}} as stacked bars, beside the sizes of some GPUs."""
-    fig, ax = plt.subplots(figsize=(10, 3.4))
+    fig, ax = plt.subplots(figsize=(8, 3.2))
     colours = {"mllm": "tab:blue", "dcae": "tab:green", "dit": "tab:orange", "ladder": "tab:red",
                "while it works": "grey"}
     named = set()
@@ -894,5 +894,23 @@ def memory(rows: dict) -> None:
         ax.text(gpu, -0.85, f"{gpu} GB", ha="center", fontsize=10)
     ax.set(xlabel="GB ($10^9$ bytes); dotted: GPUs", xlim=(0, 44), ylim=(3.6, -0.8))
     ax.set_yticks(range(len(rows)), list(rows))
-    ax.legend(loc="lower right", fontsize=10)
+    ax.legend(loc="upper right", fontsize=10)
+    plt.show()
+
+
+def portraits(models: dict) -> None:
+    """{model: size of the queries' states at every depth, how far two prompts are apart, cosine of
+    each state and the next}, over depth as a share of the layers."""
+    fig, axes = plt.subplots(1, 3, figsize=(8, 3.4))
+    titles = ("size of the states\n(of the last but one: 1)", "two prompts apart,\nrelative",
+              "cosine of a state\nand the next")
+    for (name, (size, apart, alike)), mark in zip(models.items(), ("s:", "o-", "^--")):
+        depth = np.linspace(0, 1, len(size))
+        axes[0].semilogy(depth, size / size[-2], mark, ms=4)
+        axes[1].plot(depth, apart, mark, ms=4, label=name)
+        axes[2].plot(depth[:-1], alike, mark, ms=4)
+    for ax, title in zip(axes, titles):
+        ax.set_title(title, fontsize=11)
+        ax.set_xlabel("depth / layers", fontsize=11)
+    axes[0].legend([*models], loc="lower right", fontsize=9)
     plt.show()

@@ -190,10 +190,9 @@ def needed_to_draw(name, n_layer):
     return not name.startswith(unused)
 
 
-def training_bytes(frozen, trained):
-    """bfloat16 is 2 bytes; a trained number is five float32: itself, its gradient, AdamW's two
-    moments, the running mean."""
-    return 2 * frozen + 20 * trained
+def other_tensors(table, patches, V, Q):
+    """A patch is flattened as the convolution's axes stand: channel, frame, row, column."""
+    return table[:V], table[V:V + Q], patches.flatten(1)
 
 
 # States 0 and 1 agree, from state 2 on they differ: states[i] enters layer i.
@@ -207,5 +206,5 @@ ANSWERS = {
     "5_ladder": [rungs, paired_interval, learnable_routes],
     "6_training": [accumulated_step, guarded, dropped],
     "7_inspect": [contributions, up_the_ladder, probe],
-    "8_weights": [needed_to_draw, training_bytes, BROKEN_LAYER],
+    "8_weights": [needed_to_draw, other_tensors, BROKEN_LAYER],
 }
