@@ -1,6 +1,7 @@
 """The notebooks: all cells run as plain Python, the checks pass right answers and refuse wrong
 ones, what is committed is complete and small."""
 import ast
+import base64
 import contextlib
 import functools
 import importlib.util
@@ -13,6 +14,7 @@ import sys
 import matplotlib
 import pytest
 import torch
+from PIL import Image
 
 import mllm
 from tests.conftest import ROOT
@@ -517,3 +519,27 @@ def test_cells_are_at_most_100_columns_wide(file):
             # An address cannot be broken.
             fits = len(line) <= 100 or re.fullmatch(r"\[\w+\]: http\S+", line)
             assert fits, f"{len(line)} columns: {line[:60]}"
+
+
+# Those from the ladder on say first what they are for, and keep to cells that fit on a screen.
+LATER = [file for file in FILES if file.stem >= "5"]
+
+
+@pytest.mark.parametrize("file", LATER, ids=lambda f: f.stem)
+def test_goals_minutes_and_cells_that_fit_on_a_screen(file):
+    opening = source(cells(file, "markdown")[0])
+    assert "**Goals.**" in opening and "**Before:**" in opening
+    assert re.search(r"\*\*Time:\*\*\s\d+\sminutes", opening)
+    for cell in [*cells(file), *cells(file, "markdown")]:
+        lines = source(cell).splitlines()
+        assert len(lines) <= 25, f"{len(lines)} lines: {lines[0]}"
+
+
+@pytest.mark.parametrize("file", LATER, ids=lambda f: f.stem)
+def test_figures_fit_a_page_of_800_pixels(file):
+    for data in (output.get("data", {}) for cell in cells(file) for output in cell["outputs"]):
+        if "image/png" in data:
+            picture = Image.open(io.BytesIO(base64.b64decode("".join(data["image/png"]))))
+            assert picture.width <= 820, f"{picture.width} pixels wide"
+        # A film.
+        assert len("".join(data.get("text/html", ""))) < 150_000
