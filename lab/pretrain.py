@@ -78,9 +78,9 @@ COMMON = dict(lr=2e-3, batch=32, warmup=100, weight_decay=0.01, clip=1.0, ema=0.
 PRESETS = {"toy": {
     "vit": COMMON | dict(steps=1500),
     # AdamW's default memory of squared gradients (0.999) learns more slowly here.
-    "mllm": COMMON | dict(steps=8000, betas=[0.9, 0.98]),
+    "mllm": COMMON | dict(steps=9000, betas=[0.9, 0.98]),
     "dcae": COMMON | dict(steps=2000),
-    "dit": COMMON | dict(steps=6000, batch=48, lr=1e-3),
+    "dit": COMMON | dict(steps=7000, batch=48, lr=1e-3),
 }}
 # What stage mllm learns besides captions and answers, see SummaryTokens and mark_words.
 AUX = ("summary", "pointing")
@@ -300,8 +300,8 @@ def after_edit(scene, target) -> list:
 
 
 def conversation(rng: random.Random, number: int, size: int) -> Conversation:
-    """Three quarters with a picture."""
-    if rng.random() < 0.25:
+    """Two thirds with a picture."""
+    if rng.random() < 1 / 3:
         return about_words(rng)
     scene, kind = world.sample_scene(rng), rng.random()
     if kind < 0.35:
@@ -319,7 +319,7 @@ def conversation(rng: random.Random, number: int, size: int) -> Conversation:
 
 def about_words(rng: random.Random) -> Conversation:
     scene = language.scene_to_draw(rng)
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         # A caption, in any words -> what it says, its things in the order of the text.
         text, said = language.request(scene, rng)
         things = language.in_order(text, scene.things)

@@ -404,7 +404,7 @@ def is_true(asked, scene):
 def test_answers_are_true(other):
     rng = random.Random(0)
     judged = Counter()
-    for scene in scenes(6000):
+    for scene in scenes(12_000):
         asked, answer, kind = language.question(scene, rng, other=other)
         text = canonical(asked)
         judged[kind] += 1

@@ -32,7 +32,7 @@ SYNONYMS = {
     "centre": ("center", "middle"),
     "above": ("over", "on top of"),
     "below": ("under", "beneath", "underneath"),
-    "next to": ("beside",),
+    "next to": ("beside", "near", "close to"),
     "two": ("2",),
     "three": ("3",),
     "four": ("4",),
@@ -145,7 +145,7 @@ BLOCKS = {
           {a} and, {its_back}, {b}
         ~ {b} has {a} {its_side}
         ~ {side} {b} is {a}
-        * {a} that is {side} {b}
+          {a} that is {side} {b}
         * {b} with, {its_side}, {a}
         * {b}, {its_side} {a}
         *~ {side} {b} there is {a}
@@ -263,6 +263,8 @@ BLOCKS = {
         = an image of {text}
         = there {is} {text}
           please draw {text}
+          please show me {text}
+          [show|draw me] {text}
           please [draw|paint|make] {text}
           [draw|paint|show me] {text}[,|] please
           can you draw {text}?
@@ -281,13 +283,11 @@ BLOCKS = {
           let there be {text}
           can i [see|have] {text}?
         * i would like to see {text}
-        * please show me {text}
         * could you sketch {text} please?
         * can you make me a drawing of {text}?
         * i need a painting of {text}
         * let me see {text}
         * can i please have a picture of {text}?
-        * draw me {text}
         * i want a sketch with {text}
         * there should be {text}
         """,
@@ -500,9 +500,9 @@ BLOCKS = {
           which colour {is} {it}?
           what's the colour of {it}?
           which colour {does} {it} have?
+          what colour {does} {it} have?
           {it} {is} what colour?
           tell me the colour of {it}
-        * what colour {does} {it} have?
         * which is the colour of {it}?
         * can you tell me the colour of {it}?
         * tell me what colour {it} {is}
@@ -548,6 +548,8 @@ BLOCKS = {
         = how many {things} are there?
         = how many {things}?
           how many {things} do you see?
+          how many {things} can you [see|count]?
+          how many {things} are there in [total|all]?
           how many {things} are in the picture?
           how many {things} can be seen?
           how many {things} does the picture have?
@@ -555,8 +557,8 @@ BLOCKS = {
           what is the number of {things}?
           what's the number of {things}?
           tell me how many {things} there are
-        * how many {things} can you see?
-        * how many {things} can you count?
+        * how many {things} can be seen here?
+        * how many {things} are to be seen?
         * how many {things} are there in the picture?
         * how many {things} do you count?
         * can you count the {things}?
@@ -606,16 +608,17 @@ BLOCKS = {
         = describe the picture
         = what is in the picture?
           what do you see?
+          what can you see?
           what do you see in the picture?
+          can you describe the picture?
           what is this?
           what is shown here?
           describe what you see
           describe this picture
           tell me what is in the picture
-        * what can you see?
         * what is shown in the picture?
         * tell me what you see
         * what do you see here?
-        * can you describe the picture?
+        * what can you see here?
         """,
 }

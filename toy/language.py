@@ -122,8 +122,11 @@ PHRASE = re.compile(
     rf"\b(?P<the>the )?(?:(?P<size>{any_of(SIZE_NAMES)}) )?"
     rf"(?:(?P<colour>{any_of(COLOUR_NAMES)}) )?(?P<noun>{any_of(NOUNS)})(?P<several>e?s)?\b"
 )
+# not the second one of 'a red and a blue circle', which are two
+NOT_AFTER_A_COLOUR = "".join(rf"(?<!\b{colour} and )" for colour in COLOUR_NAMES)
 ARTICLE = re.compile(
-    rf"\b(?:an?|the) (?=(?:(?:{any_of((*SIZE_NAMES, *COLOUR_NAMES))}) )*(?:{any_of(NOUNS)})\b)"
+    rf"{NOT_AFTER_A_COLOUR}\b(?:an?|the) "
+    rf"(?=(?:(?:{any_of((*SIZE_NAMES, *COLOUR_NAMES))}) )*(?:{any_of(NOUNS)})\b)"
 )
 
 
