@@ -74,6 +74,8 @@ RECIPE = (
 # Steps of each stage in a dry run, and the benchmark's options.
 DRY_STEPS = 2
 DRY_SCORES = ("--n", "1", "--pictures", "1", "--steps", "1")
+# What the diary keeps of each stage.
+MINUTES = ("minutes", "cpu_minutes")
 BENCHMARK_SECONDS = 300
 
 
@@ -107,15 +109,15 @@ def git(*words: str) -> str:
 
 
 def open_diary(args) -> dict:
-    """{commit, seed, dry_run, minutes: {stage: so far}} of this --out. ValueError where it was made
-    otherwise so far: one toy is of one commit."""
+    """{commit, seed, dry_run, minutes: {stage: so far}, cpu_minutes: the same} of this --out.
+    ValueError where it was made otherwise so far: one toy is of one commit."""
     made = dict(commit=commit(), seed=args.seed, dry_run=args.dry_run)
     file = args.out / "make.json"
     if not file.exists():
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"--out {args.out} is not empty, and not of this command")
         args.out.mkdir(parents=True, exist_ok=True)
-        return made | dict(minutes={})
+        return made | {what: {} for what in MINUTES}
     diary = read_json(file)
     for name, value in made.items():
         if diary.get(name) != value:
@@ -216,9 +218,8 @@ class Processes:
             now = time.time()
             spent = (now - self.began[stage.name]) / 60
             self.began[stage.name] = now
-            minutes = self.diary["minutes"]
-            minutes[stage.name] = minutes.get(stage.name, 0) + spent
-            if process.poll() is not None:
+            self.note("minutes", stage, spent)
+            if self.ended(stage):
                 del self.running[stage.name]
                 if process.returncode or not finished(stage, self.args):
                     said = (self.args.out / f"{stage.name}.txt").read_text(errors="replace")
@@ -227,12 +228,26 @@ class Processes:
                 self.finished.add(stage.name)
         write_text(self.args.out / "make.json", json.dumps(self.diary, indent=1))
 
+    def note(self, what: str, stage: Stage, minutes: float) -> None:
+        noted = self.diary[what]
+        noted[stage.name] = noted.get(stage.name, 0) + minutes
+
+    def ended(self, stage: Stage, wait: bool = False) -> bool:
+        """Has its process ended? Then what the CPU did for it is known, and noted: beside other
+        work it takes more minutes, but hardly more of these."""
+        process, before = self.running[stage.name], cpu_seconds()
+        status = process.wait() if wait else process.poll()
+        self.note("cpu_minutes", stage, (cpu_seconds() - before) / 60)
+        return status is not None
+
     def stop(self) -> None:
         """Each saves first."""
         for process in self.running.values():
             process.send_signal(signal.SIGTERM)
-        for process in self.running.values():
-            process.wait()
+        for stage in self.stages:
+            if stage.name in self.running:
+                self.ended(stage, wait=True)
+        write_text(self.args.out / "make.json", json.dumps(self.diary, indent=1))
 
     def seconds_left(self) -> float:
         """By the steps that are left, at the speed of those in the log, else of the recipe."""
@@ -256,6 +271,12 @@ class Processes:
         now = ", ".join(f"{stage.name} {done(stage, self.args)}/{steps(stage, self.args)}"
                         for stage in self.stages if stage.name in self.running)
         bar.set_postfix_str(f"{now}; {duration(self.seconds_left())} left")
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has started, and that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def environment() -> dict:
@@ -301,9 +322,10 @@ def ship(args, diary: dict, scores: dict) -> pathlib.Path:
 def record(args, diary: dict, scores: dict, folder: pathlib.Path) -> dict:
     stages = {}
     for stage in RECIPE:
-        minutes = round(diary["minutes"].get(stage.name, 0), 1)
-        stages[stage.name] = dict(command=plain_command(stage, args), minutes=minutes,
-                                  steps=steps(stage, args), batch=stage.preset()["batch"])
+        stages[stage.name] = dict(
+            command=plain_command(stage, args), steps=steps(stage, args),
+            batch=stage.preset()["batch"],
+            **{what: round(diary[what].get(stage.name, 0), 2) for what in MINUTES})
     return dict(
         command=f"python -m lab.make --seed {args.seed}", commit=diary["commit"], seed=args.seed,
         dry_run=args.dry_run, machine=machine(args.device), stages=stages,
