@@ -57,7 +57,7 @@ def measured(*groups) -> dict:
 
 def overall(scores: dict) -> dict:
     """The mean over the six categories of pairs seen in training."""
-    return measured(*(values for name, values in scores.items() if name.endswith(", seen")))
+    return measured(*(scores[f"{category}, seen"] for category in evaluate.GENEVAL))
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -87,12 +87,11 @@ def settings(args):
 
 
 def mean_of_edits(scores):
-    """Of pairs seen in training -> {what is judged: its mean over the six kinds of edits}"""
-    found = {}
-    for (_, name, what, pairs), row in evaluate.summary(scores).items():
-        if (name, pairs) == ("mean of 6", "seen"):
-            found[what] = row
-    return found
+    """Of pairs seen in training -> {what is judged: its mean over all kinds of edits}"""
+    mean = f"mean of {len(language.EDITS)}"
+    rows = evaluate.summary(scores)
+    return {what: row for (_, name, what, pairs), row in rows.items()
+            if (name, pairs) == (mean, "seen")}
 
 
 # ----------------------------------------------------------------------------------------- rungs

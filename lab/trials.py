@@ -74,8 +74,9 @@ def write_json(file: pathlib.Path, content) -> None:
 
 
 def cases(args) -> list:
-    """The prompts that every run is scored by, the same for all."""
-    return evaluate.cases("draw", args.n)
+    """The prompts that every run is scored by, the same for all: of GenEval's six categories, in
+    words that training uses."""
+    return [case for case in evaluate.cases("draw", args.n) if case.category in evaluate.GENEVAL]
 
 
 def folder_of(args) -> pathlib.Path:

@@ -12,7 +12,7 @@ from lab import ablate, dots, evaluate, inside, plan, trials
 from sample import TOY_FOLDER
 from tbac import TBAC
 from tests.conftest import relative, run
-from toy import world
+from toy import language, world
 
 # ------------------------------------------------------------------------------- what is compared
 
@@ -74,6 +74,23 @@ def test_a_difference_says_once_what_both_have(ours, theirs, words):
 def test_no_two_comparisons_of_a_part_have_one_name():
     for part in plan.PARTS.values():
         assert len({ablate.difference(*pair) for pair in part.compared}) == len(part.compared)
+
+
+def test_the_outcome_is_the_mean_of_six_categories():
+    """Other words are scored by lab.evaluate, and are no part of a mean here."""
+    of_study = trials.cases(types.SimpleNamespace(n=1))
+    assert {case.category for case in of_study} == set(evaluate.GENEVAL)
+    assert set(of_study) < set(evaluate.cases("draw", 1))
+    scores = {f"{category}, seen": [1.0, 1.0] for category in evaluate.GENEVAL}
+    assert inside.overall(scores | {f"{evaluate.OTHER}, seen": [0.0, 0.0]})["mean"] == 1
+
+
+def test_the_mean_of_edits_is_of_all_kinds_and_seen_pairs():
+    kinds = [*language.EDITS, evaluate.OTHER]
+    scores = {("edit", kind, "followed", pairs): [float(pairs == "seen" and kind in language.EDITS)]
+              for kind in kinds for pairs in ("seen", "never seen")}
+    found = inside.mean_of_edits(scores)
+    assert found.keys() == {"followed"} and found["followed"]["mean"] == 1
 
 
 def test_the_last_quarter_of_a_curve():
