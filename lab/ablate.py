@@ -11,8 +11,8 @@ one that attends to the last? docs/study.md says what is asked and what was fixe
     python -m lab.ablate all         these seven, and Holm's correction over all but the first
 
 They train: stage t2i, several seeds of each model of lab/plan.py, all from the same DiT and
-autoencoder (those of --dit and --model), many models at a time (lab/trials.py). What is finished is
-kept in --out. A study that was stopped, by Ctrl-C, by --minutes or by a power cut, goes on where it
+autoencoder (those of --dit), many models at a time (lab/trials.py). What is finished is kept in
+--out. A study that was stopped, by Ctrl-C, by --minutes or by a power cut, goes on where it
 was when the same command is given again.
 
     python -m lab.ablate settings    guidance, steps and image guidance against score
@@ -290,12 +290,12 @@ def options(argv=None):
 
 def add_folders(add) -> None:
     add("--model", type=command.path_text, default=str(TOY_FOLDER),
-        help="folder whose autoencoder, and in some arms MLLM, training starts from; the studies "
-        "that do not train look at all of it (default: the toy)")
+        help="folder whose MLLM some arms read prompts by; the studies that do not train look at "
+        "all of it (default: the toy)")
     add("--captions", type=command.path_text, help="folder with the MLLM without facts at depth "
         "(lab.pretrain --stage mllm --aux), needed to train; any other may take its place")
-    add("--dit", type=command.path_text, help="folder with the DiT before it met a ladder "
-        "(lab.pretrain --stage dit), needed to train")
+    add("--dit", type=command.path_text, help="folder with the DiT before it met a ladder, and its "
+        "autoencoder (lab.pretrain --stage dit), needed to train")
     add("--out", type=command.path, default=pathlib.Path("runs/ablate"),
         help="folder for runs, tables and pictures (default: runs/ablate)")
 

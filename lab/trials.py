@@ -103,7 +103,7 @@ def draw_example(rng: random.Random, number: int, size: int, held_out: frozenset
     """As train.draw_example; of these pairs of colour and shape none stands beside another
     object."""
     while True:
-        scene = world.sample_scene(rng)
+        scene = language.scene_to_draw(rng)
         pairs = {(thing.colour, thing.shape) for thing in scene.things}
         if len(scene.things) == 1 or not pairs & held_out:
             break
@@ -114,12 +114,15 @@ def draw_example(rng: random.Random, number: int, size: int, held_out: frozenset
 # --------------------------------------------------------------------------- models of one group
 
 def base_model(args, mllm: str) -> TBAC:
-    """The parts that all runs of a group start from, the frozen ones in --dtype."""
+    """The parts that all runs of a group start from, the frozen ones in --dtype: the DiT and the
+    autoencoder whose latents it has learnt, and one of three MLLMs."""
+    model = TBAC.load(args.dit, args.device, torch.float32)
     folders = {"facts": args.model, "captions": args.captions, "random": args.model}
-    model = TBAC.load(folders[mllm], args.device, torch.float32)
+    other = TBAC.load(folders[mllm], args.device, torch.float32)
+    model.mllm = other.mllm
+    model.config = dataclasses.replace(model.config, mllm=other.config.mllm)
     if mllm == "random":
         model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
-    model.dit = TBAC.load(args.dit, args.device, torch.float32).dit
     dtype = getattr(torch, args.dtype)
     model.mllm.to(dtype)
     model.dcae.to(dtype)

@@ -1,6 +1,7 @@
 """Runs that are trained together: they learn what single runs learn, go on where they were stopped,
 and are scored as lab.evaluate scores."""
 import dataclasses
+import functools
 import itertools
 import random
 import types
@@ -47,6 +48,46 @@ def single(group, run):
     model.ladder = model.config.build_ladder()
     model.ladder.init_weights(torch.Generator().manual_seed(run.seed))
     return fast.enable(model)
+
+
+# --------------------------------------------------------------------------------- the parts
+
+def other_toy(folder):
+    """The toy with each part made larger by another factor."""
+    model = TBAC.load(TOY_FOLDER)
+    with torch.no_grad():
+        for factor, part in enumerate((model.mllm, model.dit, model.dcae), 2):
+            for p in part.parameters():
+                p *= factor
+    model.save(folder)
+    return model
+
+
+@pytest.mark.parametrize("mllm", plan.MLLMS)
+def test_a_dit_comes_with_the_autoencoder_that_it_has_learnt_with(tmp_path, mllm):
+    """What lies beside the MLLM of --captions has learnt nothing."""
+    other = other_toy(tmp_path / "captions")
+    args = options(tmp_path, "--captions", str(tmp_path / "captions"))
+    found, toy = trials.base_model(args, mllm), TBAC.load(TOY_FOLDER)
+    wanted = dict(dit=toy.dit, dcae=toy.dcae)
+    if mllm != "random":
+        wanted["mllm"] = other.mllm if mllm == "captions" else toy.mllm
+    for name, part in wanted.items():
+        tensors = getattr(found, name).state_dict()
+        assert all(torch.equal(t, tensors[key]) for key, t in part.state_dict().items()), name
+    # Of the arms with random weights none is left of the toy's matrices.
+    key = "layers.0.attn.q.weight"
+    same = torch.equal(found.mllm.state_dict()[key], toy.mllm.state_dict()[key])
+    assert same == (mllm == "facts")
+
+
+def test_examples_are_those_of_train_where_no_more_is_held_out():
+    ours, theirs = (
+        [make(random.Random(i), i, 64) for i in range(60)]
+        for make in (functools.partial(trials.draw_example, held_out=world.HELD_OUT),
+                     train.draw_example))
+    assert [e.prompt for e in ours] == [e.prompt for e in theirs]
+    assert all(a.target.tobytes() == b.target.tobytes() for a, b in zip(ours, theirs))
 
 
 # --------------------------------------------------------------------------------------- training
