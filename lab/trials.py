@@ -29,7 +29,7 @@ from tqdm import tqdm
 import sample
 import train
 from engine import fast
-from engine.data import Reader, Share, noise
+from engine.data import Reader, Share, ignore_signals, noise
 from engine.device import set_threads
 from engine.files import read_json, weight_files, write_text
 from engine.pictures import to_pixels
@@ -325,22 +325,30 @@ class Group:
         return torch.cat(parts, 1)
 
     def write_scores(self, prompts: list, grade: Callable) -> None:
-        """Scores every model by these prompts, into its file."""
-        folder = folder_of(self.args)
+        """Scores every model by these prompts, into its file. First all are scored, then all are
+        written: runs that end together are finished together, or go on together."""
+        self.check_finite()
         with ema_weights(self.state):
-            for stack, runs in self.stacks:
-                for run, row in zip(runs, self.score(stack, prompts, grade)):
-                    known = result(self.args, run)
-                    known["scores"][str(self.state.step)] = "".join(map(str, row.int().tolist()))
-                    content = dict(arm=dataclasses.asdict(run.arm), seed=run.seed) | known
-                    write_json(folder / f"{run.name}.json", content)
+            found = [(run, row) for stack, runs in self.stacks
+                     for run, row in zip(runs, self.score(stack, prompts, grade))]
+        for run, row in found:
+            known = result(self.args, run)
+            known["scores"][str(self.state.step)] = "".join(map(str, row.int().tolist()))
+            content = dict(arm=dataclasses.asdict(run.arm), seed=run.seed) | known
+            write_json(folder_of(self.args) / f"{run.name}.json", content)
 
-    def save(self) -> None:
+    def check_finite(self) -> None:
         """ValueError where a model has become infinite or NaN."""
         if name := self.state.not_finite():
             raise ValueError(f"step {self.state.step}: {name} has values that are not finite; "
                              "take a smaller learning rate (lab/trials.py:LEARNING)")
-        write_checkpoint(self.folder / "checkpoints", self.state, self.state.tensors(), keep=1)
+
+    def save(self) -> None:
+        """A checkpoint, unless this step has one."""
+        self.check_finite()
+        if self.state.step != self.state.saved:
+            write_checkpoint(self.folder / "checkpoints", self.state, self.state.tensors(), keep=1)
+        self.state.saved = self.state.step
         self.saved = time.monotonic()
 
     def train(self, looks: dict[int, list], grade: Callable, stop: Callable, bar) -> bool:
@@ -394,7 +402,9 @@ def train_all(runs: list[Run], args, stop: Callable) -> bool:
     n = sum(map(len, groups.values()))
     # A fork would inherit locks of threads that it does not have.
     fresh = multiprocessing.get_context("spawn")
-    with (concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=fresh) as pool,
+    # Ctrl-C reaches them, too: the models that they still grade are to be written.
+    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, fresh, ignore_signals, (0,))
+    with (pool,
           tqdm(total=n * args.steps, unit="step", desc=f"{n} models", smoothing=0.05) as bar):
         grade = functools.partial(pool.map, chunksize=16) if args.jobs > 1 else map
         return all(Group(own, args).train(when, grade, stop, bar) for own in groups.values())

@@ -207,11 +207,42 @@ def test_nothing_is_trained_twice(tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_not_finite_is_named(tmp_path):
+    """It is neither saved nor scored: its pictures would just be wrong."""
     group = trials.Group([plan.Run(plan.Arm(), 0)], options(tmp_path))
     with torch.no_grad():
         group.state.params["0.ladder.queries"][0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"step 0: \w+.0.ladder.queries has values"):
-        group.save()
+    for do in (group.save, lambda: group.write_scores([], map)):
+        with pytest.raises(ValueError, match=r"step 0: \w+.0.ladder.queries has values"):
+            do()
+
+
+def test_a_run_may_be_stopped_before_its_next_step(tmp_path):
+    """Twice at once: the checkpoint is there already."""
+    args = options(tmp_path)
+    for _ in range(2):
+        group = trials.Group([plan.Run(plan.Arm(), 0)], args)
+        assert not group.train({}, map, after(0), Bar())
+        assert [folder.name for folder in checkpoints(group.folder)] == ["step-00000000"]
+
+
+def test_runs_that_end_together_are_finished_together(tmp_path):
+    """Killed while the second stack is graded, the first is not finished either: it goes on from
+    the checkpoint that both share."""
+    args = options(tmp_path)
+    runs = [plan.Run(plan.Arm(wiring), 0) for wiring in ("ladder", "routed")]
+    group = trials.Group(runs, args)
+    assert len(group.stacks) == 2
+    graded = []
+
+    def grade(*given):
+        if graded:
+            raise KeyboardInterrupt
+        graded.append(given)
+        return map(*given)
+
+    with pytest.raises(KeyboardInterrupt):
+        group.write_scores(trials.cases(args), grade)
+    assert graded and not any(trials.result(args, run)["scores"] for run in runs)
 
 
 # ----------------------------------------------------------------------------------------- scores
