@@ -1,12 +1,14 @@
 """Is a difference between two kinds of models real? Runs differ by seed, scores by prompt, and both
 have to be drawn again to say how far a mean can be trusted.
 
-A table of differences (S seeds, P prompts) is d[s, p] = truth + seed_s + prompt_p + rest. The
-bootstrap draws seeds and, within each category, prompts again (Owen 2007, "The pigeonhole
-bootstrap"), of n always n - 1, which makes its variance that of the mean (Rao and Wu 1988). Few
-seeds know their own variance badly: the quantile is Student's, with degrees of freedom by
-Satterthwaite 1946. tests/test_8_statistics.py holds coverage and false positives where the truth is
-known.
+A table of differences (S seeds, P prompts) is d[s, p] = truth + seed_s + prompt_p + rest_sp. The
+bootstrap draws seeds and, within each category, prompts again, of n always n - 1 (Rao and Wu 1988).
+So its variance is that of the mean, but for the rest, which it counts three times (Owen 2007, "The
+pigeonhole bootstrap"): twice is too much. Few seeds know their own variance badly: the quantile is
+Student's, with degrees of freedom by Satterthwaite 1946. tests/test_8_statistics.py holds coverage
+and false positives where the truth is known.
+
+Dimension key: S seeds, P prompts, C categories.
 """
 from dataclasses import dataclass
 
@@ -45,15 +47,29 @@ def resampled_means(table: np.ndarray, groups: np.ndarray, rng, n: int) -> np.nd
     return ((seeds @ table) * prompts).sum(1)
 
 
-def freedom(table: np.ndarray) -> float:
-    """Degrees of freedom of the mean: those of seeds and of prompts, by their share in its
-    variance."""
+def mean_square(x: np.ndarray, df: int) -> float:
+    """0 where there are no degrees of freedom: then nothing differs from its mean."""
+    return float((x ** 2).sum()) / max(1, df)
+
+
+def mean_squares(table: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-> the variance of the mean as seeds show it, as prompts show it (within their category) and
+    as the rest does, (3,), which the first two hold as well; and their degrees of freedom (3,)."""
     S, P = table.shape
-    of_seeds = table.mean(1).var(ddof=1) / S if S > 1 else 0.0
-    of_prompts = table.mean(0).var(ddof=1) / P
-    total = (of_seeds + of_prompts) ** 2
-    parts = of_seeds ** 2 / max(1, S - 1) + of_prompts ** 2 / (P - 1)
-    return total / parts if parts > 0 else float(P - 1)
+    names = np.unique(groups)
+    by_seed = np.zeros(S)
+    of_prompts = of_rest = 0.0
+    for name in names:
+        own = table[:, groups == name]                                      # (S, its prompts)
+        n = own.shape[1]
+        rest = own - own.mean(0) - own.mean(1, keepdims=True) + own.mean()
+        by_seed += own.mean(1) / len(names)
+        of_prompts += mean_square(own.mean(0) - own.mean(), n - 1) / n
+        of_rest += mean_square(rest, (S - 1) * (n - 1)) / (S * n)
+    of_seeds = mean_square(by_seed - by_seed.mean(), S - 1) / S
+    found = np.array([of_seeds, of_prompts / len(names) ** 2, of_rest / len(names) ** 2])
+    df = np.array([S - 1, P - len(names), (S - 1) * (P - len(names))])
+    return found, np.maximum(1, df)
 
 
 def student(df: float, n: int = 20_001) -> tuple[np.ndarray, np.ndarray]:
@@ -72,11 +88,15 @@ def estimate(table, groups=None, seed: int = 0, n: int = RESAMPLES) -> Estimate:
     groups = np.zeros(table.shape[1], int) if groups is None else np.asarray(groups)
     by_prompt = table.mean(0)
     mean = float(np.mean([by_prompt[groups == name].mean() for name in np.unique(groups)]))
-    error = resampled_means(table, groups, np.random.default_rng(seed), n).std()
+    variance = resampled_means(table, groups, np.random.default_rng(seed), n).var()
+    parts, df = mean_squares(table, groups)
+    # Of the rest two are too many; where there is nothing else, a third is left.
+    variance = max(variance - 2 * parts[2], variance / 3)
+    error = variance ** 0.5
     # All alike, but for rounding.
     if error < 1e-12:
         return Estimate(mean, mean, mean, float(mean == 0))
-    values, below = student(freedom(table))
+    values, below = student(max(1.0, variance ** 2 / (parts ** 2 / df).sum()))
     reach = float(np.interp(0.95, below, values) * error)
     p = float(1 - np.interp(abs(mean) / error, values, below))
     return Estimate(mean, mean - reach, mean + reach, p)
