@@ -8,7 +8,7 @@ one that attends to the last? docs/study.md says what is asked and what was fixe
     python -m lab.ablate pairs       2, 6, 12 pairs of colour and shape held out
     python -m lab.ablate mllms       three MLLMs
     python -m lab.ablate shift       times shifted in training, or not
-    python -m lab.ablate all         these seven, and Holm's correction over all but the first
+    python -m lab.ablate all         these seven
 
 They train: stage t2i, several seeds of each model of lab/plan.py, all from the same DiT and
 autoencoder (those of --dit), many models at a time (lab/trials.py). What is finished is kept in
@@ -161,20 +161,22 @@ def analyse(args, name: str) -> dict:
 
 
 def correct(found: dict[str, dict]) -> None:
-    """Puts p by Holm's correction and a verdict beside every comparison. The primary one is asked
-    for by itself: it needs no correction."""
+    """Puts p by Holm's correction and a verdict, which goes by it, beside every comparison. The
+    primary one is asked for by itself: it needs no correction. All others are corrected for the
+    whole plan, whichever parts are found here."""
     family = {}
     for name, content in found.items():
         for pairs, scored in content["scored"].items():
             for label, test in scored["compared"].items():
                 family[name, pairs, label] = test
     rest = {key: test.p for key, test in family.items() if key[0] != "primary"}
-    corrected = statistics.holm(rest)
+    corrected = statistics.holm(rest, plan.n_compared())
     for key, test in family.items():
         name, pairs, label = key
-        row = test.json() | dict(verdict=statistics.verdict(test, plan.SMALLEST / 100))
-        if key in corrected:
-            row["holm"] = dict(p=corrected[key], of=len(rest))
+        p = corrected.get(key)
+        row = test.json() | dict(verdict=statistics.verdict(test, plan.SMALLEST / 100, p))
+        if p is not None:
+            row["holm"] = dict(p=p, of=plan.n_compared())
         found[name]["scored"][pairs]["compared"][label] = row
 
 

@@ -130,3 +130,9 @@ PARTS = {
     "shift": Part("with times nearer to the noise?", {
         "shift 1": Arm(shift=1.0), "shift 3": Arm(shift=3.0)}, (("shift 3", "shift 1"),)),
 }
+
+
+def n_compared() -> int:
+    """All comparisons beside the primary one, whichever of them have been made so far."""
+    rest = [part for name, part in PARTS.items() if name != "primary"]
+    return sum(len(part.compared) * len(part.scored) for part in rest)

@@ -102,18 +102,21 @@ def estimate(table, groups=None, seed: int = 0, n: int = RESAMPLES) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach, p)
 
 
-def holm(p: dict) -> dict:
-    """Holm's correction: {name: p} -> {name: p that all of them together may be judged by}."""
+def holm(p: dict, of: int | None = None) -> dict:
+    """Holm's correction: {name: p} -> {name: p that all of them together may be judged by}. of: how
+    many there are, if more than these (which then count as the largest)."""
+    of = of or len(p)
     corrected, largest = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.get)):
-        largest = max(largest, min(1.0, (len(p) - i) * p[name]))
+        largest = max(largest, min(1.0, (of - i) * p[name]))
         corrected[name] = largest
     return {name: corrected[name] for name in p}
 
 
-def verdict(found: Estimate, smallest: float) -> str:
-    """In words, by the interval and the smallest difference that matters."""
-    if found.low > 0 or found.high < 0:
+def verdict(found: Estimate, smallest: float, p: float | None = None) -> str:
+    """In words, by p (default: the estimate's own; of many comparisons the corrected one), the
+    interval and the smallest difference that matters."""
+    if (found.p if p is None else p) < 0.05:
         return "more" if found.mean > 0 else "less"
     if -smallest < found.low and found.high < smallest:
         return "no difference that matters"

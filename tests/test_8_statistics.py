@@ -98,17 +98,37 @@ def test_holm_gives_what_its_paper_gives():
     """Each p times the number of those not yet rejected, never less than the one before."""
     found = statistics.holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9})
     assert found == pytest.approx({"a": 0.09, "b": 0.04, "c": 0.09, "d": 0.9})
+    # Two of four, while the others are not known.
+    assert statistics.holm({"a": 0.04, "b": 0.01}, 4) == pytest.approx({"a": 0.12, "b": 0.04})
     rng = np.random.default_rng(0)
     wrong = sum(min(statistics.holm(dict(enumerate(rng.random(9)))).values()) < 0.05
                 for _ in range(2000))
     assert abs(wrong / 2000 - 0.05) < 0.015
 
 
-@pytest.mark.parametrize("low, high, words", [
-    (1, 5, "more"), (-5, -1, "less"), (-2, 2.5, "no difference that matters"), (-2, 4, "open"),
+@pytest.mark.parametrize("low, high, p, words", [
+    (1, 5, 0.04, "more"), (-5, -1, 0.04, "less"), (-2, 4, 0.5, "open"),
+    (-2, 2.5, 0.5, "no difference that matters"),
 ])
-def test_verdicts(low, high, words):
-    assert statistics.verdict(statistics.Estimate((low + high) / 2, low, high, 0.5), 3) == words
+def test_verdicts(low, high, p, words):
+    assert statistics.verdict(statistics.Estimate((low + high) / 2, low, high, p), 3) == words
+
+
+@pytest.mark.parametrize("high, words", [(5, "open"), (2.5, "no difference that matters")])
+def test_a_verdict_goes_by_the_corrected_p(high, words):
+    """One of many comparisons is as far from 0 as this by chance."""
+    found = statistics.Estimate((1 + high) / 2, 1, high, 0.02)
+    assert statistics.verdict(found, 3) == "more"
+    assert statistics.verdict(found, 3, p=0.3) == words
+
+
+def test_an_interval_leaves_out_0_where_p_is_below_5_percent():
+    rng = np.random.default_rng(7)
+    found = [statistics.estimate(0.05 + differences(rng, 0.0, 5, 0.04, 0.05), SIXTHS, i, 200)
+             for i in range(60)]
+    small = [estimate.p < 0.05 for estimate in found]
+    assert small == [not estimate.low <= 0 <= estimate.high for estimate in found]
+    assert 0 < sum(small) < 60
 
 
 def test_shares_are_those_of_the_parts():
