@@ -114,9 +114,8 @@ def compare(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]
     """{ours minus theirs, in words: the paired difference, prompt by prompt and seed by seed}"""
     found = {}
     for ours, theirs in part.compared:
-        if ours in scores and theirs in scores:
-            paired = scores[ours] - scores[theirs]
-            found[difference(ours, theirs)] = statistics.estimate(paired, groups)
+        paired = scores[ours] - scores[theirs]
+        found[difference(ours, theirs)] = statistics.estimate(paired, groups)
     return found
 
 
@@ -135,14 +134,17 @@ def curve_of(args, part: Part) -> dict:
     return found
 
 
-def last_quarter(curve: dict) -> float:
-    """By how many points the mean of all arms moves in the last quarter of the steps."""
+def last_quarter(curve: dict) -> float | None:
+    """By how many points the mean of all arms moves in the last quarter of the steps. None where
+    they were scored at the end only."""
     means = {}
     for by_step in curve.values():
         for step, values in by_step.items():
             means.setdefault(step, []).append(np.mean(values))
-    last = max(means)
-    before = min(means, key=lambda step: abs(step - 0.75 * last))
+    *earlier, last = sorted(means)
+    if not earlier:
+        return None
+    before = min(earlier, key=lambda step: abs(step - 0.75 * last))
     return float(100 * (np.mean(means[last]) - np.mean(means[before])))
 
 
@@ -189,6 +191,14 @@ def points(test: dict) -> str:
     return f"{change} | {test['p']:.3f}" if test["p"] >= 0.001 else f"{change} | < 0.001"
 
 
+def arrival(moved: float | None) -> str:
+    """Have the curves arrived? In words."""
+    if moved is None:
+        return "scored at the end only: whether the curves have arrived is not known"
+    words = "have arrived" if abs(moved) < plan.STILL else "have not arrived: take more --steps"
+    return f"last quarter of the steps: {moved:+.1f} points, the curves {words}"
+
+
 def print_part(name: str, content: dict) -> None:
     print(f"\n## {name}: {content['question']}")
     for pairs, scored in content["scored"].items():
@@ -202,7 +212,7 @@ def print_part(name: str, content: dict) -> None:
         for label, test in scored["compared"].items():
             holm = f"{test['holm']['p']:.3f}" if "holm" in test else ""
             print(f"| {label} | {points(test)} | {holm} | {test['verdict']} |")
-    print(f"\nlast quarter of the steps: {content['last_quarter']:+.1f} points")
+    print(f"\n{arrival(content['last_quarter'])}")
 
 
 def plot_part(name: str, content: dict, out: pathlib.Path) -> None:

@@ -97,6 +97,14 @@ def test_the_mean_of_edits_is_of_all_kinds_and_seen_pairs():
 def test_the_last_quarter_of_a_curve():
     curve = {"a": {step: [0.1 * step] * 2 for step in (1, 2, 3, 4)}, "b": {3: [0.3], 4: [0.5]}}
     assert ablate.last_quarter(curve) == pytest.approx(15)
+    assert ablate.last_quarter({"a": {4: [0.5]}}) is None
+
+
+@pytest.mark.parametrize("moved, words", [
+    (1.9, "have arrived"), (-2.1, "have not arrived"), (None, "not known"),
+])
+def test_whether_curves_have_arrived(moved, words):
+    assert words in ablate.arrival(moved)
 
 
 def test_a_prompt_counts_by_the_pairs_that_its_arms_hold_out():
