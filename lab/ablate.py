@@ -25,12 +25,9 @@ These look at --model as it is (lab/inside.py).
 
 A study writes STUDY.json into --out, and all but settings a picture beside it. How far its tables
 can be trusted depends on the number of seeds and steps; both stand in the JSON file, with commit
-and hardware.
+(of each run its own) and machine.
 """
-import os
 import pathlib
-import platform
-import subprocess
 import time
 
 import matplotlib
@@ -38,16 +35,16 @@ import numpy as np
 import torch
 
 from engine import command
+from engine.device import machine
 from engine.distributed import StopSignal
 from engine.files import prepare_folder
 from engine.limits import MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
 from lab import dots, evaluate, inside, plan, statistics, trials
+from lab.make import commit
 from lab.plan import PARTS, Part
 from lab.statistics import Estimate
 from lab.trials import digest, write_json
 from sample import TOY_FOLDER
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # ----------------------------------------------------------------------------------- the prompts
 
@@ -158,7 +155,7 @@ def analyse(args, name: str) -> dict:
                                         compared=compare(part, scores, groups),
                                         prompts=len(groups))
     curve = curve_of(args, part)
-    runs = {run.name: trials.result(args, run)["scores"] for run in part.runs(args.seeds)}
+    runs = {run.name: trials.result(args, run) for run in part.runs(args.seeds)}
     return content | dict(curve=curve, last_quarter=last_quarter(curve), runs=runs)
 
 
@@ -361,13 +358,7 @@ def origin(args) -> dict:
     for folder in ("model", "captions", "dit", "out"):
         said[folder] = pathlib.Path(said[folder] or "").name
     said["weights"] = digest(*filter(None, (args.model, args.captions, args.dit)))
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    if args.device.startswith("cuda"):
-        hardware = torch.cuda.get_device_name()
-    else:
-        hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    return dict(options=said, commit=commit, hardware=hardware, torch=torch.__version__)
+    return dict(options=said, commit=commit(), machine=machine(args.device))
 
 
 def main(argv=None):

@@ -37,6 +37,7 @@ from engine.sources import Example, Generated
 from engine.stacked import Learner, Prefix, Stack, read_prefix, signature
 from engine.state import State, checkpoints, ema_weights, write_checkpoint
 from lab import evaluate, plan
+from lab.make import commit
 from lab.plan import Run
 from ladder import Ladder
 from tbac import TBAC, flow_matching
@@ -80,11 +81,13 @@ def cases(args) -> list:
 
 
 def folder_of(args) -> pathlib.Path:
-    """Where runs are kept: named after all that their scores depend on beside arm and seed."""
+    """Where runs are kept: named after all that their scores depend on beside arm, seed and the
+    code, whose commit each of them names."""
     prompts = "\n".join(case.prompt for case in cases(args))
     words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
     weights = digest(*filter(None, (args.model, args.captions, args.dit)))
-    return args.out / f"runs-{weights}-{words}-{args.steps}x{args.batch}-{args.draw_steps}"
+    settings = f"{args.steps}x{args.batch}-{args.draw_steps}-{args.dtype}"
+    return args.out / f"runs-{weights}-{words}-{settings}"
 
 
 def result(args, run: Run) -> dict:
@@ -204,8 +207,9 @@ class Group:
 
     def __init__(self, runs: list[Run], args):
         self.runs, self.args = runs, args
-        self.mllm, self.n_held_out = runs[0].examples
-        self.model = base_model(args, self.mllm)
+        self.commit = commit()
+        mllm, n_held_out = runs[0].examples
+        self.model = base_model(args, mllm)
         self.stacks = build_stacks(self.model, runs, args.width)
         params = {f"{i}.{name}": p for i, (stack, _) in enumerate(self.stacks)
                   for name, p in stack.params.items()}
@@ -217,7 +221,7 @@ class Group:
             self.state.load(found[-1])
         self.state.history = self.state.history or [(1, [0])]
         make = functools.partial(draw_example, size=self.model.config.size,
-                                 held_out=plan.pairs_held_out(self.n_held_out))
+                                 held_out=plan.pairs_held_out(n_held_out))
         share = Share([Generated(make, 0)], [1.0], 0, 0, self.state.history)
         self.reader = Reader(share, args.workers)
         self.saved = time.monotonic()
@@ -332,10 +336,10 @@ class Group:
             found = [(run, row) for stack, runs in self.stacks
                      for run, row in zip(runs, self.score(stack, prompts, grade))]
         for run, row in found:
-            known = result(self.args, run)
-            known["scores"][str(self.state.step)] = "".join(map(str, row.int().tolist()))
-            content = dict(arm=dataclasses.asdict(run.arm), seed=run.seed) | known
-            write_json(folder_of(self.args) / f"{run.name}.json", content)
+            scores = result(self.args, run)["scores"]
+            scores[str(self.state.step)] = "".join(map(str, row.int().tolist()))
+            about = dict(arm=dataclasses.asdict(run.arm), seed=run.seed, commit=self.commit)
+            write_json(folder_of(self.args) / f"{run.name}.json", about | dict(scores=scores))
 
     def check_finite(self) -> None:
         """ValueError where a model has become infinite or NaN."""

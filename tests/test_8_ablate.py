@@ -244,14 +244,15 @@ def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
 
     def folder(*argv):
         words = ["wirings", "--out", str(tmp_path), "--dit", str(TOY_FOLDER), "--captions",
-                 str(TOY_FOLDER), *argv]
+                 str(TOY_FOLDER), "--dtype", "float32", *argv]
         return trials.folder_of(ablate.options(words))
 
-    given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"])
+    given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"],
+             ["--dtype", "bfloat16"])
     other = tmp_path / "other"
     TBAC.load(TOY_FOLDER).save(other, torch.bfloat16)
     found = {folder(), *(folder(*argv) for argv in given), folder("--dit", str(other))}
-    assert len(found) == 6 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
+    assert len(found) == 7 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
 
 
 @pytest.mark.slow
@@ -272,6 +273,7 @@ def test_a_small_study_goes_on_where_it_was_stopped(tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items())
     found = json.loads((tmp_path / "primary.json").read_text())
-    assert found["options"]["steps"] == 2 and found["commit"] and found["hardware"]
+    assert found["options"]["steps"] == 2 and found["machine"]["cores"]
+    assert {row["commit"] for row in found["runs"].values()} == {found["commit"]}
     assert found["scored"]["seen"]["table"].keys() == {"ladder", "final"}
     assert (tmp_path / "primary.png").is_file() and (tmp_path / "primary-categories.png").is_file()
