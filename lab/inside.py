@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import sample
-from engine import fast
+from engine import fast, mixer
 from lab import dots, evaluate, statistics
 from lab.dots import save
 from ladder import tap_layers
@@ -290,17 +290,11 @@ def pairs_of_things(n: int) -> list[tuple]:
     return found
 
 
-def slot_of(n_query: int, slot: int) -> list[int]:
-    """The queries of one slot: four slots of 16 queries have four each."""
-    return list(range(slot * n_query // SLOTS, (slot + 1) * n_query // SLOTS))
-
-
-def with_slot(own, other, slot: int, depths):
-    """Rungs (L, B, Q, caption_dim) with one slot's queries, at some depths, from others."""
+def with_slot(own, other, queries: range, depths: range):
+    """Rungs (L, B, Q, caption_dim) with these queries, at these depths, from others."""
     changed = own.clone()
-    queries = slot_of(own.shape[2], slot)
-    for j in depths:
-        changed[j, :, queries] = other[j, :, queries]
+    cells = slice(depths.start, depths.stop), slice(None), slice(queries.start, queries.stop)
+    changed[cells] = other[cells]
     return changed
 
 
@@ -323,12 +317,13 @@ def things_there(pictures, asked) -> dict[str, list[bool]]:
             for i, what in enumerate(THINGS)}
 
 
-def surgeries(n_layer: int) -> list[tuple[str, int, str, range]]:
-    """(what is done, slot, its depths in words, its depths)"""
+def surgeries(n_layer: int, n_query: int) -> dict[str, tuple[str, range, range]]:
+    """{in words: (mute or splice, queries, depths)}: each slot at every depth, and at each alone"""
     depths = {"every rung": range(n_layer)}
     depths |= {f"rung {j}": range(j, j + 1) for j in range(n_layer)}
-    return [(what, slot, words, where) for what in ("mute", "splice")
-            for words, where in depths.items() for slot in range(SLOTS)]
+    return {f"{what} slot {i}, {where}": (what, queries, depths[where])
+            for what in ("mute", "splice") for where in depths
+            for i, queries in enumerate(mixer.slots(n_query, SLOTS))}
 
 
 @torch.no_grad()
@@ -345,15 +340,17 @@ def slots(args):
         other.append(model.encode([language.listing(four[2:]) for four in part]))
     null, own, other = (torch.cat(parts, 1) for parts in (null, own, other))
     found = {"as it is": things_there(painted(model, own, null, args), asked)}
-    for what, slot, words, where in tqdm(surgeries(len(own)), "slots"):
-        changed = with_slot(own, dict(mute=null, splice=other)[what], slot, where)
-        row = things_there(painted(model, changed, null, args), asked)
-        found[f"{what} slot {slot}, {words}"] = row
+    donors = dict(mute=null, splice=other)
+    todo = surgeries(len(own), own.shape[2])
+    for name, (what, queries, depths) in tqdm(todo.items(), "slots"):
+        changed = with_slot(own, donors[what], queries, depths)
+        found[name] = things_there(painted(model, changed, null, args), asked)
     rows = {name: {what: measured(np.array(there, float)) for what, there in row.items()}
             for name, row in found.items()}
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(map(evaluate.percent, row.values())) + " |")
-    shown = {name: row for name, row in rows.items() if not name.split(", ")[-1][-1].isdigit()}
+    # Of single rungs there are too many.
+    shown = {name: row for name, row in rows.items() if ", rung" not in name}
     dots.plot_series(shown, args.out / "slots.png", "pictures that hold the object, %")
     return dict(table=rows)
 
@@ -361,8 +358,8 @@ def slots(args):
 # ----------------------------------------------------------------------------------------- noise
 
 def layout(picture, things) -> dict[str, float]:
-    """Where the first of two things is, which of them is further to the left, and how many there
-    are beyond two; NaN where they cannot be told."""
+    """Where the first of two things is, whether it is further to the left than the second, and how
+    many things there are at all; NaN where it cannot be told."""
     found = grader.grade(picture).things
     first, second = ([t for t in found if t.name == thing.name][:1] for thing in things)
     x, y = (first[0].x, first[0].y) if first else (np.nan, np.nan)

@@ -170,13 +170,20 @@ def test_probes_find_what_is_there_and_nothing_else():
     assert inside.ridge(noise + 4 * signal, y, 300) > 0.95
 
 
-@pytest.mark.parametrize("slot, queries", [(0, [0, 1]), (3, [6, 7])])
-def test_a_slot_of_queries_is_exchanged_at_its_depths_only(slot, queries):
+@pytest.mark.parametrize("queries", [range(2), range(6, 8)])
+def test_a_slot_of_queries_is_exchanged_at_its_depths_only(queries):
     own, other = torch.zeros(3, 2, 8, 5), torch.ones(3, 2, 8, 5)
-    changed = inside.with_slot(own, other, slot, range(1, 3))
+    changed = inside.with_slot(own, other, queries, range(1, 3))
     assert torch.equal(changed[0], own[0]) and torch.equal(own, torch.zeros_like(own))
-    assert (changed[1:, :, queries] == 1).all() and changed.sum() == 2 * 2 * 2 * 5
-    assert [inside.slot_of(6, i) for i in range(4)] == [[0], [1, 2], [3], [4, 5]]
+    assert (changed[1:, :, list(queries)] == 1).all() and changed.sum() == 2 * 2 * 2 * 5
+
+
+def test_every_slot_is_muted_and_spliced_at_every_depth_and_at_each():
+    found = inside.surgeries(6, 16)
+    assert len(found) == 2 * 4 * (1 + 6)
+    assert found["mute slot 1, every rung"] == ("mute", range(4, 8), range(6))
+    assert found["splice slot 3, rung 5"] == ("splice", range(12, 16), range(5, 6))
+    assert len(inside.surgeries(6, 2)) == 2 * 2 * (1 + 6)
 
 
 def test_what_is_asked_for_differs_in_every_way():
