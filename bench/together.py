@@ -6,8 +6,6 @@ against N single steps of train.py, each with its own examples, latents and read
 On a CPU seconds of the processor, so that other programs count little; in turns, and the median of
 the ratios.
 """
-import argparse
-import itertools
 import pathlib
 import statistics
 import tempfile
@@ -16,6 +14,7 @@ import time
 import torch
 
 import train
+from engine import command
 from engine.options import store
 from lab import ablate, plan, trials
 from sample import TOY_FOLDER
@@ -23,7 +22,7 @@ from sample import TOY_FOLDER
 
 def stacked(n, width, device, out):
     """-> one step of n models, in stacks of `width`, all of it"""
-    words = f"primary --dit {TOY_FOLDER} --captions {TOY_FOLDER} --dtype float32 --out {out}"
+    words = f"primary --dit {TOY_FOLDER} --captions {TOY_FOLDER} --dtype float32 --n 1 --out {out}"
     args = ablate.options([*words.split(), "--device", device, "--width", str(width)])
     group = trials.Group(plan.PARTS["primary"].runs((n + 1) // 2)[:n], args)
     batches = group.batches()
@@ -41,6 +40,7 @@ def single(device, out):
 
 
 def seconds(f, device):
+    """Of one call; on a CPU those of the processor."""
     if device != "cpu":
         torch.cuda.synchronize()
     clock = time.process_time if device == "cpu" else time.perf_counter
@@ -52,23 +52,24 @@ def seconds(f, device):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--n", type=int, default=4, help="models")
-    p.add_argument("--width", type=int, default=1, help="models in a stack")
-    p.add_argument("--times", type=int, default=5, help="measured, after one that is not")
-    p.add_argument("--device", default="cpu")
+    p = command.Parser(prog="python -m bench.together", description=__doc__)
+    many = command.count(1, 1000)
+    p.add_argument("--n", type=many, default=4, help="models")
+    p.add_argument("--width", type=many, default=1, help="models in a stack")
+    p.add_argument("--times", type=many, default=5, help="measured, after one that is not")
+    p.add_argument("--device", type=command.device, default="cpu")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        together = stacked(args.n, args.width, args.device, folder)
-        alone = single(args.device, folder / "one")
+        all_of_them = stacked(args.n, args.width, args.device, folder)
+        one_of_them = single(args.device, folder / "one")
         pairs = []
         for _ in range(args.times + 1):
-            pairs.append((seconds(together, args.device) / args.n, seconds(alone, args.device)))
+            together = seconds(all_of_them, args.device) / args.n
+            pairs.append((together, seconds(one_of_them, args.device)))
     pairs = pairs[1:]
     stack, one = (statistics.median(column) for column in zip(*pairs))
-    ratio = statistics.median(itertools.starmap(lambda a, b: b / a, pairs))
+    ratio = statistics.median(alone / together for together, alone in pairs)
     print(f"{args.n} models in stacks of {args.width}: a step of one takes {stack:.3f} s, alone "
           f"{one:.3f} s, {ratio:.2f} times as long")
 

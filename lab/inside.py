@@ -25,7 +25,7 @@ from ladder import tap_layers
 from tbac import TBAC
 from toy import grader, language, world
 
-# Slots of queries: as many equal parts.
+# Slots of neighbouring queries.
 SLOTS = 4
 # Noises that all prompts are drawn from.
 NOISES = 8
@@ -208,7 +208,7 @@ def probes(args, train_n=1600, test_n=400):
     model = load(args.model, args.device)
     texts, facts = probe_prompts(train_n + test_n)
     states = probe_states(model, texts)
-    model.mllm.init_weights(torch.Generator().manual_seed(0))
+    model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
     control = probe_states(model, texts)
     rows = {}
     for fact in facts[0]:

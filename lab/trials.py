@@ -43,9 +43,9 @@ from ladder import Ladder
 from tbac import TBAC, flow_matching
 from toy import grader, language, world
 
-# Of the optimizer, as in train.py for the toy, whose learning rate these are handed to.
-WARMUP = 100
-LEARNING = dict(lr=1e-3, warmup=WARMUP, min_lr_ratio=0.1)
+# For train.learning_rate.
+LEARNING = dict(lr=1e-3, warmup=100, min_lr_ratio=0.1)
+# As in train.py for the toy.
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
 EMA = 0.999
@@ -249,7 +249,7 @@ class Group:
                 yield inputs
 
     @torch.no_grad()
-    def inputs(self, first: int, rows: list[list], offsets: list[int]) -> list["Inputs"]:
+    def inputs(self, first: int, rows: list[list], offsets: list[int]) -> list[Inputs]:
         """What all models share, and each seed's times and noise, of some steps from `first` on.
         rows: the numbered examples of each."""
         model, device, batch = self.model, self.args.device, self.args.batch
@@ -271,7 +271,7 @@ class Group:
                                 dict(zip(seeds, eps)), offset))
         return found
 
-    def losses(self, inputs: "Inputs"):
+    def losses(self, inputs: Inputs):
         """Yields those of each stack, (N, B), with their graphs."""
         x0 = inputs.x0
         for stack, runs in self.stacks:
@@ -284,7 +284,7 @@ class Group:
                 stack.capture(*given)
             yield stack.losses(*given)
 
-    def step(self, inputs: "Inputs") -> list[Tensor]:
+    def step(self, inputs: Inputs) -> list[Tensor]:
         """One step of every model -> of each stack the losses (N,)"""
         state = self.state
         found = []
