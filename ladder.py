@@ -69,6 +69,7 @@ def tap_layers(n_mllm: int, n_dit: int, wiring: str = "ladder") -> list[int]:
 
 
 def build_connector(mllm_dim: int, caption_dim: int) -> nn.Sequential:
+    """From the MLLM's width to that of SANA's captions."""
     return nn.Sequential(
         nn.Linear(mllm_dim, caption_dim),
         nn.GELU("tanh"),
@@ -81,6 +82,7 @@ class PerBlock(nn.ModuleList):
     """Connectors, one for each rung."""
 
     def forward(self, tapped: Tensor) -> Tensor:
+        """(L, B, Q, M) -> (L, B, Q, caption_dim)"""
         return torch.stack([connect(x) for connect, x in zip(self, tapped, strict=True)])
 
 
@@ -90,6 +92,8 @@ class Ladder(nn.Module):
     def __init__(self, n_query: int, mllm_dim: int, caption_dim: int, n_mllm: int, n_dit: int,
                  wiring: str = "ladder", connector: str = "shared"):
         super().__init__()
+        if connector not in CONNECTORS:
+            raise ValueError(f"unknown connector {connector!r}, expected one of {list(CONNECTORS)}")
         self.taps = tap_layers(n_mllm, n_dit, wiring)
         # A parameter of its own, not rows of the frozen embedding table (docs/paper_to_code.md).
         self.queries = nn.Parameter(torch.empty(n_query, mllm_dim))

@@ -100,6 +100,15 @@ def test_every_wiring_is_a_matrix(wiring, connector):
         assert relative(rungs[j], connect(mixed)) < 1e-6
 
 
+@pytest.mark.parametrize("named, message", [
+    (dict(wiring="per-block"), "unknown wiring 'per-block', expected one of .*'ladder'"),
+    (dict(connector="per_block"), "unknown connector 'per_block', expected one of .*'per-block'"),
+])
+def test_names_that_no_ladder_knows(named, message):
+    with pytest.raises(ValueError, match=message):
+        Ladder(3, 8, 6, 5, 2, **named)
+
+
 def test_a_connector_per_block_differs_from_block_to_block():
     """In nothing else: as many queries, and each connector as large as the shared one."""
     shared, own = (Ladder(3, 8, 6, 5, 2, "final", connector) for connector in CONNECTORS)
