@@ -7,7 +7,7 @@ seed 0 is trained once, whichever parts ask for it.
 """
 from dataclasses import dataclass
 
-from ladder import WIRINGS
+from ladder import CONNECTORS, WIRINGS
 from toy.world import COLOURS, HELD_OUT, SHAPES
 
 # Below this difference, in points of 100, nobody would change a model.
@@ -23,11 +23,11 @@ PROMPTS_EARLY = 24
 LOOKS = 8
 DRAW_STEPS = 10
 
-# What the queries are read by, and how `lab.pretrain` makes it.
+# What reads the queries, and what it was taught.
 MLLMS = {
-    "captions": "taught captions and answers only",
-    "facts": "as shipped: taught, besides, to hold every fact at every depth from the third on",
-    "random": "of random weights, the floor",
+    "captions": "captions and answers only",
+    "facts": "as shipped: besides, to hold every fact at every depth from the third on",
+    "random": "nothing: random weights, the floor",
 }
 
 
@@ -91,29 +91,22 @@ def both(**settings) -> dict[str, Arm]:
     return {wiring: Arm(wiring, **settings) for wiring in ("ladder", "final")}
 
 
-def table(label: str, values, **how) -> tuple[dict[str, Arm], tuple]:
-    """ladder and final for each value of one setting -> arms, and ladder against final at each.
-    how: {setting: function of the value}"""
+def table(label: str, setting: str, values) -> tuple[dict[str, Arm], tuple]:
+    """ladder and final for each value of one setting -> arms, and ladder against final at each."""
     arms, compared = {}, []
     for value in values:
-        settings = {name: make(value) for name, make in how.items()}
-        names = []
-        for wiring, arm in both(**settings).items():
-            names.append(f"{wiring}, {label.format(value)}")
-            arms[names[-1]] = arm
-        compared.append(tuple(names))
+        pair = {f"{wiring}, {label.format(value)}": arm
+                for wiring, arm in both(**{setting: value}).items()}
+        arms |= pair
+        compared.append(tuple(pair))
     return arms, tuple(compared)
 
 
-def same(value):
-    return value
-
-
 QUERIES = (4, 8, 16, 32)
-QUERY_ARMS, QUERY_PAIRS = table("{} queries", QUERIES, n_query=same)
-PAIR_ARMS, PAIR_PAIRS = table("{} pairs held out", (2, 6, 12), held_out=same)
-MLLM_ARMS, MLLM_PAIRS = table("MLLM {}", MLLMS, mllm=same)
-CONNECTOR_ARMS, CONNECTOR_PAIRS = table("connector {}", ("shared", "per-block"), connector=same)
+QUERY_ARMS, QUERY_PAIRS = table("{} queries", "n_query", QUERIES)
+PAIR_ARMS, PAIR_PAIRS = table("{} pairs held out", "held_out", (2, 6, 12))
+MLLM_ARMS, MLLM_PAIRS = table("MLLM {}", "mllm", MLLMS)
+CONNECTOR_ARMS, CONNECTOR_PAIRS = table("connector {}", "connector", CONNECTORS)
 
 PARTS = {
     "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=16),

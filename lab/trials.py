@@ -71,7 +71,7 @@ def digest(*folders) -> str:
 
 def write_json(file: pathlib.Path, content) -> None:
     """A file that is there is whole."""
-    write_text(file, json.dumps(content, indent=1, default=str))
+    write_text(file, json.dumps(content, indent=1))
 
 
 def cases(args) -> list:
@@ -217,14 +217,22 @@ class Group:
         names = " ".join(run.name for run in runs)
         self.folder = folder_of(args) / hashlib.sha256(names.encode()).hexdigest()[:8]
         self.folder.mkdir(parents=True, exist_ok=True)
-        if found := checkpoints(self.folder):
-            self.state.load(found[-1])
-        self.state.history = self.state.history or [(1, [0])]
+        self.resume()
         make = functools.partial(draw_example, size=self.model.config.size,
                                  held_out=plan.pairs_held_out(n_held_out))
         share = Share([Generated(make, 0)], [1.0], 0, 0, self.state.history)
         self.reader = Reader(share, args.workers)
         self.saved = time.monotonic()
+
+    def resume(self) -> None:
+        """From the last checkpoint, if there is one. ValueError where its stacks are others."""
+        try:
+            if found := checkpoints(self.folder):
+                self.state.load(found[-1])
+        except ValueError as e:
+            raise ValueError(f"{e} (A study goes on with the --width that it began with, or anew "
+                             "in another --out)") from None
+        self.state.history = self.state.history or [(1, [0])]
 
     # ---- a step
 

@@ -225,6 +225,13 @@ def test_a_run_may_be_stopped_before_its_next_step(tmp_path):
         assert [folder.name for folder in checkpoints(group.folder)] == ["step-00000000"]
 
 
+def test_other_stacks_do_not_go_on(tmp_path):
+    runs = [plan.Run(plan.Arm(wiring), 0) for wiring in ("ladder", "final")]
+    trials.Group(runs, options(tmp_path)).save()
+    with pytest.raises(ValueError, match="the --width that it began with"):
+        trials.Group(runs, options(tmp_path, "--width", "1"))
+
+
 def test_runs_that_end_together_are_finished_together(tmp_path):
     """Killed while the second stack is graded, the first is not finished either: it goes on from
     the checkpoint that both share."""
