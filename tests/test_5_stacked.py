@@ -96,6 +96,28 @@ def test_models_of_a_stack_do_not_touch_each_other(tiny):
     assert stack.params["ladder.queries"].grad[1].norm() > 0
 
 
+def test_what_is_captured_is_what_is_computed_without(tiny, monkeypatch):
+    """As on a GPU, but for the graph itself: recorded with copies, called with the parameters."""
+    stack = stacked(tiny, members(tiny, STACKS["wirings"]))
+    x0, t, eps = drawn_at_random(tiny, stack.n)
+    want = stack_losses(stack, x0, t, eps)
+    want.sum().backward()
+    grads = {name: p.grad.clone() for name, p in stack.params.items()}
+    for p in stack.params.values():
+        p.grad = None
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables",
+                        lambda f, given: recorded.append(given) or f)
+    prefix = read_prefix(stack.mllm, PROMPTS, stack.config.max_prompt, stack.n_layer)
+    stack.capture(prefix, torch.zeros_like(eps), torch.zeros_like(t), torch.zeros_like(eps))
+    places = {p.data_ptr() for p in stack.params.values()}
+    assert not places & {tensor.data_ptr() for tensor in recorded[0]}
+    found = stack_losses(stack, x0, t, eps)
+    found.sum().backward()
+    assert torch.equal(found, want)
+    assert all(torch.equal(p.grad, grads[name]) for name, p in stack.params.items())
+
+
 def test_models_of_other_shapes_are_told_apart(tiny):
     n_state = tiny.config.mllm.n_layer + 1
     found = {signature(Learner(one.ladder, one.dit, n_state))
