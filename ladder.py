@@ -128,6 +128,7 @@ class Ladder(nn.Module):
 
     def forward(self, states: list[Tensor]) -> Tensor:
         """The queries' states at every depth, each (B, Q, M) -> rungs (L, B, Q, caption_dim)."""
+        # Where each row of A is a single 1, it picks a state, and there is nothing to multiply.
         tapped = torch.stack([states[i] for i in self.taps])       # (L, B, Q, M), or of all T
         if self.routes is not None:
             A = self.matrix(len(states))                           # (L, T)

@@ -84,8 +84,8 @@ def query_states(mllm: MLLM, prefix: Prefix, queries: Tensor, n_layer: int | Non
 
 class Product(nn.Module):
     """An nn.Linear, or a 1 x 1 nn.Conv2d, as one product of two matrices. Of N models that is one
-    batch of N products; as they are, `vmap` would repeat the weights for every row of a batch, and
-    make convolutions of N groups."""
+    batch of N products. As they are, `vmap` repeats the weights for every row of a batch that is
+    not contiguous (256 rows: 40 times the memory), and makes convolutions of N groups."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
