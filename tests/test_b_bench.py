@@ -2,6 +2,7 @@
 a GPU works before there is one."""
 import dataclasses
 import json
+import re
 import os
 import subprocess
 import sys
@@ -260,6 +261,14 @@ def test_a_rehearsal_is_no_result(tmp_path):
     (tmp_path / "machine.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match="rehearsal"):
         tables.add(tmp_path, "a")
+
+
+@pytest.mark.slow
+def test_models_that_learn_together_are_timed_beside_single_ones():
+    done = run("-m", "bench.together", "--n", 1, "--times", 1)
+    assert done.returncode == 0, done.stderr
+    together, alone = map(float, re.findall(r"(\d+\.\d+) s,", done.stdout))
+    assert together > 0 and alone > 0
 
 
 @pytest.mark.slow
