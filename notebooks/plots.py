@@ -42,40 +42,46 @@ CLUSTERS = ("tab:blue", "tab:orange", "tab:green")
 
 def clouds(points: dict, cluster: Tensor) -> None:
     """{t: (n, 2)} -> a panel for each time, the points in the colours of their clusters."""
-    fig, axes = plt.subplots(1, len(points), figsize=(15, 3.4), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, len(points), figsize=(8, 2.6), sharex=True, sharey=True)
     limits = (-3.6, 3.6)
     for ax, (t, x) in zip(axes, points.items()):
         for k, colour in enumerate(CLUSTERS):
-            ax.scatter(*x[cluster == k].T, s=3, color=colour, label=f"cluster {k}")
-        ax.set(title=f"t = {t}", xlabel="first coordinate", xlim=limits, ylim=limits)
-        ax.set_aspect("equal")
-    axes[0].set_ylabel("second coordinate")
-    axes[0].legend(markerscale=3, fontsize=9, loc="upper left")
+            ax.scatter(*x[cluster == k].T, s=2, color=colour, label=f"cluster {k}")
+        ax.set(title=f"t = {t}", xlim=limits, ylim=limits, aspect="equal")
+    fig.legend(*axes[0].get_legend_handles_labels(), markerscale=5, ncols=3, fontsize=11,
+               loc="outside lower center")
     plt.show()
 
 
-def fields(grid: Tensor, arrows: dict, means: Tensor) -> None:
-    """{t: (arrows (n, 2), shares of the clusters (n, 3))} at the points of a grid (n, 2) -> a panel
-    for each time, with the centres of the data and those at this time."""
+def streams(side: Tensor, fields: dict, means: Tensor) -> None:
+    """{t: (field (n * n, 2), shares of the clusters (n * n, 3))} on the square side x side, the
+    first coordinate first -> streamlines, with the centres of the data and those at this time."""
+    n = len(side)
     paint = torch.tensor([to_rgb(colour) for colour in CLUSTERS], dtype=torch.float64)
-    fig, axes = plt.subplots(1, len(arrows), figsize=(15, 5.2), sharex=True, sharey=True)
-    for ax, (t, (arrow, share)) in zip(axes, arrows.items()):
-        ax.quiver(*grid.T, *arrow.T, color=(share @ paint).numpy(), angles="xy",
-                  scale_units="xy", scale=10, width=0.005)
-        ax.scatter(*means.T, s=130, marker="*", color=CLUSTERS, edgecolor="black", zorder=3,
+    fig, axes = plt.subplots(1, len(fields), figsize=(8, 3.3), sharex=True, sharey=True)
+    edge = (side[0], side[-1])
+    for ax, (t, (field, share)) in zip(axes, fields.items()):
+        # Pictures count rows, the second coordinate, first.
+        painted = (share @ paint).view(n, n, 3).transpose(0, 1)
+        ax.imshow(painted, extent=(*edge, *edge), origin="lower", alpha=0.45)
+        u, v = field.view(n, n, 2).transpose(0, 1).unbind(2)
+        ax.streamplot(side.numpy(), side.numpy(), u.numpy(), v.numpy(), color="0.2",
+                      linewidth=0.8, density=0.9, arrowsize=0.9)
+        ax.scatter(*means.T, s=130, marker="*", color="gold", edgecolor="black", zorder=3,
                    label="centres of the data")
-        ax.scatter(*((1 - t) * means).T, s=70, marker="o", facecolor="none", edgecolor="black",
-                   zorder=3, label="centres at this t")
-        ax.set(title=f"-v at t = {t}", xlabel="first coordinate", aspect="equal")
-    axes[0].set_ylabel("second coordinate")
-    axes[0].legend(loc="upper right", fontsize=10)
+        ax.scatter(*((1 - t) * means).T, s=50, facecolor="white", edgecolor="black", zorder=3,
+                   label="centres at this t")
+        ax.set(title=f"t = {t}", xlim=edge, ylim=edge, aspect="equal")
+        ax.grid(False)
+    fig.legend(*axes[0].get_legend_handles_labels(), ncols=2, fontsize=11,
+               loc="outside lower center")
     plt.show()
 
 
 def loss_curve(losses: list, every: int, level: float, name: str) -> None:
     """The mean of `every` steps at a time, beside a constant level with a name."""
     smooth = torch.tensor(losses).unfold(0, every, every).mean(1)
-    plt.figure(figsize=(8, 3.4))
+    plt.figure(figsize=(8, 2.8))
     plt.plot(range(every, len(losses) + 1, every), smooth, label=f"learned (mean of {every} steps)")
     plt.axhline(level, color="black", ls="--", label=name)
     plt.gca().set(xlabel="training step", ylabel="loss (mean square)", ylim=(0, None))
@@ -84,22 +90,36 @@ def loss_curve(losses: list, every: int, level: float, name: str) -> None:
 
 
 def journeys(ways: dict, n_line: int = 40) -> None:
-    """{title: all stops, (n, 2) each} -> starts, ends, and the way of the first points."""
-    fig, axes = plt.subplots(1, len(ways), figsize=(15, 5.4))
+    """{title: all stops, (n, 2) each} -> starts, ends, and the way of the first points, all on one
+    scale."""
+    fig, axes = plt.subplots(1, len(ways), figsize=(8, 3.4), sharex=True, sharey=True)
     for ax, (title, stops) in zip(axes, ways.items()):
-        ax.plot(*torch.stack(stops)[:, :n_line].unbind(2), color="grey", lw=0.7, zorder=1)
-        ax.scatter(*stops[0].T, s=4, color="tab:red", alpha=0.3, label="start: noise")
-        ax.scatter(*stops[-1].T, s=4, color="tab:blue", label="end", zorder=2)
-        ax.set(title=title, xlabel="first coordinate", aspect="equal")
-    axes[0].set_ylabel("second coordinate")
-    axes[0].legend(markerscale=3, loc="upper right", fontsize=10)
+        ax.plot(*torch.stack(stops)[:, :n_line].unbind(2), color="black", lw=0.6, zorder=2)
+        ax.scatter(*stops[0].T, s=2, color="tab:red", alpha=0.2, label="start")
+        ax.scatter(*stops[-1].T, s=2, color="tab:blue", label="end", zorder=3)
+        ax.set(title=title, aspect="equal", xlim=(-6, 6), ylim=(-6, 6))
+    fig.legend(*axes[0].get_legend_handles_labels(), markerscale=5, ncols=2, fontsize=11,
+               loc="outside lower center")
+    plt.show()
+
+
+def guided(ends: dict, means: Tensor, stds: Tensor, asked: int) -> None:
+    """{strength: ends (n, 2)} on one scale; circles: two standard deviations of each cluster, that
+    of the asked one in its colour."""
+    fig, axes = plt.subplots(1, len(ends), figsize=(8, 2.3), sharex=True, sharey=True)
+    for ax, (g, x) in zip(axes, ends.items()):
+        ax.scatter(*x.T, s=1.5, color="0.35")
+        for k, (mean, std) in enumerate(zip(means.tolist(), stds.tolist())):
+            colour = CLUSTERS[k] if k == asked else "0.6"
+            ax.add_patch(Circle(mean, 2 * std, fill=False, color=colour, lw=2, zorder=3))
+        ax.set(title=f"g = {g}", xlim=(-2.2, 3.2), ylim=(-3, 2.4), aspect="equal")
     plt.show()
 
 
 def convergence(counts: list, errors: dict) -> None:
     """{(title, solver): errors} over numbers of steps, beside orders 1 and 2."""
     titles = list(dict.fromkeys(title for title, _ in errors))
-    fig, axes = plt.subplots(1, len(titles), figsize=(13, 4.6), sharey=True)
+    fig, axes = plt.subplots(1, len(titles), figsize=(8, 3.6), sharey=True)
     for ax, title in zip(axes, titles):
         for solver, marker in (("euler", "o"), ("dpm++", "s")):
             ax.loglog(counts, errors[title, solver], marker + "-", label=solver)
@@ -108,29 +128,101 @@ def convergence(counts: list, errors: dict) -> None:
         ax.set(title=title, xlabel="steps (= network evaluations)")
         ax.set_xticks(counts, counts)
         ax.minorticks_off()
-    axes[0].set_ylabel("error (distance in the plane)")
-    axes[1].legend()
+    axes[0].set_ylabel("error (distance)")
+    axes[1].legend(fontsize=11)
     plt.show()
 
 
 def shifts(times: dict, values: list, errors: dict) -> None:
     """{shift: times of the steps} on the left; {copies: error with each shift} on the right."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), width_ratios=(1, 1.4))
     for s, t in times.items():
-        left.plot(t, "o-", label=f"shift {s:.0f}")
+        left.plot(t, "o-", ms=4, label=f"shift {s:.0f}")
     left.set(xlabel="step", ylabel="time t", title=f"times of {len(t) - 1} steps")
-    left.legend()
-    for n, found in errors.items():
-        label = f"n = {n} copies" if n > 1 else f"n = {n}, no copies"
-        right.loglog(values, found, "s-", label=label)
-    right.axvline(3, color="grey", ls=":", label="the project's shift")
-    right.set(xlabel="shift", ylabel="error (distance in the plane)")
+    left.legend(fontsize=11)
+    for (n, found), colour in zip(errors.items(), ("tab:blue", "tab:red")):
+        right.loglog(values, found, "s-", color=colour, label=f"n = {n}")
+        best = min(range(len(found)), key=found.__getitem__)
+        right.plot(values[best], found[best], "o", ms=15, mfc="none", mew=2, color=colour)
+        right.axvline(math.sqrt(n), color=colour, ls=":")
+    right.set(xlabel="shift (dotted: √n; ringed: best)", ylabel="error (distance)")
     right.set_title("DPM-Solver++, 10 steps")
-    for ticks, set_ticks in (([0.25, 0.5, 1, 2, 4, 9], right.set_xticks),
+    for ticks, set_ticks in (([0.25, 0.5, 1, 1.5, 3, 6, 12], right.set_xticks),
                              ([0.02, 0.05, 0.1, 0.2, 0.4], right.set_yticks)):
         set_ticks(ticks, ticks)
     right.minorticks_off()
+    right.legend(fontsize=11)
+    plt.show()
+
+
+# ---------------------------------------------------------------------------------------- 2_latents
+
+def picture_rows(rows: dict, titles: list) -> None:
+    """{name of a row: pictures}, a title above each column."""
+    n = len(titles)
+    fig, axes = plt.subplots(len(rows), n, figsize=(8, 7.2 / n * len(rows) + 0.5))
+    for line, (name, pictures) in zip(axes, rows.items()):
+        line[0].set_ylabel(name, fontsize=11)
+        for ax, picture in zip(line, pictures):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=11)
+    plt.show()
+
+
+def channels(untouched: tuple, muted: list, kept: list) -> None:
+    """How far pictures are off (mean, two standard errors): as they are, with each channel muted,
+    with the first k directions kept."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
+    means, bars = zip(*muted)
+    left.errorbar(range(len(means)), means, bars, fmt="o", capsize=3)
+    left.set(xlabel="channel that is muted", ylabel="off by, of 255", xticks=range(0, len(means), 3))
+    means, bars = zip(*kept)
+    right.errorbar(range(len(means)), means, bars, fmt="o-", capsize=3)
+    right.set(xlabel="directions that are kept", xticks=range(0, len(means), 4), yscale="log")
+    right.set_yticks([1, 2, 5, 10, 20, 50, 100], [1, 2, 5, 10, 20, 50, 100])
+    right.set_ylim(0.7 * untouched[0], 1.4 * means[0])
+    for ax in (left, right):
+        ax.axhline(untouched[0], color="black", ls="--", label="untouched")
+        ax.grid(alpha=0.3)
+        ax.minorticks_off()
     right.legend()
+    plt.show()
+
+
+def place(picture: Image.Image, effects: dict, row: int, column: int, factor: int) -> None:
+    """A picture and {name: effect (H, W)} of one place, from a millionth of the largest on."""
+    fig, axes = plt.subplots(1, 1 + len(effects), figsize=(8, 3.1))
+    axes[0].imshow(picture, interpolation="nearest")
+    axes[0].set_title("the place", fontsize=11)
+    for ax, (name, effect) in zip(axes[1:], effects.items()):
+        shown = ax.imshow((effect / effect.max()).clamp(min=1e-6).log10(), vmin=-6, vmax=0,
+                          cmap="magma", interpolation="nearest")
+        ax.set_title(name, fontsize=11)
+    for ax, colour in zip(axes, ("black", "white", "white")):
+        corner = (column * factor - 0.5, row * factor - 0.5)
+        ax.add_patch(Rectangle(corner, factor, factor, fill=False, edgecolor=colour, lw=2))
+        ax.set(xticks=[], yticks=[])
+    fig.colorbar(shown, ax=axes, label="squared effect,\npower of 10", shrink=0.75)
+    plt.show()
+
+
+def scales(times: Tensor, floors: dict, told: tuple, measured: dict, noisy: dict) -> None:
+    """{scale: loss of the exact field of Gaussian data over time}, the DiT's at some times as dots,
+    and x_t at t = 0.5 as a picture."""
+    fig = plt.figure(figsize=(8, 4.2))
+    axes = fig.subplot_mosaic([["loss", name] for name in noisy], width_ratios=(2.6, 1))
+    for name, colour in zip(floors, ("tab:green", "tab:red", "tab:blue")):
+        axes["loss"].semilogy(times, floors[name], color=colour, label=name)
+        axes["loss"].semilogy(told, measured[name], "o", color=colour)
+        axes[name].imshow(noisy[name], interpolation="nearest")
+        axes[name].set_ylabel(name, fontsize=11)
+        axes[name].set(xticks=[], yticks=[])
+    axes["loss"].set(xlabel="t", ylabel="loss: line: Gaussian data, dots: DiT")
+    axes["loss"].grid(alpha=0.3)
+    axes["loss"].legend()
+    axes["s = 1"].set_title("$x_t$ at t = 0.5", fontsize=11)
     plt.show()
 
 

@@ -19,11 +19,30 @@ from PIL import Image
 import mllm
 from tests.conftest import ROOT
 
-NAMES = ["1_flow", "3_mllm", "4_dit", "5_ladder", "6_training", "7_inspect", "8_weights"]
+NAMES = ["1_flow", "2_latents", "3_mllm", "4_dit", "5_ladder", "6_training", "7_inspect",
+         "8_weights"]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 # ---------------------------------------------------------------- mistakes, as functions
+
+def guide_at_once(model, x, t, labels, g):
+    """1_flow, exercise 1. As it stands, right."""
+    both = torch.cat([0 * labels - 1, labels])
+    null, cond = model(x.repeat(2, 1), t, both).chunk(2)
+    return null + torch.as_tensor(g).reshape(-1, 1) * (cond - null)
+
+
+def guide_by_two_calls(model, x, t, labels, g):
+    null = model(x, t, 0 * labels - 1)
+    return null + g[:, None] * (model(x, t, labels) - null)
+
+
+def into_channels(x, channels, axes, by=torch.mean):
+    """2_latents, exercise 1: rows are axes 2 and 3, columns 4 and 5. With (1, 3, 5, 2, 4) right."""
+    x = x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, *axes)
+    return by(x.flatten(1, 3).unflatten(1, (channels, -1)), 2)
+
 
 def positions(before, h, w, after, further):
     """3_mllm, exercise 1: the text goes on `further` behind where the picture begins; right is
@@ -182,16 +201,58 @@ def probed(x, y, x_test, one=True, scale=True, by=None, scores=False):
 WRONG = {
     "1_flow": [
         [
-            lambda x_t, t, v: (x_t + t * v, x_t),
-            lambda x_t, t, v: (x_t - t * v, x_t + t * v),
-            lambda x_t, t, v: (x_t - (1 - t) * v, x_t + t * v),
+            # 1 + g in place of g
+            lambda model, x, t, labels, g: guide_at_once(model, x, t, labels, 1 + g),
+            lambda model, x, t, labels, g: guide_at_once(model, x, t, labels, g[0]),
+            lambda model, x, t, labels, g: guide_at_once(model, x, t, labels, 1 - g),
+            guide_by_two_calls,
+            lambda model, x, t, labels, g: guide_at_once(model, x, t, labels, g).tolist(),
+            lambda model, x, t, labels, g: guide_at_once(model, x, t, labels, g).sum(1),
         ],
         [
             lambda velocity, x, t, s: x + (s - t) * velocity(x, t),
             lambda velocity, x, t, s: x - (s - t) * velocity(x, t),
             lambda velocity, x, t, s: x + (s - t) * (velocity(x, t) + velocity(x, s)) / 2,
+            lambda velocity, x, t, s: None,
         ],
-        [lambda n: n, lambda n: 1.0, lambda n: n ** -0.5, lambda n: 3.0],
+        [
+            lambda std, t: 0.0,
+            lambda std, t: 1 + std ** 2,
+            lambda std, t: std ** 2,
+            lambda std, t: (1 - t) ** 2 * std ** 2 + t ** 2,
+            lambda std, t: std / ((1 - t) ** 2 * std ** 2 + t ** 2) ** 0.5,
+            lambda std, t: torch.tensor(std ** 2 / ((1 - t) ** 2 * std ** 2 + t ** 2)),
+        ],
+    ],
+    "2_latents": [
+        [
+            lambda x, channels: into_channels(x, channels, (1, 3, 5, 2, 4), by=torch.sum),
+            # within a channel column by column; squares of the picture's quarters; places first
+            lambda x, channels: into_channels(x, channels, (1, 5, 3, 2, 4)),
+            lambda x, channels: into_channels(x, channels, (3, 5, 1, 2, 4)),
+            lambda x, channels: x.reshape(len(x), channels, -1, 3, 2).mean(2),
+            lambda x, channels: x[:, :1, ::2, ::2].expand(-1, channels, -1, -1),
+            lambda x, channels: torch.nn.functional.pixel_unshuffle(x, 2),
+            lambda x, channels: into_channels(x, channels, (1, 3, 5, 2, 4)).tolist(),
+        ],
+        [
+            lambda batches: 1.0,
+            # the factor of each batch, averaged; deviations averaged; about 0; without the root
+            lambda batches: sum(1 / batch.std().item() for batch in batches) / len(batches),
+            lambda batches: len(batches) / sum(batch.std().item() for batch in batches),
+            lambda batches: 1 / torch.cat(batches).pow(2).mean().sqrt().item(),
+            lambda batches: 1 / torch.cat(batches).var().item(),
+            lambda batches: torch.cat(batches).std().item(),
+            lambda batches: 1 / torch.cat(batches).std(),
+            lambda batches: 1 / torch.cat(batches).std((0, 2, 3)),
+        ],
+        [
+            lambda t, s: t,
+            lambda t, s: t / s,
+            lambda t, s: s * t / (1 + (s - 1) * t),
+            lambda t, s: t / (t + (1 - t) / s),
+            lambda t, s: torch.tensor(t / (t + s * (1 - t))),
+        ],
     ],
     "3_mllm": [
         [
@@ -521,8 +582,8 @@ def test_cells_are_at_most_100_columns_wide(file):
             assert fits, f"{len(line)} columns: {line[:60]}"
 
 
-# Those from the ladder on say first what they are for, and keep to cells that fit on a screen.
-LATER = [file for file in FILES if file.stem >= "5"]
+# These say first what they are for, and keep to cells that fit on a screen.
+LATER = [file for file in FILES if file.stem[0] in "125678"]
 
 
 @pytest.mark.parametrize("file", LATER, ids=lambda f: f.stem)

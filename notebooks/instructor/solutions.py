@@ -10,10 +10,11 @@ import torch.nn.functional as F
 
 # ------------------------------------------------------------------------------------------- 1_flow
 
-def both_ends(x_t, t, v):
-    """x_t = (1 - t) x0 + t eps = x0 + t v, and eps = x0 + v."""
-    x0 = x_t - t * v
-    return x0, x0 + v
+def guidance_in_one_call(model, x, t, labels, g):
+    """Both halves of the batch at once; the strengths as a column."""
+    both = torch.cat([torch.full_like(labels, -1), labels])
+    null, cond = model(torch.cat([x, x]), t, both).chunk(2)
+    return null + g[:, None] * (cond - null)
 
 
 def heun(velocity, x, t, s):
@@ -22,10 +23,31 @@ def heun(velocity, x, t, s):
     return x + (s - t) * (v + velocity(end, s)) / 2
 
 
-def shift_for_copies(n):
-    """The mean's ratio of noise to data is t' / (1 - t') / sqrt(n). It is t / (1 - t) if the
-    schedule multiplies that by sqrt(n)."""
-    return math.sqrt(n)
+def floor_of_the_loss(std, t):
+    """Var v - Cov(v, x_t)^2 / Var x_t with v = eps - x0: the numerator becomes std^2."""
+    return std ** 2 / ((1 - t) ** 2 * std ** 2 + t ** 2)
+
+
+# ---------------------------------------------------------------------------------------- 2_latents
+
+def squares_into_channels(x, channels):
+    """Row and column within the square become axes behind the channel's; then runs of channels."""
+    x = x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))                  # (B, D, H/2, 2, W/2, 2)
+    x = x.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)                      # (B, 4D, H/2, W/2)
+    return x.unflatten(1, (channels, -1)).mean(2)
+
+
+def factor_of_batches(batches):
+    """Count, sum and sum of squares are enough, and add up over batches."""
+    n = sum(batch.numel() for batch in batches)
+    mean = sum(batch.double().sum().item() for batch in batches) / n
+    square = sum(batch.double().pow(2).sum().item() for batch in batches) / n
+    return 1 / math.sqrt(square - mean ** 2)
+
+
+def wrong_clock(t, s):
+    """t' / (1 - t') = t / ((1 - t) s): a shift by 1 / s."""
+    return t / (t + s * (1 - t))
 
 
 # ------------------------------------------------------------------------------------------- 3_mllm
@@ -200,7 +222,8 @@ BROKEN_LAYER = 1
 
 
 ANSWERS = {
-    "1_flow": [both_ends, heun, shift_for_copies],
+    "1_flow": [guidance_in_one_call, heun, floor_of_the_loss],
+    "2_latents": [squares_into_channels, factor_of_batches, wrong_clock],
     "3_mllm": [picture_positions, share_a_window, padded_mask],
     "4_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
     "5_ladder": [rungs, paired_interval, learnable_routes],
