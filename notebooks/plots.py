@@ -177,7 +177,8 @@ def channels(untouched: tuple, muted: list, kept: list) -> None:
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
     means, bars = zip(*muted)
     left.errorbar(range(len(means)), means, bars, fmt="o", capsize=3)
-    left.set(xlabel="channel that is muted", ylabel="off by, of 255", xticks=range(0, len(means), 3))
+    left.set(xlabel="channel that is muted", ylabel="off by, of 255",
+             xticks=range(0, len(means), 3))
     means, bars = zip(*kept)
     right.errorbar(range(len(means)), means, bars, fmt="o-", capsize=3)
     right.set(xlabel="directions that are kept", xticks=range(0, len(means), 4), yscale="log")
