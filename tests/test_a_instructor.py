@@ -87,14 +87,21 @@ def test_the_graders_say_what_the_page_says_they_say():
     assert seen == set(re.findall(r"^### Problem (\d\w) ", HANDOUT, re.M))
 
 
+def exercises(file):
+    """[(number, title)]: "**Exercise 1: title.**", or a list below the heading."""
+    cells = json.loads(file.read_text())["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    title = r"([^*]+?)[.?]?\*\*"
+    listed = re.findall(rf"^(\d)\. \*\*{title}", text.partition("## Exercises")[2], re.M)
+    return re.findall(rf"\*\*Exercise (\d): {title}", text) or listed
+
+
 def test_every_exercise_has_its_row():
     """By its number and title, as the notebook has it."""
     expected = []
     for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        for cell in json.loads(file.read_text())["cells"]:
-            if cell["cell_type"] == "markdown":
-                found = re.findall(r"\*\*Exercise (\d): ([^*]+?)[.?]?\*\*", "".join(cell["source"]))
-                expected += [f"{file.stem[0]}.{number} {title}" for number, title in found]
+        for number, title in exercises(file):
+            expected.append(f"{file.stem[0]}.{number} {title[0].lower()}{title[1:]}")
     rows = re.findall(r"^\| (\d\.\d .+?) \| .+? \| .+? \|$", page("mistakes"), re.M)
     assert rows == expected and len(rows) >= 18
 
