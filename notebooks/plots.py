@@ -54,24 +54,24 @@ def clouds(points: dict, cluster: Tensor) -> None:
 
 
 def streams(side: Tensor, fields: dict, means: Tensor) -> None:
-    """{t: (field (n * n, 2), shares of the clusters (n * n, 3))} on the square side x side, the
-    first coordinate first -> streamlines, with the centres of the data and those at this time."""
+    """{title: (t, field (n * n, 2), shares of the clusters (n * n, 3))} on the square side x side,
+    the first coordinate first -> streamlines, with the centres of the data and those at time t."""
     n = len(side)
     paint = torch.tensor([to_rgb(colour) for colour in CLUSTERS], dtype=torch.float64)
     fig, axes = plt.subplots(1, len(fields), figsize=(8, 3.3), sharex=True, sharey=True)
     edge = (side[0], side[-1])
-    for ax, (t, (field, share)) in zip(axes, fields.items()):
+    for ax, (title, (t, field, share)) in zip(axes, fields.items()):
         # Pictures count rows, the second coordinate, first.
         painted = (share @ paint).view(n, n, 3).transpose(0, 1)
         ax.imshow(painted, extent=(*edge, *edge), origin="lower", alpha=0.45)
         u, v = field.view(n, n, 2).transpose(0, 1).unbind(2)
         ax.streamplot(side.numpy(), side.numpy(), u.numpy(), v.numpy(), color="0.2",
-                      linewidth=0.8, density=0.9, arrowsize=0.9)
+                      linewidth=0.8, density=0.7, arrowsize=0.9)
         ax.scatter(*means.T, s=130, marker="*", color="gold", edgecolor="black", zorder=3,
                    label="centres of the data")
         ax.scatter(*((1 - t) * means).T, s=50, facecolor="white", edgecolor="black", zorder=3,
                    label="centres at this t")
-        ax.set(title=f"t = {t}", xlim=edge, ylim=edge, aspect="equal")
+        ax.set(title=title, xlim=edge, ylim=edge, aspect="equal")
         ax.grid(False)
     fig.legend(*axes[0].get_legend_handles_labels(), ncols=2, fontsize=11,
                loc="outside lower center")
@@ -104,15 +104,16 @@ def journeys(ways: dict, n_line: int = 40) -> None:
 
 
 def guided(ends: dict, means: Tensor, stds: Tensor, asked: int) -> None:
-    """{strength: ends (n, 2)} on one scale; circles: two standard deviations of each cluster, that
+    """{strengths: ends (n, 2)} on one scale; circles: two standard deviations of each cluster, that
     of the asked one in its colour."""
     fig, axes = plt.subplots(1, len(ends), figsize=(8, 2.3), sharex=True, sharey=True)
-    for ax, (g, x) in zip(axes, ends.items()):
+    for ax, (title, x) in zip(axes, ends.items()):
         ax.scatter(*x.T, s=1.5, color="0.35")
         for k, (mean, std) in enumerate(zip(means.tolist(), stds.tolist())):
             colour = CLUSTERS[k] if k == asked else "0.6"
             ax.add_patch(Circle(mean, 2 * std, fill=False, color=colour, lw=2, zorder=3))
-        ax.set(title=f"g = {g}", xlim=(-2.2, 3.2), ylim=(-3, 2.4), aspect="equal")
+        ax.set_title(title, fontsize=12)
+        ax.set(xlim=(-2.2, 3.2), ylim=(-3, 2.4), aspect="equal")
     plt.show()
 
 
