@@ -2,8 +2,8 @@
 a GPU works before there is one."""
 import dataclasses
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import types
