@@ -292,12 +292,14 @@ def duration(seconds: float) -> str:
 # ------------------------------------------------------------------------------- what is shipped
 
 def score(args) -> dict:
-    """Runs the benchmark, unless it was run."""
+    """Runs the benchmark, unless it was run. ValueError if it fails."""
     file = args.out / "scores" / "scores.json"
     if not file.exists():
         words = [sys.executable, "-m", "lab.evaluate", "--model", str(args.out / "edit"),
                  "--out", str(file.parent), "--device", args.device]
-        subprocess.run(words + list(DRY_SCORES if args.dry_run else ()), cwd=ROOT, check=True)
+        status = subprocess.run(words + list(DRY_SCORES if args.dry_run else ()), cwd=ROOT)
+        if status.returncode:
+            raise ValueError(f"the benchmark failed (status {status.returncode}): see above")
     return read_json(file)
 
 
@@ -313,13 +315,14 @@ def ship(args, diary: dict, scores: dict) -> pathlib.Path:
     for stage in RECIPE:
         for sheet in some(sorted((args.out / stage.name).glob("sheet-*.png")), 4):
             shutil.copyfile(sheet, folder / f"{stage.name}-{sheet.name}")
-    # Paths as they are for whoever types the command as it stands there.
-    text = json.dumps(record(args, diary, scores, folder), indent=1)
-    write_text(folder / "record.json", text.replace(str(args.out), "runs/toy"))
+    write_text(folder / "record.json", json.dumps(record(args, diary, scores, folder), indent=1))
     return folder
 
 
 def record(args, diary: dict, scores: dict, folder: pathlib.Path) -> dict:
+    """How it was made, with folders as they are for whoever types the commands that stand there."""
+    args = argparse.Namespace(**vars(args) | dict(out=pathlib.Path("runs/toy")))
+    scores["options"] |= dict(model=str(args.out / "edit"), out=str(args.out / "scores"))
     stages = {}
     for stage in RECIPE:
         stages[stage.name] = dict(

@@ -87,6 +87,8 @@ def test_a_dry_run_makes_all_of_it_and_goes_on_where_it_was(tmp_path):
     assert record["dry_run"] and list(record["stages"]) == [stage.name for stage in make.RECIPE]
     assert all(stage["cpu_minutes"] > 0 for stage in record["stages"].values())
     assert str(tmp_path) not in json.dumps(record)
+    assert record["stages"]["edit"]["command"].startswith(
+        "python -m train --stage edit --out runs/toy/edit ")
     logs = json.loads((folder / "logs.json").read_text())
     assert all(len(log["loss"]) == make.DRY_STEPS for log in logs.values())
     for stage in make.RECIPE:
