@@ -8,20 +8,15 @@ The text between two marks, <!-- NAME --> and <!-- end of NAME -->, is replaced.
 import argparse
 import json
 import pathlib
-import re
 
 from engine.files import read_json
+from lab.tables import filled, table
 
 HERE = pathlib.Path(__file__).parent
 PAGE = HERE / "README.md"
 RESULTS = HERE / "results"
 COUNTS = HERE / "counts.json"
 PARITY = RESULTS / "parity_wide.json"
-
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def ratio(a, b):
@@ -214,14 +209,7 @@ def written(page):
     counts = read_json(COUNTS)
     blocks = {"counts": counted_rows(counts), "parts": parts(counts),
               "machines": measured(counts), "parity": parity()}
-    for name, text in blocks.items():
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if start not in page or end not in page:
-            raise ValueError(f"{PAGE} has no place for {name}: {start} and {end}")
-        pattern = re.escape(start) + r".*?" + re.escape(end)
-        block = f"{start}\n{text}\n{end}"
-        page = re.sub(pattern, lambda match, block=block: block, page, flags=re.S)
-    return page
+    return filled(page, blocks, PAGE)
 
 
 def add(folder, name):

@@ -14,7 +14,7 @@ import pytest
 import sample
 import train
 from engine import data
-from lab import ablate, evaluate, figures, plan, pretrain, trials
+from lab import ablate, evaluate, figures, make, plan, pretrain, tables, trials
 from sample import TOY_FOLDER
 from tbac import TBACConfig
 from tests.conftest import ROOT
@@ -159,64 +159,21 @@ def test_the_readme_says_what_the_study_says():
         assert score_of(row) in README, score_of(row)
 
 
-def test_the_lost_points_are_those_that_were_measured():
-    """The table of rungs taken from another prompt, cell by cell."""
-    rows = study("rungs")["points"]["another prompt"]
-    shown = ("single object", "two objects", "counting", "colours", "position",
-             "colour attribution")
-    for j, row in enumerate(rows):
-        lost = [row[f"{name}, seen"] for name in shown]
-        mean = sum(lost) / len(lost)
-        cells = " | ".join(f"{value:.0f}".replace("-0", "0") for value in (mean, *lost))
-        line = f"\n| {j} | {cells} |\n"
-        assert line in STUDY, line
-
-
 def section(title):
     """What stands below a heading of docs/training.md, up to the next one."""
     return re.split(r"^#+ ", TRAINING.split(f"### {title}\n")[1], flags=re.M)[0]
 
 
-def test_settings_are_those_that_were_run():
-    """Scores of settings, number by number, from the files that `lab.ablate` wrote."""
-    found = study("settings")
-    table = found["table"]
-    whole = {name: score_of(row) for name, row in table.items()}
-    position = {name: f"{100 * row['position, seen']['mean']:.0f}" for name, row in table.items()}
-    by_guidance = [name for name in table if name.endswith(", 20 steps")]
-    said = section("What is guidance good for?")
-    for scores in (whole, position):
-        assert " | ".join(scores[name] for name in by_guidance) in said
-    said = section("How few steps?")
-    for name, solver in (("DPM-Solver++", "dpm++"), ("Euler", "euler")):
-        cells = [whole[f"guidance 4.5, {n} steps, {solver}"] for n in (3, 5, 10)]
-        assert f"| {name} | {' | '.join(cells)} |" in said
-    said = section("What keeps an edit close to its picture?")
-    for what in ("unchanged", "followed"):
-        cells = [evaluate.percent(row[what]) for row in found["edits"].values()]
-        assert f"{what} | {' | '.join(cells)} |" in said
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_the_tables_are_those_of_the_files(page):
+    assert tables.written(page) == TEXT[page], "python -m lab.tables writes the tables again"
+
+
+def test_image_guidance_was_tried_on_other_prompts_too():
     more = study("experiments")["edits that image guidance 3 was not chosen on"]
+    said = " ".join(section("What keeps an edit close to its picture?").split())
     for what in ("unchanged", "followed"):
-        assert f"{what} {evaluate.percent(more[what])}" in " ".join(said.split())
-
-
-def test_the_probes_are_those_that_were_run():
-    """The two tables of probes, cell by cell."""
-    def percents(*values):
-        return " | ".join(f"{100 * value:.0f}" for value in values)
-
-    table = study("probes")["table"]
-    for fact, row in table.items():
-        depths, untrained = row["depths"], row["untrained"]
-        cells = percents(row["chance"], depths[1], untrained[1], depths[2], depths[-1],
-                         untrained[-1])
-        assert f"\n| {fact} | {cells} |\n" in STUDY, fact
-    facts = ("first colour", "first shape", "second colour", "second shape", "side")
-    said = section("What do the queries encode at which depth?")
-    for title, kind, depth in (("entering layer 1", "depths", 1), ("at the end", "depths", -1),
-                               ("untrained MLLM, entering layer 1", "untrained", 1)):
-        cells = percents(*(table[fact][kind][depth] for fact in facts))
-        assert f"\n| {title} | {cells} |\n" in said, title
+        assert f"{what} {evaluate.percent(more[what])}" in said
 
 
 def test_one_batch_is_learnt_as_it_was_recorded():
@@ -262,29 +219,6 @@ def test_the_probes_of_notebook_2_are_quoted_right():
     toy, untrained = (percents(f"left/upper colour, {name}") for name in ("toy", "untrained"))
     early = f"{toy[2]} against {untrained[2]} % at state 2"
     assert f"({early}, {toy[8]} against {untrained[8]} at the end)" in text
-
-
-MEANS = (
-    ("draw", "category, seen"), ("edit", "followed, seen"), ("edit", "unchanged, seen"),
-    ("edit", "both, seen"), ("edit", "objects kept, seen"), ("ask", "a picture, seen"),
-)
-
-
-def test_the_scores_are_those_in_the_record():
-    scores = json.loads((TOY_FOLDER / "record.json").read_text())["scores"]["scores"]
-    for task, what in MEANS:
-        said = evaluate.percent(scores[task]["mean of 6"][what])
-        assert said in README and said in STUDY, (task, what)
-    shown = ("category, seen", "category, never seen")
-    for category, row in scores["draw"].items():
-        cells = [evaluate.percent(row[what]) if what in row else "" for what in shown]
-        if category in evaluate.GENEVAL:
-            line = f"\n| {category} | {' | '.join(cells)} |\n"
-            assert line in STUDY, line
-    for what in ("followed", "unchanged", "both", "objects kept"):
-        row = scores["edit"]["mean of 6"]
-        cells = [evaluate.percent(row[f"{what}, {pairs}"]) for pairs in ("seen", "never seen")]
-        assert f"{cells[0]} | {cells[1]} |\n" in STUDY, what
 
 
 # ---------------------------------------------------------------------------- names, links, words
@@ -369,7 +303,7 @@ def commands():
 PARSERS = {
     "train.py": train.options, "sample.py": sample.options, "lab.evaluate": evaluate.options,
     "lab.ablate": ablate.options, "lab.pretrain": pretrain.options,
-    "lab.figures": figures.options, "engine.data": data.options,
+    "lab.figures": figures.options, "lab.make": make.options, "engine.data": data.options,
 }
 
 

@@ -1,0 +1,217 @@
+"""Writes the tables of README.md and docs/ from the files that hold what was made and measured.
+
+    python -m lab.tables
+
+The text between two marks, <!-- NAME --> and <!-- end of NAME -->, is replaced. Its numbers are of
+toy/weights/record.json and assets/study.
+"""
+import pathlib
+
+from engine.command import Parser, one_line_errors
+from engine.files import read_json, write_text
+from lab.evaluate import GENEVAL, OTHER, percent
+from sample import TOY_FOLDER
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STUDIES = ROOT / "assets" / "study"
+RECORD = TOY_FOLDER / "record.json"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def filled(page: str, blocks: dict[str, str], file: pathlib.Path) -> str:
+    """The text of a page with its blocks as they are now. ValueError for one without a place."""
+    for name, text in blocks.items():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if start not in page or end not in page:
+            raise ValueError(f"{file} has no place for {name}: {start} and {end}")
+        before, rest = page.split(start, 1)
+        _, after = rest.split(end, 1)
+        page = f"{before}{start}\n{text}\n{end}{after}"
+    return page
+
+
+# ------------------------------------------------------------------------------- the toy's scores
+
+def scores(task: str) -> dict:
+    """{category or mean: {"what, pairs": mean and interval}}"""
+    return read_json(RECORD)["scores"]["scores"][task]
+
+
+def mean(task: str) -> dict:
+    """The mean of all categories (other words are none of them), of what all of them have; then of
+    what only some have."""
+    rows = scores(task)
+    names = [name for name in rows if name.startswith("mean of")]
+    found = {}
+    for name in reversed(names):
+        found |= rows[name]
+    return found
+
+
+def cells(row: dict, *columns: str) -> list[str]:
+    return [percent(row[column]) if column in row else "" for column in columns]
+
+
+EDITED = {
+    "followed": "the instruction is followed",
+    "unchanged": "everything else is unchanged",
+    "both": "both",
+    "objects kept": "of the objects that the edit should leave alone, those left unchanged",
+}
+
+
+def scores_in_short() -> str:
+    drawn, edited, asked = (mean(task) for task in ("draw", "edit", "ask"))
+    followed, unchanged, both, kept = cells(edited, *(f"{what}, seen" for what in EDITED))
+    pictures, words = cells(asked, "a picture, seen", "words, seen")
+    other = percent(scores("draw")[OTHER]["category, seen"])
+    return (f"- drawing, mean of GenEval's six categories: {percent(drawn['category, seen'])}; in "
+            f"words unlike those of training: {other};\n"
+            f"- editing: instruction followed {followed}, everything else unchanged {unchanged}, "
+            f"both {both};\n  objects left unchanged {kept};\n"
+            f"- questions about pictures: {pictures}; about scenes in words: {words}.")
+
+
+def drawing() -> str:
+    columns = ("category, seen", "category, never seen")
+    rows = [[category, *cells(scores("draw")[category], *columns)] for category in GENEVAL]
+    rows.append(["**mean of six**", percent(mean("draw")["category, seen"]), ""])
+    rows.append([OTHER, *cells(scores("draw")[OTHER], *columns)])
+    return table(["category", "seen", "never seen"], rows)
+
+
+def editing() -> str:
+    """Means over the kinds of edits; then each kind."""
+    rows = []
+    for what, words in EDITED.items():
+        other = cells(scores("edit")[OTHER], f"{what}, seen")
+        rows.append([words, *cells(mean("edit"), f"{what}, seen", f"{what}, never seen"), *other])
+    return table(["", "seen", "never seen", OTHER], rows)
+
+
+def edits() -> str:
+    columns = ("both, seen", "both, never seen")
+    rows = [[kind, *cells(row, *columns)] for kind, row in scores("edit").items()
+            if kind != OTHER and not kind.startswith("mean of")]
+    return table(["both, by kind", "seen", "never seen"], rows)
+
+
+def answers() -> str:
+    rows = []
+    for what, words in (("a picture", "questions about pictures"),
+                        ("words", "questions about scenes in words")):
+        other = cells(scores("ask")[OTHER], f"{what}, seen")
+        rows.append([words, *cells(mean("ask"), f"{what}, seen", f"{what}, never seen"), *other])
+    return table(["", "seen", "never seen", OTHER], rows)
+
+
+def recipe() -> str:
+    """A row for each stage."""
+    stages = read_json(RECORD)["stages"]
+    rows = [[name, str(stage["steps"]), str(stage["batch"]), f"{stage['minutes']:.0f}",
+             f"{stage['cpu_minutes']:.0f}"] for name, stage in stages.items()]
+    whole = sum(stage["cpu_minutes"] for stage in stages.values())
+    rows.append(["**all**", "", "", "", f"{whole:.0f}"])
+    return table(["stage", "steps", "batch", "minutes", "CPU minutes"], rows)
+
+
+# ----------------------------------------------------------------------------------- the studies
+
+def study(name: str) -> dict:
+    return read_json(STUDIES / f"{name}.json")
+
+
+def rungs() -> str:
+    """What each rung's exchange costs, in points."""
+    rows = []
+    for j, row in enumerate(study("rungs")["points"]["another prompt"]):
+        lost = [row[f"{category}, seen"] for category in GENEVAL]
+        values = [sum(lost) / len(lost), *lost]
+        rows.append([str(j), *(f"{value:.0f}".replace("-0", "0") for value in values)])
+    return table(["rung", "mean of six", *GENEVAL], rows)
+
+
+def hundredths(*values: float) -> list[str]:
+    return [f"{100 * value:.0f}" for value in values]
+
+
+def probes() -> str:
+    rows = []
+    for fact, row in study("probes")["table"].items():
+        depths, untrained = row["depths"], row["untrained"]
+        values = (row["chance"], depths[1], untrained[1], depths[2], depths[-1], untrained[-1])
+        rows.append([fact, *hundredths(*values)])
+    return table(["fact", "chance", "state 1", "untrained, state 1", "state 2", "at the end",
+                  "untrained, at the end"], rows)
+
+
+def probes_in_short() -> str:
+    facts = ("first colour", "first shape", "second colour", "second shape", "side")
+    found = study("probes")["table"]
+    rows = []
+    for title, mllm, depth in (("entering layer 1", "depths", 1), ("at the end", "depths", -1),
+                               ("untrained MLLM, entering layer 1", "untrained", 1)):
+        rows.append([title, *hundredths(*(found[fact][mllm][depth] for fact in facts))])
+    return table(["", *facts], rows)
+
+
+def score(row: dict) -> str:
+    return percent(row["mean of 6"])
+
+
+def guidance() -> str:
+    found = {name: row for name, row in study("settings")["table"].items()
+             if name.endswith(", 20 steps")}
+    factors = [f"{float(name.split(',')[0].split()[1]):g}" for name in found]
+    position = hundredths(*(row["position, seen"]["mean"] for row in found.values()))
+    return table(["guidance", *factors], [
+        ["mean of the six categories", *map(score, found.values())], ["position", *position]])
+
+
+def solvers() -> str:
+    found = study("settings")["table"]
+    rows = []
+    for name, solver in (("DPM-Solver++", "dpm++"), ("Euler", "euler")):
+        rows.append([name, *(score(found[f"guidance 4.5, {n} steps, {solver}"])
+                             for n in (3, 5, 10))])
+    return table(["steps", "3", "5", "10"], rows)
+
+
+def image_guidance() -> str:
+    found = study("settings")["edits"]
+    factors = [f"{float(name.split()[-1]):g}" for name in found]
+    rows = [[EDITED[what].removeprefix("the "), *(percent(row[what]) for row in found.values())]
+            for what in ("unchanged", "followed")]
+    return table(["image guidance", *factors], rows)
+
+
+# ------------------------------------------------------------------------------------- the pages
+
+PAGES = {
+    "README.md": dict(scores=scores_in_short),
+    "docs/study.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers,
+                          rungs=rungs, probes=probes),
+    "docs/training.md": {"recipe": recipe, "guidance": guidance, "solvers": solvers,
+                         "image guidance": image_guidance, "probes": probes_in_short},
+}
+
+
+def written(page: str) -> str:
+    """A page as the files have it."""
+    blocks = {name: block() for name, block in PAGES[page].items()}
+    return filled((ROOT / page).read_text(), blocks, ROOT / page)
+
+
+def main() -> None:
+    Parser(prog="python -m lab.tables", description=__doc__).parse_args()
+    with one_line_errors():
+        for page in PAGES:
+            write_text(ROOT / page, written(page))
+
+
+if __name__ == "__main__":
+    main()
