@@ -2,6 +2,7 @@
 
     python -m lab.make --out runs/toy               # hours on two CPU cores; says how long
     python -m lab.make --out runs/dry --dry-run     # every stage a few steps: does all of it work?
+    python -m lab.make --out runs/toy --beside runs/toy1    # another seed's scores in its record
 
     vit (and the tokenizer) -> mllm -+
                                      +-> t2i -> edit -> benchmark -> the folder `weights`
@@ -87,6 +88,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: a GPU if there is one)")
     add("--dry-run", action="store_true", help=f"{DRY_STEPS} steps a stage")
+    add("--beside", nargs="+", type=path, default=[], metavar="FOLDER",
+        help="what this command made with other seeds: their scores stand in the record too")
     add("--stop-after", choices=[stage.name for stage in RECIPE],
         help="do not go on to what comes after this stage")
     return parser.parse_args(argv)
@@ -110,7 +113,7 @@ def git(*words: str) -> str:
 
 def open_diary(args) -> dict:
     """{commit, seed, dry_run, minutes: {stage: so far}, cpu_minutes: the same} of this --out.
-    ValueError where it was made otherwise so far: one toy is of one commit."""
+    ValueError where it was made otherwise so far: one toy is trained by one commit."""
     made = dict(commit=commit(), seed=args.seed, dry_run=args.dry_run)
     file = args.out / "make.json"
     if not file.exists():
@@ -119,6 +122,8 @@ def open_diary(args) -> dict:
         args.out.mkdir(parents=True, exist_ok=True)
         return made | {what: {} for what in MINUTES}
     diary = read_json(file)
+    if all(finished(stage, args) for stage in RECIPE):
+        made["commit"] = diary["commit"]
     for name, value in made.items():
         if diary.get(name) != value:
             raise ValueError(f"{args.out} was begun with {name} {diary.get(name)}, not {value}: "
@@ -332,7 +337,14 @@ def record(args, diary: dict, scores: dict, folder: pathlib.Path) -> dict:
     return dict(
         command=f"python -m lab.make --seed {args.seed}", commit=diary["commit"], seed=args.seed,
         dry_run=args.dry_run, machine=machine(args.device), stages=stages,
-        sha256={file.name: digest(file) for file in weight_files(folder)}, scores=scores)
+        sha256={file.name: digest(file) for file in weight_files(folder)}, scores=scores,
+        other_seeds=[beside(other) for other in args.beside])
+
+
+def beside(folder: pathlib.Path) -> dict:
+    """What is said of another seed."""
+    other = read_json(folder / "weights" / "record.json")
+    return {name: other[name] for name in ("command", "commit", "machine", "stages", "scores")}
 
 
 def plain_command(stage: Stage, args) -> str:

@@ -39,7 +39,7 @@ def test_stages_wait_for_those_that_they_need():
     assert {stage.name for stage in make.RECIPE if not stage.needs()} == {"vit", "dcae"}
 
 
-def test_one_toy_is_of_one_commit_and_seed(tmp_path):
+def test_one_toy_is_of_one_commit_and_seed(tmp_path, monkeypatch):
     args = arguments("--out", tmp_path / "toy", "--seed", 1)
     diary = make.open_diary(args)
     (args.out / "make.json").write_text(json.dumps(diary))
@@ -47,6 +47,13 @@ def test_one_toy_is_of_one_commit_and_seed(tmp_path):
     args.seed = 2
     with pytest.raises(ValueError, match="begun with seed 1, not 2"):
         make.open_diary(args)
+    args.seed = 1
+    (args.out / "make.json").write_text(json.dumps(diary | dict(commit="0000000")))
+    with pytest.raises(ValueError, match="begun with commit 0000000"):
+        make.open_diary(args)
+    # Its weights are all there: another commit may score and ship them.
+    monkeypatch.setattr(make, "finished", lambda stage, args: True)
+    assert make.open_diary(args)["commit"] == "0000000"
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="not empty"):
         make.open_diary(arguments("--out", tmp_path))
@@ -93,4 +100,8 @@ def test_a_dry_run_makes_all_of_it_and_goes_on_where_it_was(tmp_path):
     assert all(len(log["loss"]) == make.DRY_STEPS for log in logs.values())
     for stage in make.RECIPE:
         assert len(list(folder.glob(f"{stage.name}-sheet-*.png"))) == 1
+    again = run("-m", "lab.make", "--out", out, "--dry-run", "--beside", out)
+    assert again.returncode == 0, again.stderr
+    other, = json.loads((folder / "record.json").read_text())["other_seeds"]
+    assert other["scores"] == record["scores"] and other["commit"] == record["commit"]
     assert TBAC.load(folder).ask("what colour is the circle?", max_new_tokens=1) is not None
