@@ -344,7 +344,8 @@ def record(args, diary: dict, scores: dict, folder: pathlib.Path) -> dict:
 def beside(folder: pathlib.Path) -> dict:
     """What is said of another seed."""
     other = read_json(folder / "weights" / "record.json")
-    return {name: other[name] for name in ("command", "commit", "machine", "stages", "scores")}
+    kept = ("command", "commit", "seed", "machine", "stages", "scores")
+    return {name: other[name] for name in kept}
 
 
 def plain_command(stage: Stage, args) -> str:

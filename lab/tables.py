@@ -41,14 +41,13 @@ def scores(task: str) -> dict:
     return read_json(RECORD)["scores"]["scores"][task]
 
 
-def mean(task: str) -> dict:
-    """The mean of all categories (other words are none of them), of what all of them have; then of
-    what only some have."""
-    rows = scores(task)
-    names = [name for name in rows if name.startswith("mean of")]
+def mean(rows: dict) -> dict:
+    """Of what all categories have (other words are no category) the mean of all; else the mean of
+    those that have it."""
     found = {}
-    for name in reversed(names):
-        found |= rows[name]
+    for name in reversed(rows):
+        if name.startswith("mean of"):
+            found |= rows[name]
     return found
 
 
@@ -65,7 +64,7 @@ EDITED = {
 
 
 def scores_in_short() -> str:
-    drawn, edited, asked = (mean(task) for task in ("draw", "edit", "ask"))
+    drawn, edited, asked = (mean(scores(task)) for task in ("draw", "edit", "ask"))
     followed, unchanged, both, kept = cells(edited, *(f"{what}, seen" for what in EDITED))
     pictures, words = cells(asked, "a picture, seen", "words, seen")
     other = percent(scores("draw")[OTHER]["category, seen"])
@@ -79,18 +78,23 @@ def scores_in_short() -> str:
 def drawing() -> str:
     columns = ("category, seen", "category, never seen")
     rows = [[category, *cells(scores("draw")[category], *columns)] for category in GENEVAL]
-    rows.append(["**mean of six**", percent(mean("draw")["category, seen"]), ""])
+    rows.append(["**mean of six**", percent(mean(scores("draw"))["category, seen"]), ""])
     rows.append([OTHER, *cells(scores("draw")[OTHER], *columns)])
     return table(["category", "seen", "never seen"], rows)
 
 
-def editing() -> str:
-    """Means over the kinds of edits; then each kind."""
+def means(task: str, whats: dict[str, str]) -> str:
+    """Over the categories of a task; whats: {what is judged: in words}."""
     rows = []
-    for what, words in EDITED.items():
-        other = cells(scores("edit")[OTHER], f"{what}, seen")
-        rows.append([words, *cells(mean("edit"), f"{what}, seen", f"{what}, never seen"), *other])
+    for what, words in whats.items():
+        columns = f"{what}, seen", f"{what}, never seen"
+        rows.append([words, *cells(mean(scores(task)), *columns),
+                     *cells(scores(task)[OTHER], columns[0])])
     return table(["", "seen", "never seen", OTHER], rows)
+
+
+def editing() -> str:
+    return means("edit", EDITED)
 
 
 def edits() -> str:
@@ -101,12 +105,8 @@ def edits() -> str:
 
 
 def answers() -> str:
-    rows = []
-    for what, words in (("a picture", "questions about pictures"),
-                        ("words", "questions about scenes in words")):
-        other = cells(scores("ask")[OTHER], f"{what}, seen")
-        rows.append([words, *cells(mean("ask"), f"{what}, seen", f"{what}, never seen"), *other])
-    return table(["", "seen", "never seen", OTHER], rows)
+    return means("ask", {"a picture": "questions about pictures",
+                         "words": "questions about scenes in words"})
 
 
 def recipe() -> str:
@@ -117,6 +117,57 @@ def recipe() -> str:
     whole = sum(stage["cpu_minutes"] for stage in stages.values())
     rows.append(["**all**", "", "", "", f"{whole:.0f}"])
     return table(["stage", "steps", "batch", "minutes", "CPU minutes"], rows)
+
+
+def seeds() -> list[dict]:
+    """The records of all seeds, the shipped one first."""
+    record = read_json(RECORD)
+    return [record, *record["other_seeds"]]
+
+
+def board() -> str:
+    """This recipe's row: of its seeds, the slower one's minutes and the lower score."""
+    records = seeds()
+    minutes = max(sum(stage["cpu_minutes"] for stage in record["stages"].values())
+                  for record in records) / 2
+    lowest = min((record["scores"]["scores"]["draw"]["mean of 6"]["category, seen"]
+                  for record in records), key=lambda score: score["mean"])
+    row = [f"{minutes:.0f}", percent(lowest), f"{len(records)}", "the recipe above",
+           records[0]["commit"]]
+    return table(["minutes", "mean of six", "seeds", "what is new", "commit"], [row])
+
+
+def by_seed() -> str:
+    """The same command with other seeds."""
+    rows = []
+    for record in seeds():
+        found = record["scores"]["scores"]
+        drawn, edited, asked = (mean(found[task]) for task in ("draw", "edit", "ask"))
+        rows.append([
+            str(record["seed"]), *cells(drawn, "category, seen"),
+            *cells(found["draw"][OTHER], "category, seen"),
+            *cells(edited, "followed, seen", "unchanged, seen"),
+            *cells(asked, "a picture, seen", "words, seen")])
+    return table(["seed", "drawing, mean of six", f"drawing, {OTHER}", "edits: followed",
+                  "edits: unchanged", "answers about pictures", "answers about words"], rows)
+
+
+def examples() -> str:
+    """How much each stage has seen."""
+    rows = []
+    for name, stage in read_json(RECORD)["stages"].items():
+        rows.append([name, EXAMPLES[name], f"{stage['steps'] * stage['batch']:,}"])
+    return table(["stage", "an example is", "examples"], rows)
+
+
+EXAMPLES = {
+    "vit": "a picture, and what each of its patches shows",
+    "mllm": "a conversation about a picture or a text",
+    "dcae": "a picture",
+    "dit": "a picture, and the list of its objects",
+    "t2i": "a caption and a picture",
+    "edit": "a caption and a picture; or a picture, an instruction, and the picture after it",
+}
 
 
 # ----------------------------------------------------------------------------------- the studies
@@ -195,7 +246,9 @@ PAGES = {
     "README.md": dict(scores=scores_in_short),
     "docs/study.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers,
                           rungs=rungs, probes=probes),
-    "docs/training.md": {"recipe": recipe, "guidance": guidance, "solvers": solvers,
+    "toy/README.md": dict(examples=examples),
+    "toy/weights/README.md": {"scores": scores_in_short, "by seed": by_seed},
+    "docs/training.md": {"recipe": recipe, "board": board, "guidance": guidance, "solvers": solvers,
                          "image guidance": image_guidance, "probes": probes_in_short},
 }
 

@@ -1,7 +1,8 @@
 """What the pages say is what the files hold: code, numbers, names, links, commands. And how the
 files themselves are written: columns, statements, imports.
 
-The pages are README.md, docs/*.md, notebooks/instructor/*.md, bench/README.md and CONTRIBUTING.md.
+The pages are README.md, CONTRIBUTING.md, docs/*.md, notebooks/instructor/*.md, bench/README.md and
+the toy's two cards.
 """
 import ast
 import graphlib
@@ -19,7 +20,8 @@ from sample import TOY_FOLDER
 from tbac import TBACConfig
 from tests.conftest import ROOT
 
-PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md", "toy/README.md",
+         "toy/weights/README.md"]
 for folder in ("docs", "notebooks/instructor"):
     PAGES += sorted(f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.md"))
 TEXT = {page: (ROOT / page).read_text() for page in PAGES}
