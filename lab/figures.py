@@ -3,7 +3,6 @@ pictures from the shipped model.
 
     python -m lab.figures                       # all
     python -m lab.figures ladder                # one of those below
-    python -m lab.figures curves --runs runs    # the folder of train.py's runs
 
 ladder   ladder-light.svg, ladder-dark.svg: the paper's Fig. 2 with the names and shapes of this
          code
@@ -12,7 +11,6 @@ edits    edits.png: one edit of every kind, source -> instruction -> result
 explain  explain.png: what `sample.py "..." --explain --compare "..."` writes as a page, as headless
          Chromium shows it
 live     live.png: the page of `sample.py --serve`, after it has been used
-curves   curves.png: the loss of every run, and for the last ones how it depends on t
 
 Every figure is WIDTH pixels wide when shown. Dimension key of the shapes: B batch, S tokens of the
 prompt; all others are numbers of the released model.
@@ -32,17 +30,13 @@ from http import HTTPStatus
 
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from matplotlib.colors import ListedColormap
 from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
-from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 import sample
 from engine import command, fast, page
 from engine.files import save_png, write_text
-from engine.log import read_log
 from ladder import tap_layers
 from tbac import TBAC, TBACConfig
 from toy import world
@@ -558,88 +552,10 @@ def add_use(server):
     server.routes |= {"/picture": {"GET": send_when_used}, "/used": {"GET": note_use}}
 
 
-# ----------------------------------------------------------------------------- training curves
-
-# in the order of training
-STAGES = ("vit", "mllm", "dcae", "dit", "t2i", "edit", "mix")
-
-
-def stage_of(log):
-    """For sorting: the place of the run's stage, then its name."""
-    name = log.parent.name
-    places = [i for i, stage in enumerate(STAGES) if name.startswith(stage)]
-    return (places or [len(STAGES)])[0], name
-
-
-def read_runs(folder):
-    """A folder of runs -> {name: rows of its log.jsonl}, in the order of training. ValueError where
-    there is none."""
-    runs = {}
-    for log in sorted(folder.glob("*/log.jsonl"), key=stage_of):
-        if rows := read_log(log.parent):
-            runs[log.parent.name] = rows
-    if not runs:
-        raise ValueError(
-            f"no runs to draw curves of: there is no {folder}/*/log.jsonl. train.py writes one "
-            "into its --out; --runs names the folder around these. The other figures need none: "
-            "python -m lab.figures ladder")
-    return runs
-
-
-def neighbour_means(values, parts):
-    """(S,) or (S, 10) -> (about parts,) or (about parts, 10): the means of neighbours, over what
-    is there of them."""
-    # None becomes nan.
-    values = np.ma.masked_invalid(np.array(values, float))
-    n = math.ceil(len(values) / parts)
-    return np.ma.stack([values[i:i + n].mean(0) for i in range(0, len(values), n)])
-
-
-def plot_loss(axis, name, rows):
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    axis.plot(steps, losses, color="0.85", lw=0.6)
-    axis.plot(neighbour_means(steps, 100), neighbour_means(losses, 100),
-              color=THEMES["light"]["learns"][1], lw=2)
-    axis.set_title(f"{name}: loss", loc="left")
-
-
-def plot_by_time(axis, name, rows):
-    """A line for each of the ten bins of t."""
-    colours = ListedColormap(plt.cm.plasma(np.linspace(0, 0.85, 10)))
-    steps = neighbour_means([row["step"] for row in rows], 50)
-    for i, line in enumerate(neighbour_means([row["by_t"] for row in rows], 50).T):
-        axis.plot(steps, line, color=colours(i), lw=1.6)
-    bar = axis.inset_axes((0.64, 1.05, 0.2, 0.05), xticks=[], yticks=[])
-    bar.imshow([range(10)], cmap=colours, aspect="auto")
-    axis.set_title(f"{name}: loss by time", loc="left", y=1)
-    axis.text(0.62, 1.04, "t: data", transform=axis.transAxes, ha="right")
-    axis.text(0.86, 1.04, "noise", transform=axis.transAxes)
-
-
-def draw_curves(args):
-    """A panel for the loss of each run, and for the last two that tell it, loss by time."""
-    runs = read_runs(args.runs)
-    timed = [name for name, rows in runs.items() if rows[-1].get("by_t")][-2:]
-    count = len(runs) + len(timed)
-    n_row = math.ceil(count / 2)
-    figure, axes = plt.subplots(n_row, 2, figsize=(WIDTH / 72, 3 * n_row), layout="constrained",
-                                squeeze=False)
-    for axis, (name, rows) in zip(axes.flat, runs.items()):
-        plot_loss(axis, name, rows)
-    for axis, name in zip(axes.flat[len(runs):], timed):
-        plot_by_time(axis, name, runs[name])
-    for i, axis in enumerate(axes.flat):
-        axis.set(xlabel="step", yscale="log", visible=i < count)
-        axis.grid(alpha=0.3)
-        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
-                       minor_locator=NullLocator())
-    save(figure, "curves.png")
-
-
 # -------------------------------------------------------------------------------- command line
 
 FIGURES = {"ladder": draw_ladder, "samples": draw_samples, "edits": draw_edits,
-           "explain": draw_explain, "live": draw_live, "curves": draw_curves}
+           "explain": draw_explain, "live": draw_live}
 
 
 def save(figure, name):
@@ -680,8 +596,6 @@ def options(argv=None):
                    help=f"of {', '.join(FIGURES)} (default: all)")
     p.add_argument("--model", type=command.path, default=sample.TOY_FOLDER,
                    help="folder of the model that draws (default: the toy)")
-    p.add_argument("--runs", type=command.path, default=ROOT / "runs",
-                   help="folder of the runs for the curves (default: runs)")
     args = p.parse_args(argv)
     if unknown := set(args.figures) - set(FIGURES):
         names = ", ".join(sorted(unknown))

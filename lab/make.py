@@ -28,17 +28,14 @@ import time
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import train
 from engine.command import SEED, Parser, device, one_line_errors, path
 from engine.device import machine
-from engine.files import digest, new_file, read_json, weight_files, write_text
-from engine.log import read_log, smooth
+from engine.files import digest, read_json, weight_files, write_text
 from engine.state import checkpoints
-from lab import pretrain
+from lab import curves, pretrain
 from tbac import TBAC
 from toy import language
 
@@ -314,9 +311,7 @@ def ship(args, diary: dict, scores: dict) -> pathlib.Path:
     shutil.rmtree(folder, ignore_errors=True)
     TBAC.load(args.out / "edit").save(folder, torch.float16)
     write_text(folder / "words.txt", "\n".join(sorted(language.words())) + "\n")
-    logs = {stage.name: thinned(read_log(args.out / stage.name)) for stage in RECIPE}
-    write_text(folder / "logs.json", json.dumps(logs))
-    plot(logs, folder / "curves.png")
+    curves.write({stage.name: args.out / stage.name for stage in RECIPE}, folder)
     for stage in RECIPE:
         for sheet in some(sorted((args.out / stage.name).glob("sheet-*.png")), 4):
             shutil.copyfile(sheet, folder / f"{stage.name}-{sheet.name}")
@@ -359,31 +354,6 @@ def some(files: list, n: int) -> list:
     """n of them, evenly spread, the last one included."""
     picked = np.linspace(0, len(files) - 1, min(n, len(files))).round().astype(int)
     return [files[i] for i in picked]
-
-
-def thinned(rows: list[dict], n: int = 200) -> dict:
-    """A log -> the means of n equal parts."""
-    parts = np.array_split(np.arange(len(rows)), min(n, len(rows)))
-    ends = [int(part[-1]) for part in parts]
-    result = dict(step=[rows[i]["step"] for i in ends])
-    for key in ("loss", "norm", "lr"):
-        values = [np.mean([rows[i][key] for i in part if rows[i][key] is not None] or [np.nan])
-                  for part in parts]
-        result[key] = [None if np.isnan(v) else float(f"{v:.4g}") for v in values]
-    return result
-
-
-def plot(logs: dict, file: pathlib.Path) -> None:
-    """The loss of each stage."""
-    figure = Figure((10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (name, log) in zip(figure.subplots(2, 3).flat, logs.items()):
-        axis.plot(log["step"], log["loss"], color="0.8")
-        axis.plot(log["step"], smooth(log["loss"], 10), color="C0")
-        axis.set(title=name, xlabel="step", ylabel="loss", yscale="log")
-        axis.grid(alpha=0.3)
-    with new_file(file) as opened:
-        figure.savefig(opened, format="png", dpi=100)
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -7,7 +7,7 @@ import pytest
 import train
 from conftest import run
 from engine.files import digest
-from lab import make, pretrain
+from lab import curves, make, pretrain
 from tbac import TBAC
 
 
@@ -60,11 +60,12 @@ def test_one_toy_is_of_one_commit_and_seed(tmp_path, monkeypatch):
 
 
 def test_logs_are_thinned_to_means():
-    rows = [dict(step=i + 1, loss=float(i), norm=1.0, lr=0.1) for i in range(10)]
-    rows[3]["loss"] = None
-    thin = make.thinned(rows, 5)
+    rows = [dict(step=i + 1, loss=float(i), norm=1.0, lr=0.1, by_t=[i, None]) for i in range(10)]
+    rows[2]["loss"] = rows[8]["loss"] = rows[9]["loss"] = None
+    thin = curves.thinned(rows, 5)
     assert thin["step"] == [2, 4, 6, 8, 10]
-    assert thin["loss"] == [0.5, 2.0, 4.5, 6.5, 8.5]
+    assert thin["loss"] == [0.5, 3.0, 4.5, 6.5, None]
+    assert thin["by_t"] == [[4.5, None]]
     assert make.some(list("abcdefg"), 4) == ["a", "c", "e", "g"]
 
 
