@@ -20,6 +20,7 @@ was when the same command is given again.
     python -m lab.ablate probes      what the queries' states tell, depth by depth
     python -m lab.ablate slots       some of the queries muted, or taken from another prompt
     python -m lab.ablate noise       how much of place and number is the noise's
+    python -m lab.ablate overfit     the loss when one batch is learnt by heart
 
 These look at --model as it is (lab/inside.py).
 

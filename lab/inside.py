@@ -1,14 +1,18 @@
-"""What a trained model holds, looked at without any training. Each study works with any weights.
+"""What a trained model holds, looked at as it is. Each study works with any weights.
 
 settings  guidance, steps and image guidance against score
 rungs     one rung at a time replaced
 probes    what the queries' states tell, depth by depth
 slots     some of the queries muted, or taken from another prompt, by depth
 noise     how much of place and number is the starting noise's
+overfit   the loss when one batch is learnt by heart (this one trains, for half a minute)
 """
 import contextlib
+import functools
 import itertools
+import pathlib
 import random
+import tempfile
 
 import numpy as np
 import torch
@@ -18,7 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import sample
+import train
 from engine import fast, mixer
+from engine.log import read_log
 from lab import dots, evaluate, statistics
 from lab.dots import save
 from ladder import tap_layers
@@ -83,7 +89,19 @@ def settings(args):
         edits[name] = mean_of_edits(scores)
         shown = [f"{what} {evaluate.percent(row)}" for what, row in edits[name].items()]
         tqdm.write(f"{name}: {', '.join(shown)}")
-    return dict(table=rows, edits=edits)
+    other_edits = mean_of_edits(edits_not_chosen_on(args, model))
+    return dict(table=rows, edits=edits, other_edits=other_edits)
+
+
+def edits_not_chosen_on(args, model):
+    """Scores by the model's own image guidance, of as many edits again: the next ones of each list.
+    """
+    first = set(evaluate.cases("edit", args.n))
+    following = [case for case in evaluate.cases("edit", 2 * args.n) if case not in first]
+    painter = functools.partial(evaluate.paint, model, seed=0, batch=32,
+                                image_guidance=model.config.image_guidance)
+    scores, _ = evaluate.score("edit", following, 1, painter)
+    return scores
 
 
 def mean_of_edits(scores):
@@ -417,4 +435,24 @@ def noise_shares(values: np.ndarray) -> dict:
     return found
 
 
-STUDIES = dict(settings=settings, rungs=rungs, probes=probes, slots=slots, noise=noise)
+# ------------------------------------------------------------------------------- a batch by heart
+
+OVERFIT = "--overfit --batch 8 --steps 200 --warmup 20"
+
+
+def overfit(args):
+    """Training on one batch again and again: the loss at its start, at its height, at its end, and
+    by time."""
+    with tempfile.TemporaryDirectory() as out:
+        train.main(train.options([*OVERFIT.split(), "--model", args.model, "--out", f"{out}/run",
+                                  "--device", args.device]))
+        rows = read_log(pathlib.Path(out, "run"))
+    losses = np.array([row["loss"] for row in rows])
+    smooth = np.convolve(losses, np.full(20, 1 / 20), "valid")
+    late = np.ma.masked_invalid(np.array([row["by_t"] for row in rows[100:]], float)).mean(0)
+    return dict(command=f"python train.py {OVERFIT}", start=smooth[0], highest=smooth.max(),
+                end=smooth[-1], by_t=late.filled(np.nan).tolist())
+
+
+STUDIES = dict(settings=settings, rungs=rungs, probes=probes, slots=slots, noise=noise,
+               overfit=overfit)

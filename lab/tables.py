@@ -240,6 +240,28 @@ def image_guidance() -> str:
     return table(["image guidance", *factors], rows)
 
 
+def other_edits() -> str:
+    found = study("settings")["other_edits"]
+    rows = [[EDITED[what].removeprefix("the "), percent(found[what])]
+            for what in ("unchanged", "followed")]
+    return table(["the model's own image guidance, other prompts", ""], rows)
+
+
+def overfit() -> str:
+    found = study("overfit")
+    return table(["loss", ""], [
+        ["mean of steps 1 to 20", f"{found['start']:.3f}"],
+        ["highest mean of 20 steps in a row", f"{found['highest']:.3f}"],
+        ["mean of steps 181 to 200", f"{found['end']:.3f}"]])
+
+
+def overfit_by_time() -> str:
+    """Ten bins."""
+    bins = [f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)]
+    losses = [f"{loss:.3f}" for loss in study("overfit")["by_t"]]
+    return table(["t", *bins], [["loss, steps 101 to 200", *losses]])
+
+
 # ------------------------------------------------------------------------------------- the pages
 
 PAGES = {
@@ -249,7 +271,9 @@ PAGES = {
     "toy/README.md": dict(examples=examples),
     "toy/weights/README.md": {"scores": scores_in_short, "by seed": by_seed},
     "docs/training.md": {"recipe": recipe, "board": board, "guidance": guidance, "solvers": solvers,
-                         "image guidance": image_guidance, "probes": probes_in_short},
+                         "image guidance": image_guidance, "other edits": other_edits,
+                         "overfit": overfit, "overfit by time": overfit_by_time,
+                         "probes": probes_in_short},
 }
 
 
