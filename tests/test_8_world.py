@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from conftest import run
 from engine.pictures import contact_sheet
 from toy import grader, language, world
 from toy.world import Scene, Thing
@@ -76,6 +77,23 @@ def test_held_out_pairs_stay_out():
 
 
 # ---- language
+
+RING = """
+import random
+from toy import world
+world.SHAPES += ("ring",)
+from toy import language
+rng = random.Random(0)
+texts = [language.request(world.sample_scene(rng), rng)[0] for _ in range(100)]
+assert sum("ring" in text.lower().split() for text in texts) > 10
+assert any("ring" in text.lower().split() for text in language.corpus(100, 0))
+"""
+
+
+def test_a_new_shape_needs_no_synonyms():
+    """Whoever extends the world gives it a name, and it is spoken of."""
+    assert run("-c", RING).returncode == 0
+
 
 NOUNS = (*world.SHAPES, "object")
 MEANS = {form: word for word, others in language.SYNONYMS.items() for form in others}

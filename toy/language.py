@@ -108,7 +108,8 @@ def forms(word: str) -> tuple[str, ...]:
 
 
 COUNTED = (*SHAPES, "object")
-PLURALS = {plural(word): tuple(map(plural, SYNONYMS[word])) for word in COUNTED}
+PLURALS = {plural(word): tuple(map(plural, SYNONYMS[word])) for word in COUNTED
+           if word in SYNONYMS}
 REPLACEABLE = SYNONYMS | PLURALS
 WORD = re.compile(rf"\b({any_of(REPLACEABLE)})\b")
 
