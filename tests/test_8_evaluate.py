@@ -64,6 +64,7 @@ def test_other_words_are_of_every_category_and_no_part_of_a_mean():
     assert rows["draw", evaluate.OTHER, "right", "seen"]["mean"] == 0
 
 
+@pytest.mark.slow
 def test_a_list_ends_where_there_are_no_more():
     assert len(evaluate.first(60, evaluate.draw_case, "counting", True)) == 36
 

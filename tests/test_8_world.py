@@ -601,8 +601,9 @@ def degrade(image, rng, blur=1.0, noise=8, quality=75):
 
 
 @pytest.mark.parametrize("size, worse, n, least", [
-    (64, False, 2000, 0.995),
-    (64, True, 500, 0.985),
+    (64, False, 200, 0.995),
+    pytest.param(64, False, 2000, 0.995, marks=pytest.mark.slow),
+    pytest.param(64, True, 500, 0.985, marks=pytest.mark.slow),
     (128, False, 200, 0.995),
 ])
 def test_grader_reads_what_is_drawn(size, worse, n, least):
