@@ -14,14 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap, LogNorm, to_rgb
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 from torch import Tensor
 
 from engine.pictures import contact_sheet
-from mllm import MLLMConfig
-from vit import frequencies, smart_size, window_index
+from vit import smart_size, window_index
 
 
 def style(grid: bool = False) -> None:
@@ -235,64 +234,79 @@ AXES = {"time": "tab:blue", "height": "tab:orange", "width": "tab:green"}       
 
 def token_strips(tokenizer, strips: dict) -> None:
     """{title: (token ids, number of queries)} -> one strip of boxes below another. Special tokens
-    are orange, a picture's green, text blue, queries red."""
-    fig, axes = plt.subplots(len(strips), 1, figsize=(14, 6.2))
-    for ax, (title, (ids, n_query)) in zip(axes, strips.items()):
-        boxes = [token_box(tokenizer, token, i) for i, token in enumerate(ids)]
+    are orange, a picture's units green, text blue, queries red."""
+    lines = {}
+    for title, (ids, n_query) in strips.items():
+        boxes = token_boxes(tokenizer, ids)
         boxes += [(f"q{i}", "#f2a6a6") for i in range(n_query)]
-        draw_strip(ax, boxes)
+        lines[title] = in_lines(boxes)
+    heights = [len(rows) for rows in lines.values()]
+    size = (8, 0.3 * sum(heights) + 0.45 * len(heights))
+    fig, axes = plt.subplots(len(heights), 1, figsize=size, height_ratios=heights)
+    for ax, (title, rows) in zip(axes, lines.items()):
+        draw_strip(ax, rows)
         ax.set_title(title, fontsize=12, loc="left")
     plt.show()
 
 
-def token_box(tokenizer, token: int, i: int) -> tuple[str, str]:
-    """A token's word and colour; text alternates between two blues."""
-    word = tokenizer.decode([token], keep_special=True)
-    if token == tokenizer.special["image_pad"]:
-        return word.strip("<|>"), "#a8d8a8"
-    if token in tokenizer.special.values():
-        return word.strip("<|>"), "#f4c27a"
-    return word.replace("\n", "\\n").replace(" ", "\u00b7"), ("#e2ecf8", "#cfe0f3")[i % 2]
+def token_boxes(tokenizer, ids: list) -> list:
+    """Words and colours of tokens. Text alternates between two blues; units are numbered."""
+    boxes = []
+    units = itertools.count()
+    for i, token in enumerate(ids):
+        word = tokenizer.decode([token], keep_special=True)
+        if token == tokenizer.special["image_pad"]:
+            boxes.append((f"u{next(units)}", "#a8d8a8"))
+        elif token in tokenizer.special.values():
+            boxes.append((word.strip("<|>"), "#f4c27a"))
+        else:
+            word = word.replace("\n", "\\n").replace(" ", "\u00b7")
+            boxes.append((word, ("#e2ecf8", "#cfe0f3")[i % 2]))
+    return boxes
 
 
-def draw_strip(ax, boxes: list, width: float = 108) -> None:
-    """Words in coloured boxes, line under line."""
-    x = y = 0
+def in_lines(boxes: list, width: float = 92) -> list:
+    """Boxes of words, broken into lines of `width` letters: [[(x, size, word, colour)]]"""
+    rows = [[]]
+    x = 0
     for word, colour in boxes:
-        size = max(1.6, 0.84 * len(word) + 0.7)
+        size = len(word) + 1
         if x + size > width:
+            rows.append([])
             x = 0
-            y += 1
-        ax.add_patch(Rectangle((x, y + 0.08), size - 0.25, 0.84, facecolor=colour))
-        ax.text(x + size / 2 - 0.12, y + 0.5, word, ha="center", va="center",
-                family="monospace", fontsize=11)
+        rows[-1].append((x, size, word, colour))
         x += size
-    ax.set(xlim=(0, width), ylim=(y + 1, 0))
+    return rows
+
+
+def draw_strip(ax, rows: list, width: float = 92) -> None:
+    """Words in coloured boxes, line under line."""
+    for y, row in enumerate(rows):
+        for x, size, word, colour in row:
+            ax.add_patch(Rectangle((x, y + 0.08), size - 0.25, 0.84, facecolor=colour))
+            ax.text(x + size / 2 - 0.12, y + 0.5, word, ha="center", va="center",
+                    family="monospace", fontsize=9.5)
+    ax.set(xlim=(0, width), ylim=(len(rows), 0))
     ax.axis("off")
 
 
-def windows(c, measured: list) -> None:
-    """Two pictures as the ViT of config c cuts them, and below how much each block lets the other
-    units notice: [(picture, changed unit, maps (blocks, h, w))]."""
-    (square, *_), (wide, *_) = measured
-    fig = plt.figure(figsize=(15, 7))
-    top, bottom = fig.subfigures(2, 1, height_ratios=(2.1, 1))
-    axes = top.subplots(1, 3, width_ratios=(1, 1, 2))
-    draw_grid(axes[0], square, c, "patches in their order", of_patches=True)
-    draw_grid(axes[1], square, c, "units; colours: windows")
-    draw_grid(axes[2], wide, c, "a wide picture: units and windows")
+def windows(c, square: Image.Image, wide: Image.Image, unit: int, maps: Tensor) -> None:
+    """Two pictures as the ViT of config c cuts them; below, how much every unit of the square one
+    differs after each block, (blocks, h, w), if this one unit is changed."""
+    fig = plt.figure(figsize=(8, 5.6))
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1.5, 1))
+    left, right = top.subplots(1, 2, width_ratios=(1, 1.75))
+    draw_grid(left, square, c, "patches, in their order", of_patches=True)
+    draw_grid(right, wide, c, "a wide picture: units, and windows as colours")
 
-    widths = [1] * c.n_layer + [1.6] * c.n_layer
-    axes = iter(bottom.subplots(1, len(widths), width_ratios=widths))
-    for _, unit, maps in measured:
-        for i, part in enumerate(maps):
-            ax = next(axes)
-            shown = part.where(part > 1e-5, torch.nan)
-            ax.imshow(shown, cmap="viridis", vmin=0, vmax=maps.max())
-            ax.plot(unit % part.shape[1], unit // part.shape[1], "wx", ms=11, mew=3)
-            reach = "whole picture" if i in c.full_attention else "windows"
-            ax.set_title(f"after block {i}\n{reach}", fontsize=11)
-            ax.set(xticks=[], yticks=[])
+    axes = bottom.subplots(1, len(maps))
+    for i, (ax, part) in enumerate(zip(axes, maps)):
+        shown = ax.imshow(part.where(part > 1e-5, torch.nan), norm=LogNorm(1e-3, 1))
+        ax.plot(unit % part.shape[1], unit // part.shape[1], "rx", ms=11, mew=3)
+        reach = "whole picture" if i in c.full_attention else "windows"
+        ax.set_title(f"after block {i}\n({reach})", fontsize=11)
+        ax.set(xticks=[], yticks=[])
+    bottom.colorbar(shown, ax=axes, label="relative difference", extend="both")
     plt.show()
 
 
@@ -313,7 +327,7 @@ def draw_grid(ax, image: Image.Image, c, title: str, of_patches: bool = False) -
             ax.add_patch(Rectangle((x + 1, y + 1), side - 2, side - 2, facecolor="none",
                                    edgecolor=f"C{i}", lw=3))
             if not of_patches:
-                ax.text(x + side / 2, y + side / 2, unit, ha="center", va="center", fontsize=14)
+                ax.text(x + side / 2, y + side / 2, unit, ha="center", va="center", fontsize=13)
                 continue
             for k in range(c.merge ** 2):
                 row, column = divmod(k, c.merge)
@@ -323,113 +337,94 @@ def draw_grid(ax, image: Image.Image, c, title: str, of_patches: bool = False) -
     ax.axis("off")
 
 
-def mrope(positions: Tensor, angles: Tensor, pads: Tensor, words: list, c) -> None:
-    """Positions (3, S), their angles (S, pairs), where the picture's tokens are, all tokens as
-    words, the toy's config -> the positions, the turns, and how slowly each pair turns."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5.2), width_ratios=(1.2, 1.1, 1))
+def mrope(positions: Tensor, pads: Tensor, agreement: dict) -> None:
+    """Positions (3, S) and where the picture's tokens are; {decoder: {step: agreement (D,)}}, how
+    well two tokens agree by their rotation alone, D steps apart."""
+    fig, axes = plt.subplots(1, 3, figsize=(8, 3.3), width_ratios=(1.15, 1, 1))
+    left, *others = axes
     for (name, colour), line, mark in zip(AXES.items(), positions, ("o-", "s--", "^:")):
-        left.plot(line, mark, color=colour, ms=5, label=name)
+        left.plot(line, mark, color=colour, ms=4, label=name)
     left.axvspan(pads[0] - 0.5, pads[-1] + 0.5, color="tab:green", alpha=0.12)
-    left.text(pads.float().mean(), 1, "the picture", ha="center")
-    left.set(xlabel="token", ylabel="position", title="three positions for each token")
-    left.legend(loc="upper left")
-    left.grid(alpha=0.3)
-
-    some = slice(pads[0] - 3, pads[-1] + 5)
-    middle.imshow(angles[some].sin(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1,
-                  interpolation="nearest")
-    shown = [word.replace("\n", "\\n") for word in words[some]]
-    middle.set_yticks(range(len(shown)), shown, fontsize=9)
-    middle.set_xticks(range(angles.shape[1]), range(angles.shape[1]), fontsize=9)
-    middle.set(xlabel="channel pair", title="sine of the angle:  time | height | width")
-    for edge in (c.rope_sections[0], sum(c.rope_sections[:2])):
-        middle.axvline(edge - 0.5, color="black", lw=2)
-
-    for name, config, mark in (("toy", c, "o"), ("3B", MLLMConfig(), ".")):
-        draw_turns(right, name, config, mark)
-    right.set(xlabel="channel pair / number of pairs", ylabel="positions for one full turn",
-              title="which pair turns with what, how slowly")
-    right.legend(fontsize=10)
-    right.grid(alpha=0.3)
-    plt.show()
-
-
-def draw_turns(ax, name: str, c, mark: str) -> None:
-    """How many positions each channel pair of a decoder needs for a full turn."""
-    pairs = c.head_dim // 2
-    turn = 2 * torch.pi / frequencies(pairs, c.rope_theta, "cpu")
-    sections = torch.arange(pairs).split(c.rope_sections)
-    for (axis, colour), i in zip(AXES.items(), sections):
-        ax.semilogy(i / pairs, turn[i], mark, color=colour, ms=7,
-                    label=f"{axis}: {name} {len(i)} of {pairs} pairs")
-
-
-def hidden_states(norms: dict, between: Tensor, across: Tensor) -> None:
-    """{kind of token: mean norm at each depth}, the queries' cosine of two depths (depths, depths)
-    and of two prompts (depths)."""
-    depths = range(len(across))
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1.2, 1, 1.1))
-    for (kind, norm), colour in zip(norms.items(), ("tab:blue", "tab:green", "tab:red")):
-        left.semilogy(depths, norm, "o-", color=colour, label=kind)
-    left.axvspan(depths[-1] - 0.4, depths[-1] + 0.4, color="grey", alpha=0.2)
-    left.text(depths[-1], left.get_ylim()[0] * 1.3, "after the\nfinal norm", ha="center",
-              fontsize=9)
-    left.set(xlabel="depth (state i enters layer i)", ylabel="mean norm", xticks=depths,
-             title="size of the hidden states")
-    left.legend()
-    left.grid(alpha=0.3)
-
-    middle.imshow(between, vmin=-0.2, vmax=1, cmap="viridis")
-    for i in depths:
-        for j in depths:
-            colour = "white" if between[i, j] < 0.6 else "black"
-            middle.text(j, i, f"{between[i, j]:.1f}", ha="center", va="center", fontsize=9,
-                        color=colour)
-    middle.set(xticks=depths, yticks=depths, xlabel="depth", ylabel="depth",
-               title="queries: cosine of two depths")
-
-    right.plot(depths, across, "o-", color="tab:red")
-    right.set(xlabel="depth", xticks=depths, ylim=(-0.05, 1.05),
-              title="cosine of one query after two different prompts")
-    right.grid(alpha=0.3)
-    plt.show()
-
-
-def probes(accuracy: dict, chance: dict, n_test: dict, taps: list, taught: int) -> None:
-    """{(model, fact): right at each depth, and with all taps together}, {fact: chance}, {fact:
-    prompts} -> a panel for each fact, with bars of two standard errors."""
-    fig, axes = plt.subplots(1, len(chance), figsize=(17, 4.4), sharey=True)
-    for ax, fact in zip(axes, chance):
-        for name, mark, colour in (("toy", "o-", "tab:red"), ("untrained", "s:", "grey")):
-            *right, together = accuracy[name, fact].tolist()
-            bars = [2 * (r * (1 - r) / n_test[fact]) ** 0.5 for r in right]
-            depths = range(len(right))
-            ax.errorbar(depths, right, bars, fmt=mark, color=colour, ms=5, capsize=2, label=name)
-            ax.plot(len(right) + 0.2, together, "D", color=colour, ms=7)
-        ax.axhline(chance[fact], color="black", ls="--", lw=1, label="chance")
-        ax.axvspan(taps[0] - 0.3, taps[-1] + 0.3, color="tab:red", alpha=0.08, label="taps")
-        ax.axvline(taught - 0.5, color="tab:blue", lw=1, label="taught: from here on")
-        ax.set(title=fact, xlabel="depth", ylim=(0, 1.04))
-        ax.set_xticks([*depths, len(right) + 0.2], [*depths, "all\ntaps"])
+    left.set(xlabel="token (green: the picture)", ylabel="position")
+    left.set_title("three positions", fontsize=12)
+    left.legend(loc="upper left", fontsize=10)
+    colours = ("tab:purple", AXES["height"], AXES["width"])
+    for ax, (decoder, by_step) in zip(others, agreement.items()):
+        for (step, values), colour, mark in zip(by_step.items(), colours, ("-", "--", ":")):
+            ax.plot(values, mark, color=colour, lw=2, label=step)
+        ax.set(xlabel="positions apart", ylim=(-0.05, 1.05))
+        ax.set_title(f"agreement: {decoder}", fontsize=12)
+    others[1].set_yticklabels([])
+    others[1].legend(loc="lower left", fontsize=10)
+    for ax in axes:
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("right on held-out prompts")
-    axes[2].legend(loc="lower right", fontsize=9)
     plt.show()
 
 
-def work_per_token(runs: dict) -> None:
-    """{name: (tokens, 3), positions read, FLOP and attention scores of each token of an answer}."""
-    fig, axes = plt.subplots(1, 3, figsize=(16, 3.8))
-    titles = ("positions read", "MFLOP, ViT and head included", "attention scores of one head")
-    for (name, work), colour in zip(runs.items(), ("tab:grey", "tab:red")):
-        n = len(work)
-        for ax, column, unit in zip(axes, work.T, (1, 1e6, 1)):
-            ax.semilogy(range(1, n + 1), column / unit, "o-", ms=4, color=colour, label=name)
-    for ax, title in zip(axes, titles):
-        ax.set(title=f"{title}, for each token", xlabel="token of the answer")
-        ax.set_xticks([1, *range(5, n + 1, 5)])
+def read_by_queries(by_layer: Tensor, by_query: Tensor, labels: list) -> None:
+    """(places, layers) and (places, Q), what the queries attend to, per cent: means over queries,
+    and over layers; on one scale."""
+    fig, axes = plt.subplots(1, 2, figsize=(8, 5.2), sharey=True, width_ratios=(1, 1.5))
+    titles = ("layer by layer\n(mean over queries)", "query by query\n(mean over layers)")
+    top = max(by_layer.max().item(), by_query.max().item())
+    for ax, values, title in zip(axes, (by_layer, by_query), titles):
+        shown = ax.imshow(values, vmin=0, vmax=top, cmap="Blues", aspect="auto",
+                          interpolation="nearest")
+        ax.set_title(title, fontsize=12)
+        ax.set_xticks(range(values.shape[1]))
+        ax.tick_params(axis="x", labelsize=9)
+        for (y, x), value in np.ndenumerate(values.numpy()):
+            if value >= 4.5:
+                colour = "white" if value > 0.6 * top else "black"
+                ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=11)
+    axes[0].set_xlabel("layer")
+    axes[1].set_xlabel("query")
+    fig.colorbar(shown, ax=axes, label="attention, % (columns add up to 100)", shrink=0.8)
+    plt.show()
+
+
+def probes(right: dict, chance: dict, taps: list, taught: int) -> None:
+    """{fact: {model: share right (depths, Q)}}, of probes of each query alone: a panel for each
+    fact, with the mean over the queries, and a band from the worst to the best."""
+    fig, axes = plt.subplots(2, 2, figsize=(8, 6), sharex=True, sharey=True)
+    for ax, (fact, by_model) in zip(axes.flat, right.items()):
+        looks = (("o-", "tab:red"), ("s--", "0.4"))
+        for (model, shares), (look, colour) in zip(by_model.items(), looks):
+            depths = range(len(shares))
+            worst, best = 100 * shares.amin(1), 100 * shares.amax(1)
+            ax.fill_between(depths, worst, best, color=colour, alpha=0.15, lw=0)
+            ax.plot(depths, 100 * shares.mean(1), look, color=colour, ms=5, label=model)
+        ax.axhline(100 * chance[fact], color="black", ls=":", label="most common answer")
+        ax.axvline(taught - 0.5, color="tab:blue", lw=1, label="taught from here on")
+        ax.plot(taps, [4] * len(taps), "^", color="black", ms=5, label="tapped")
+        ax.set_title(fact, fontsize=12)
+        ax.set(ylim=(0, 103), xticks=depths)
         ax.grid(alpha=0.3)
-    axes[0].legend(loc="center right")
+    for ax in axes[1]:
+        ax.set_xlabel("depth: state i enters layer i")
+    for row in axes:
+        row[0].set_ylabel("right, %\n(band: worst to best query)", fontsize=11)
+    fig.legend(*ax.get_legend_handles_labels(), ncols=5, fontsize=10, columnspacing=1,
+               loc="outside lower center")
+    plt.show()
+
+
+def cache(read: dict, lengths: Tensor, held: dict) -> None:
+    """{way: positions read so far, token by token}; {keys: gigabytes that the released cache holds
+    at these lengths}."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.3))
+    for (way, total), look in zip(read.items(), ("o-", "s--")):
+        left.plot(range(1, len(total) + 1), total, look, ms=4, label=way)
+    left.set(xlabel="tokens answered", ylabel="positions read so far", ylim=(0, None))
+    left.set_title("toy: work", fontsize=12)
+    for (keys, gigabytes), look in zip(held.items(), ("-", "--")):
+        right.plot(lengths / 1000, gigabytes, look, lw=2, label=keys)
+    right.set(xlabel="positions, thousands", ylabel="GB, bfloat16", ylim=(0, None))
+    right.set_title("public 3B: memory", fontsize=12)
+    for ax in (left, right):
+        ax.legend(fontsize=10)
+        ax.grid(alpha=0.3)
     plt.show()
 
 

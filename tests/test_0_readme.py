@@ -171,30 +171,6 @@ def test_the_studies_are_of_the_shipped_weights():
     assert found == {trials.digest(TOY_FOLDER)}, "of other weights than those shipped"
 
 
-def test_the_probes_of_notebook_2_are_quoted_right():
-    """docs/study.md says why they differ from its own."""
-    cells = json.loads((ROOT / "notebooks" / "3_mllm.ipynb").read_text())["cells"]
-    printed = "".join("".join(output.get("text", "")) for cell in cells
-                      for output in cell.get("outputs", []))
-
-    def percents(line):
-        return re.search(rf"^{line} +([\d ]+)$", printed, re.M)[1].split()
-
-    colour, shape, side = (percents(f"{fact}, toy")[1] for fact in ("colour", "shape", "side"))
-    text = " ".join(STUDY.split())
-    assert f"prints {colour}, {shape} and {side} for colour, shape and side at state 1" in text
-    control = [int(percents(f"{fact}, untrained")[1]) for fact in
-               ("colour", "shape", "count", "side")]
-    assert f"state 1 in {min(control)} to {max(control)} %" in text
-    ours = [study("probes")["table"][fact]["depths"][1] for fact in
-            ("first colour", "first shape", "side")]
-    colour, shape, side = (f"{100 * value:.0f}" for value in ours)
-    assert f"where this study has {colour}, {shape} and {side}" in text
-    toy, untrained = (percents(f"left/upper colour, {name}") for name in ("toy", "untrained"))
-    early = f"{toy[2]} against {untrained[2]} % at state 2"
-    assert f"({early}, {toy[8]} against {untrained[8]} at the end)" in text
-
-
 # ---------------------------------------------------------------------------- names, links, words
 
 def names(body, prefix=""):

@@ -52,29 +52,35 @@ def wrong_clock(t, s):
 
 # ------------------------------------------------------------------------------------------- 3_mllm
 
-def picture_positions(before, h, w, after):
-    """Text counts up; the picture stands still in time and counts rows and columns; what follows
-    goes on from the largest position so far + 1."""
+def one_layer(q, k, v, real):
+    """Nothing later, nothing that is padding, but itself in any case; each key head as often as it
+    has query heads."""
+    S = q.shape[2]
+    mask = torch.ones(S, S).tril().bool() & real[:, None] | torch.eye(S).bool()    # (B, S, S)
+    shared = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(shared, 1)
+    v = v.repeat_interleave(shared, 1)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])            # (B, H, S, S)
+    return scores.masked_fill(~mask[:, None], -math.inf).softmax(-1) @ v
+
+
+def windows_as_mask(h, w, side):
+    """Each unit's window, by a number; fewer than w windows stand in a row."""
     rows = torch.arange(h).repeat_interleave(w)
     columns = torch.arange(w).repeat(h)
-    text = torch.arange(before).expand(3, -1)
-    picture = before + torch.stack([torch.zeros_like(rows), rows, columns])
-    behind = before + max(h, w) + torch.arange(after)
-    return torch.cat([text, picture, behind.expand(3, -1)], 1)
+    window = rows // side * w + columns // side
+    return window[:, None] == window
 
 
-def share_a_window(a, b, across, side):
-    def window(unit):
-        return unit // across // side, unit % across // side
-
-    return window(a) == window(b)
-
-
-def padded_mask(attention_mask):
-    """Nothing later, nothing that is padding, but itself in any case."""
-    S = attention_mask.shape[1]
-    causal = torch.ones(S, S).tril().bool()
-    return causal & attention_mask[:, None] | torch.eye(S).bool()
+def turned(x, positions, sections, theta):
+    """One row of frequencies for all pairs; the section only says which position they turn with."""
+    pairs = x.shape[-1] // 2
+    axis = torch.arange(3).repeat_interleave(torch.tensor(sections))
+    angle = positions[axis].permute(1, 2, 0) * theta ** (-torch.arange(pairs) / pairs)
+    angle = angle[:, None]                                             # (B, 1, S, K/2)
+    a, b = x.chunk(2, -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 # -------------------------------------------------------------------------------------------- 4_dit
@@ -224,7 +230,7 @@ BROKEN_LAYER = 1
 ANSWERS = {
     "1_flow": [guidance_in_one_call, heun, floor_of_the_loss],
     "2_latents": [squares_into_channels, factor_of_batches, wrong_clock],
-    "3_mllm": [picture_positions, share_a_window, padded_mask],
+    "3_mllm": [one_layer, windows_as_mask, turned],
     "4_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
     "5_ladder": [rungs, paired_interval, learnable_routes],
     "6_training": [accumulated_step, guarded, dropped],
