@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation
-from matplotlib.colors import ListedColormap, LogNorm, to_rgb
+from matplotlib.colors import ListedColormap, LogNorm, PowerNorm, to_rgb
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 from torch import Tensor
@@ -430,126 +430,188 @@ def cache(read: dict, lengths: Tensor, held: dict) -> None:
 
 # -------------------------------------------------------------------------------------------- 4_dit
 
-def page(image: Image.Image, size: tuple = (12, 3.6)) -> None:
-    """One picture, without axes."""
-    plt.figure(figsize=size)
-    plt.imshow(image)
-    plt.axis("off")
+def attention_matrices(forms: dict, picture: Image.Image, row: int, column: int) -> None:
+    """{form: weights (H, N, N)}: those of head 0 and all heads' singular values; below, over a
+    picture, what one place takes from each other in the first form, head by head."""
+    fig = plt.figure(figsize=(8, 5))
+    upper, lower = fig.subfigures(2, 1, height_ratios=(2, 1))
+    *squares, spectrum = upper.subplots(1, len(forms) + 1, width_ratios=(1, 1, 1.15))
+    # One scale for both, on which small weights can be told apart.
+    scale = PowerNorm(0.4, 0, max(W[0].max().item() for W in forms.values()))
+    for ax, (name, W), colour in zip(squares, forms.items(), ("tab:blue", "tab:red")):
+        shown = ax.imshow(W[0], norm=scale, cmap="viridis", interpolation="nearest")
+        ax.set_title(f"{name}, head 0", fontsize=11)
+        ax.set(xlabel="place that gives", xticks=[], yticks=[])
+        values = torch.linalg.svdvals(W).T
+        lines = spectrum.semilogy(range(1, len(values) + 1), values, color=colour, lw=1)
+        lines[0].set_label(name)
+    squares[0].set_ylabel("place that takes")
+    upper.colorbar(shown, ax=squares, label="weight", shrink=0.75)
+    spectrum.set_title("singular values, all heads", fontsize=11)
+    spectrum.set(xlabel="number", ylim=(1e-9, 3))
+    spectrum.grid(alpha=0.3)
+    spectrum.legend(fontsize=10)
+    draw_row(lower, next(iter(forms.values())), picture, row, column)
     plt.show()
 
 
-def attention_matrices(images: dict, W: Tensor, row: int, column: int) -> None:
-    """Two pictures with one place marked, and of each head the matrix W (H, N, N) and the row of
-    that place, laid out as a picture."""
+def draw_row(figure, W: Tensor, picture: Image.Image, row: int, column: int) -> None:
+    """A picture with one place marked, and the place's row of W (H, N, N) over it, head by head."""
     h = w = math.isqrt(W.shape[-1])
-    fig, axes = plt.subplots(2, len(W) + 1, figsize=(15, 6.6))
-    for ax, (title, image) in zip(axes[:, 0], images.items()):
-        ax.imshow(image, extent=(-0.5, w - 0.5, h - 0.5, -0.5))
-        ax.plot(column, row, "s", mfc="none", mec="black", ms=12, mew=2)
-        ax.set_title(title, fontsize=11)
-    for head, (upper, lower) in enumerate(axes[:, 1:].T):
-        of_place = W[head, row * w + column].view(h, w)
-        upper.imshow(W[head], cmap="viridis", interpolation="nearest")
-        upper.set_title(f"W, head {head}", fontsize=11)
-        lower.imshow(of_place, cmap="viridis", vmin=0)
-        lower.plot(column, row, "s", mfc="none", mec="white", ms=12, mew=2)
-        lower.set_title(f"its row, max {of_place.max():.2f}", fontsize=11)
-    for ax in axes.flat:
+    rows = W[:, row * w + column].view(-1, h, w)
+    first, *axes = figure.subplots(1, len(rows) + 1)
+    first.imshow(picture, extent=(-0.5, w - 0.5, h - 0.5, -0.5), interpolation="nearest")
+    first.set_title("the place", fontsize=11)
+    for head, ax in enumerate(axes):
+        shown = ax.imshow(rows[head], vmin=0, vmax=rows.max(), cmap="viridis")
+        ax.set_title(f"head {head}", fontsize=11)
+    for ax, colour in zip((first, *axes), itertools.chain(["black"], itertools.repeat("white"))):
+        ax.plot(column, row, "s", mfc="none", mec=colour, ms=8, mew=1.5)
         ax.set(xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axes, label="weight", shrink=0.75)
+
+
+def attention_cost(places: list, measured: dict, width: int) -> None:
+    """{form: [(operations, bytes)] for each number of places}."""
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.3))
+    for (name, costs), colour in zip(measured.items(), ("tab:blue", "tab:red")):
+        for ax, values in zip(axes, zip(*costs)):
+            ax.loglog(places, values, "o-", color=colour, label=name)
+    for ax, title in zip(axes, ("operations", "bytes held, float32")):
+        ax.axvline(width, color="black", ls=":", label="N = K")
+        ax.set(xlabel="places N", title=title)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
     plt.show()
 
 
-def attention_cost(places: list, measured: dict, width: int, blocks: dict) -> None:
-    """{form: [(operations, bytes)] for each number of places}; {label: (parts of a block with the
-    linear form, with the explicit one)}, parts as {name: operations}."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.6), width_ratios=(1, 1, 1.5))
-    for (name, costs), colour in zip(measured.items(), ("tab:blue", "tab:red")):
-        for ax, values in zip((left, middle), zip(*costs)):
-            ax.loglog(places, values, "o-", color=colour, label=name)
-            ax.grid(alpha=0.3)
-    left.axvline(width, color="black", ls=":", label="N = K")
-    left.set(xlabel="places N", ylabel="operations", title="attention itself: operations")
-    middle.set(xlabel="places N", ylabel="bytes", title="and bytes held, float32")
-    left.legend()
-
+def block_cost(blocks: dict) -> None:
+    """{label: (parts of a block with the linear form, with the explicit one)}, parts as {name:
+    operations}: bars in units of the block with the linear form."""
+    fig, ax = plt.subplots(figsize=(8, 3.6))
     colours = ("tab:red", "tab:pink", "tab:green", "tab:orange")
-    starts = [2.6 * i for i in range(len(blocks))]
-    for start, (linear, explicit) in zip(starts, blocks.values()):
-        unit = sum(linear.values())
-        for x, parts in ((start, linear), (start + 1, explicit)):
+    for i, pair in enumerate(blocks.values()):
+        unit = sum(pair[0].values())
+        for k, parts in enumerate(pair):
+            x = i + 0.42 * (k - 0.5)
             below = 0
             for (part, n), colour in zip(parts.items(), colours):
-                label = part if x == 0 else None
-                right.bar(x, n / unit, 0.9, bottom=below, color=colour, label=label)
+                label = part if i == k == 0 else None
+                ax.bar(x, n / unit, 0.38, bottom=below, color=colour, label=label)
                 below += n / unit
-    right.set_xticks([start + 0.5 for start in starts], blocks)
-    right.set(xlabel="left bar: linear, right bar: explicit", ylabel="operations (linear = 1)",
-              title="a whole block of released size")
-    right.legend(loc="upper left")
+            ax.text(x, below + 0.03, f"{below:.2f}", ha="center", fontsize=11)
+    ax.set_xticks(range(len(blocks)), blocks)
+    ax.set(xlabel="left bars: linear, right bars: explicit", ylabel="operations of the block\n"
+           "(with the linear form: 1)", ylim=(0, below + 0.25))
+    ax.legend(loc="upper left", fontsize=11)
     plt.show()
 
 
-def reach(changes: dict, far: list, h: int, w: int) -> None:
-    """Above, where an output changes with one token, {way: (N,)}, on a logarithmic scale; below,
-    after each block, each token's distance (N,) to one of them."""
-    fig, axes = plt.subplots(2, len(changes), figsize=(16, 7))
-    for ax, (name, change) in zip(axes[0], changes.items()):
+def reach(changes: dict, far: list, kinds: list) -> None:
+    """Above, where an output changes with one token, {way: (h, w)}, in powers of 10 of the largest
+    change; below, after each block, each token's distance (h, w) to one of them, in parts of the
+    largest, and how many kinds of tokens there are."""
+    fig = plt.figure(figsize=(8, 4.3))
+    upper, lower = fig.subfigures(2, 1, height_ratios=(1.25, 1))
+    axes = upper.subplots(1, len(changes))
+    for ax, (way, change) in zip(axes, changes.items()):
         share = change / change.max()
         reached = share > 1e-6
-        shown = torch.where(reached, share, torch.nan).log10().view(h, w)
-        ax.imshow(shown, vmin=-4, vmax=0, cmap="magma")
+        shown = ax.imshow(share.where(reached, torch.nan).log10(), vmin=-4, vmax=0, cmap="magma")
         ax.set_facecolor("lightgrey")
-        ax.set_title(f"{name}:\n{reached.sum()} of {h * w} places", fontsize=12)
-    for i, (ax, distance) in enumerate(zip(axes[1], far)):
-        ax.imshow(distance.view(h, w), cmap="viridis")
-        ax.set_title(f"equal tokens after block {i}:\ndistance to row 3, column 4", fontsize=11)
-    for ax in axes.flat:
+        ax.set_title(f"{way}:\n{reached.sum()} of {reached.numel()} places", fontsize=11)
         ax.set(xticks=[], yticks=[])
+    upper.colorbar(shown, ax=axes, label="change,\npower of 10", shrink=0.8)
+    axes = lower.subplots(1, len(far))
+    for i, (ax, distance, n) in enumerate(zip(axes, far, kinds)):
+        shown = ax.imshow(distance / distance.max(), vmin=0, vmax=1, cmap="viridis")
+        ax.set_title(f"after block {i}:\n{n} kinds", fontsize=10)
+        ax.set(xticks=[], yticks=[])
+    lower.colorbar(shown, ax=axes, label="distance", shrink=0.8)
     plt.show()
 
 
-def modulation(times: Tensor, curves: dict, told: Tensor, losses: dict, level: float) -> None:
-    """{channel of a vector: its value (L, T) over time in each block}; {true time: loss for each
-    time that the model is told}, beside the loss of velocity 0."""
-    fig = plt.figure(figsize=(16, 6))
-    grid = fig.add_gridspec(2, 5)
-    for i, (name, lines) in enumerate(curves.items()):
-        ax = fig.add_subplot(grid[i // 3, i % 3])
-        for j, line in enumerate(lines):
-            ax.plot(times, line, label=f"block {j}")
-        ax.set(title=name, xlabel="t" if i > 2 else None)
+def modulation(times: Tensor, curves: Tensor, names: tuple, spreads: dict) -> None:
+    """One number of each block over time, (L, T); and {over what: standard deviations (6, D)} of
+    the six vectors' numbers: means over channels, with 95 % intervals."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+    for j, line in enumerate(curves):
+        left.plot(times, line, label=f"block {j}")
+    left.set_title("scale 1, one channel", fontsize=12)
+    left.set(xlabel="t")
+    left.legend(fontsize=9, ncols=2)
+    rows = np.arange(len(names))
+    for k, (over, values) in enumerate(spreads.items()):
+        bars = 1.96 * values.std(1) / values.shape[1] ** 0.5
+        right.errorbar(values.mean(1), rows + 0.2 * k, xerr=bars, fmt="os"[k], capsize=3,
+                       label=over)
+    right.set_yticks(rows + 0.1, names)
+    right.invert_yaxis()
+    right.set(xlabel="standard deviation", xlim=(0, None))
+    right.legend(title="how much they differ", ncols=2, fontsize=9, loc="lower center",
+                 bbox_to_anchor=(0.4, 1))
+    for ax in (left, right):
         ax.grid(alpha=0.3)
-        if i == 0:
-            ax.legend(fontsize=10)
-
-    ax = fig.add_subplot(grid[:, 3:])
-    for (t, loss), colour in zip(losses.items(), ("tab:green", "tab:blue", "tab:red")):
-        ax.plot(told, loss, "o-", color=colour, label=f"latents of t = {t}")
-        ax.axvline(t, color=colour, ls=":")
-    ax.axhline(level, color="grey", ls="--", label="velocity 0")
-    ax.set(xlabel="t that the model is told", ylabel="loss", title="told another time",
-           yscale="log")
-    ax.grid(alpha=0.3)
-    ax.legend()
     plt.show()
 
 
-def cross_attention(noisy: dict, mass: Tensor, h: int, w: int) -> None:
-    """{time: x_t as a picture}, and of each block, beside it, the share (L, times, N, Q) that each
-    place gives to one query: to the one whose share depends most on the place."""
-    fig, axes = plt.subplots(len(noisy), len(mass) + 1, figsize=(16, 7.2))
-    for ax, (t, image) in zip(axes[:, 0], noisy.items()):
-        ax.imshow(image)
-        ax.set_title(f"x_t at t = {t}", fontsize=11)
-    for j, of_block in enumerate(mass):
-        query = of_block.std(1).mean(0).argmax()
-        maps = of_block[:, :, query].unflatten(1, (h, w))
-        for i, (ax, shares) in enumerate(zip(axes[:, j + 1], maps)):
-            ax.imshow(shares, vmin=0, vmax=maps.max(), cmap="viridis")
-            head = f"block {j}, query {query}\n" if i == 0 else ""
-            ax.set_title(f"{head}max {shares.max():.2f}", fontsize=11)
-    for ax in axes.flat:
+def told_times(told: list, losses: dict) -> None:
+    """{true time: losses (told, B)} in units of the loss at the true time, picture by picture:
+    geometric means, with 95 % intervals over pictures."""
+    fig, ax = plt.subplots(figsize=(8, 3.4))
+    for (t, rows), mark in zip(losses.items(), "os^"):
+        change = (rows / rows[told.index(t)]).log()
+        half = 1.96 * change.std(1) / change.shape[1] ** 0.5
+        middle = change.mean(1).exp()
+        bars = torch.stack([middle * (1 - (-half).exp()), middle * (half.exp() - 1)])
+        line, *_ = ax.errorbar(told, middle, bars, fmt=mark + "-", ms=5, capsize=3,
+                               label=f"latents of t = {t}")
+        ax.axvline(t, color=line.get_color(), ls=":")
+    ax.axhline(1, color="grey", ls="--")
+    ax.set(xlabel="t that the model is told (dotted: the true one)",
+           ylabel="loss / loss if told\nthe true time", yscale="log", xticks=told)
+    _, top = ax.get_ylim()
+    ticks = [1, 2, 5, 10, 20, 50, 100, 200, 500]
+    ax.set_yticks(ticks, ticks)
+    ax.set_ylim(0.8, top)
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=11)
+    plt.show()
+
+
+def chosen(times: tuple, among: Tensor, n_query: int) -> None:
+    """among (times, L, B): how many queries places choose among, block by block; means over
+    pictures with 95 % intervals."""
+    fig, ax = plt.subplots(figsize=(8, 3))
+    for k, (t, values) in enumerate(zip(times, among)):
+        bars = 1.96 * values.std(1) / values.shape[1] ** 0.5
+        blocks = np.arange(len(values)) + 0.12 * (k - 1)
+        ax.errorbar(blocks, values.mean(1), bars, fmt="os^"[k], capsize=3, label=f"t = {t}")
+    ax.axhline(n_query, color="grey", ls="--", label="all alike")
+    ax.set(xlabel="block", ylabel="chosen among\n(queries)", ylim=(0, n_query + 1),
+           xticks=range(among.shape[1]), yticks=range(0, n_query + 1, 4))
+    ax.grid(alpha=0.3)
+    ax.legend(ncols=4, fontsize=11, loc="lower center", bbox_to_anchor=(0.5, 1))
+    plt.show()
+
+
+def query_maps(picture: Image.Image, maps: Tensor) -> None:
+    """A picture, and how much of its attention each place gives to each query, maps (Q, h, w), on
+    one scale, on which small shares can be told apart."""
+    fig = plt.figure(figsize=(8, 2.5))
+    left, right = fig.subfigures(1, 2, width_ratios=(1, 4.4))
+    ax = left.subplots()
+    ax.imshow(picture, interpolation="nearest")
+    ax.set_title("the picture", fontsize=11)
+    ax.set(xticks=[], yticks=[])
+    scale = PowerNorm(0.4, 0, maps.max())
+    axes = right.subplots(2, len(maps) // 2)
+    for query, (ax, values) in enumerate(zip(axes.flat, maps)):
+        shown = ax.imshow(values, norm=scale, cmap="viridis")
+        ax.set_title(f"query {query}", fontsize=10)
         ax.set(xticks=[], yticks=[])
+    right.colorbar(shown, ax=axes, label="share", shrink=0.8)
     plt.show()
 
 
@@ -557,21 +619,21 @@ def learned_batch(losses: list, level: float, rows: dict, every: int = 10) -> No
     """The loss of each step and its mean, beside the predicted start; {label: pictures}, a row of
     drawings for each label."""
     n = len(losses)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(14, 7), width_ratios=(1.2, 1))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), width_ratios=(1.1, 1))
     smooth = torch.tensor(losses).unfold(0, every, every).mean(1)
     left.semilogy(range(1, n + 1), losses, color="tab:blue", alpha=0.3, label="each step")
     left.semilogy(range(every, n + 1, every), smooth, color="tab:blue",
                   label=f"mean of {every} steps")
     left.axhline(level, color="black", ls="--", label="predicted start")
     left.set(xlabel="training step", ylabel="loss")
-    left.grid(alpha=0.3, which="both")
-    left.legend()
+    left.grid(alpha=0.3)
+    left.legend(fontsize=10, loc="lower left")
 
     pictures = [image for row in rows.values() for image in row]
     sheet = contact_sheet(pictures, columns=len(pictures) // len(rows))
     height = sheet.height / len(rows)
     right.imshow(sheet, interpolation="nearest")
-    right.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows)
+    right.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows, fontsize=10)
     right.set(xticks=[], frame_on=False)
     right.tick_params(length=0)
     plt.show()

@@ -94,16 +94,16 @@ def everyone_but_oneself(q, k, v):
     return (sums - own * v) / (total - own)
 
 
-def linear_is_cheaper_from(K):
-    """Explicit: N x K by K x N, N x N by N x K. Linear: K x N by N x K, N x K by K x K, N x K by
-    K x 1. So N > K + 1/2."""
-    return K + 1
+def exact_ratio(N, K):
+    """Explicit: N x K by K x N, N x N by N x K. Linear: K x N by N x K, N x K by K x K, and for
+    the divisor N x K by K x 1. So 2 N^2 K / (2 N K^2 + N K)."""
+    return 2 * N / (2 * K + 1)
 
 
-def starting_loss(x0):
-    """The velocity is 0, so it is the mean of eps^2 - 2 eps x0 + x0^2; the noise has variance 1 and
-    does not depend on x0."""
-    return 1 + x0.pow(2).mean()
+def adaln_in_the_weights(weight, bias, shift, scale, gate):
+    """1 + scale goes to the columns, the gate to the rows; the shift passes the weight and, with
+    the bias, the gate. In training every row of a batch has a time, and so weights, of its own."""
+    return gate[:, None] * weight * (1 + scale), gate * (weight @ shift + bias)
 
 
 # ----------------------------------------------------------------------------------------- 5_ladder
@@ -231,7 +231,7 @@ ANSWERS = {
     "1_flow": [guidance_in_one_call, heun, floor_of_the_loss],
     "2_latents": [squares_into_channels, factor_of_batches, wrong_clock],
     "3_mllm": [one_layer, windows_as_mask, turned],
-    "4_dit": [everyone_but_oneself, linear_is_cheaper_from, starting_loss],
+    "4_dit": [everyone_but_oneself, exact_ratio, adaln_in_the_weights],
     "5_ladder": [rungs, paired_interval, learnable_routes],
     "6_training": [accumulated_step, guarded, dropped],
     "7_inspect": [contributions, up_the_ladder, probe],
