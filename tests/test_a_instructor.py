@@ -36,6 +36,16 @@ def test_the_weeks_of_the_syllabus_add_up():
     assert {(row[0], row[3]): int(row[4]) for row in rows} == of_handout
 
 
+def test_the_notebooks_take_as_long_as_they_say():
+    """All together: guidance, in the first one, comes a week later."""
+    said = []
+    for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text = "".join("".join(cell["source"]) for cell in json.loads(file.read_text())["cells"])
+        said.append(re.search(r"\*\*Time:\*\*\s(\d+)\sminutes", text)[1])
+    planned = re.findall(r"ipynb\)[^|]*\| (\d+) \| part", page("syllabus"))
+    assert len(said) == 8 and sum(map(int, said)) == sum(map(int, planned))
+
+
 def test_a_lecture_takes_as_long_as_its_parts():
     weeks = re.split(r"^## Week \d", page("syllabus"), flags=re.M)[1:]
     minutes = [re.findall(r"^\| (\d+) \| [^|]+ \|$", week, re.M) for week in weeks]
