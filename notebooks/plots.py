@@ -158,9 +158,9 @@ def shifts(times: dict, values: list, errors: dict) -> None:
 
 # ---------------------------------------------------------------------------------------- 2_latents
 
-def picture_rows(rows: dict, titles: list) -> None:
+def picture_rows(rows: dict, titles: list = ()) -> None:
     """{name of a row: pictures}, a title above each column."""
-    n = len(titles)
+    n = len(next(iter(rows.values())))
     fig, axes = plt.subplots(len(rows), n, figsize=(8, 7.2 / n * len(rows) + 0.5))
     for line, (name, pictures) in zip(axes, rows.items()):
         line[0].set_ylabel(name, fontsize=11)
@@ -210,21 +210,32 @@ def place(picture: Image.Image, effects: dict, row: int, column: int, factor: in
     plt.show()
 
 
-def scales(times: Tensor, floors: dict, told: tuple, measured: dict, noisy: dict) -> None:
-    """{scale: loss of the exact field of Gaussian data over time}, the DiT's at some times as dots,
-    and x_t at t = 0.5 as a picture."""
-    fig = plt.figure(figsize=(8, 4.2))
-    axes = fig.subplot_mosaic([["loss", name] for name in noisy], width_ratios=(2.6, 1))
-    for name, colour in zip(floors, ("tab:green", "tab:red", "tab:blue")):
+def scales(times: Tensor, ratios: dict, floors: dict, told: tuple, measured: dict,
+           noisy: dict) -> None:
+    """{scale: ...}: ratio of noise to data over time, loss of the exact field of Gaussian data over
+    time with the DiT's at some times as dots, and x_t at t = 0.5 as a picture."""
+    fig = plt.figure(figsize=(8, 5.6))
+    left = [["ratio"]] * 2 + [["loss"]] * 4
+    right = [[name] for name in noisy for _ in range(2)]
+    axes = fig.subplot_mosaic(np.hstack([left, right]).tolist(), width_ratios=(2.4, 1))
+    for name, colour in zip(noisy, ("tab:blue", "tab:green", "tab:red")):
+        axes["ratio"].semilogy(times, ratios[name], color=colour, label=name)
+        equal = ratios[name].log().abs().argmin()
+        axes["ratio"].plot(times[equal], 1, "o", color=colour, ms=8, fillstyle="none", mew=2)
         axes["loss"].semilogy(times, floors[name], color=colour, label=name)
         axes["loss"].semilogy(told, measured[name], "o", color=colour)
         axes[name].imshow(noisy[name], interpolation="nearest")
         axes[name].set_ylabel(name, fontsize=11)
         axes[name].set(xticks=[], yticks=[])
+    axes["ratio"].axhline(1, color="black", lw=0.8)
+    axes["ratio"].set(ylabel="noise / data", yticks=(0.01, 1, 100), xticklabels=[])
     axes["loss"].set(xlabel="t", ylabel="loss: line: Gaussian data, dots: DiT")
-    axes["loss"].grid(alpha=0.3)
-    axes["loss"].legend()
-    axes["s = 1"].set_title("$x_t$ at t = 0.5", fontsize=11)
+    for name in ("ratio", "loss"):
+        axes[name].set(xlim=(0, 1))
+        axes[name].grid(alpha=0.3)
+        axes[name].minorticks_off()
+    axes["loss"].legend(fontsize=11, loc="lower left")
+    axes[next(iter(noisy))].set_title("$x_t$ at t = 0.5", fontsize=11)
     plt.show()
 
 
