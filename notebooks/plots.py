@@ -66,7 +66,7 @@ def streams(side: Tensor, fields: dict, means: Tensor) -> None:
         ax.imshow(painted, extent=(*edge, *edge), origin="lower", alpha=0.45)
         u, v = field.view(n, n, 2).transpose(0, 1).unbind(2)
         ax.streamplot(side.numpy(), side.numpy(), u.numpy(), v.numpy(), color="0.2",
-                      linewidth=0.8, density=0.7, arrowsize=0.9)
+                      linewidth=0.8, density=0.55, arrowsize=0.9)
         ax.scatter(*means.T, s=130, marker="*", color="gold", edgecolor="black", zorder=3,
                    label="centres of the data")
         ax.scatter(*((1 - t) * means).T, s=50, facecolor="white", edgecolor="black", zorder=3,
@@ -104,16 +104,29 @@ def journeys(ways: dict, n_line: int = 40) -> None:
 
 
 def guided(ends: dict, means: Tensor, stds: Tensor, asked: int) -> None:
-    """{strengths: ends (n, 2)} on one scale; circles: two standard deviations of each cluster, that
-    of the asked one in its colour."""
-    fig, axes = plt.subplots(1, len(ends), figsize=(8, 2.3), sharex=True, sharey=True)
-    for ax, (title, x) in zip(axes, ends.items()):
-        ax.scatter(*x.T, s=1.5, color="0.35")
+    """{strengths: ends (n, 2)}, 600 of each; circles: two standard deviations of each cluster, that
+    of the asked one in its colour. Below: shares of the points nearest to each cluster; of those at
+    the asked one, how far off their mean is, and their deviation."""
+    down = math.ceil(len(ends) / 5)
+    across = math.ceil(len(ends) / down)
+    size = (8, down * (7 / across + 1.3))
+    fig, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False)
+    for ax, (title, x) in zip(axes.flat, ends.items()):
+        ax.scatter(*x[:600].T, s=1.5, color="0.35")
         for k, (mean, std) in enumerate(zip(means.tolist(), stds.tolist())):
             colour = CLUSTERS[k] if k == asked else "0.6"
             ax.add_patch(Circle(mean, 2 * std, fill=False, color=colour, lw=2, zorder=3))
+        nearest = torch.cdist(x, means).argmin(1)
+        shares = ", ".join(f"{(nearest == k).double().mean():.0%}" for k in range(len(means)))
+        there = x[nearest == asked]
+        dx, dy = there.mean(0) - means[asked]
+        ax.set_xlabel(f"{shares}\noff ({dx:+.2f}, {dy:+.2f})\n"
+                      f"deviation {there.std(0).mean():.2f}", fontsize=10)
         ax.set_title(title, fontsize=12)
-        ax.set(xlim=(-2.2, 3.2), ylim=(-3, 2.4), aspect="equal")
+        ax.set(xlim=(-2.2, 3.2), ylim=(-3, 2.4), xticks=(-2, 0, 2), yticks=(-2, 0, 2),
+               aspect="equal")
+    for ax in axes.flat[len(ends):]:
+        ax.set_axis_off()
     plt.show()
 
 
