@@ -2,11 +2,12 @@
 length, with fitted exponents.
 
     python -m bench.growth DIR --threads 2
+    python -m bench.growth                      # draws the stored numbers again
 
-DIR is a model folder, for example /tmp/mid/ours of bench.py; bench/growth.png and bench/growth.json
-are written. Time is the median of five runs, memory the tensors alive at once beside the weights
-(memory.py). An exponent of 1 is linear: twice as much of this, twice the cost. It is fitted to the
-upper half of each curve, where what does not grow weighs least.
+DIR is a model folder, for example /tmp/mid/ours of bench.py; bench/growth.json is written, and
+bench/growth.png drawn from it. Time is the median of five runs, memory the tensors alive at once
+beside the weights (memory.py). An exponent of 1 is linear: twice as much of this, twice the cost.
+It is fitted to the upper half of each curve, where what does not grow weighs least.
 """
 import argparse
 import dataclasses
@@ -14,18 +15,18 @@ import json
 import pathlib
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 from tqdm import tqdm
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 import sample
 from bench.measure import Counter, repeated
 from dit import linear_attention
 from engine import fast
+from lab import dots
 from tbac import TBAC
 
 HERE = pathlib.Path(__file__).parent
@@ -87,38 +88,49 @@ def over(xs, make):
     return {x: make(x) for x in xs}
 
 
+# What grows, for each title.
+GROWS = {
+    "resolution": "side in pixels",
+    "self-attention alone": "side in pixels",
+    "batch": "rows",
+    "steps": "steps",
+    "queries": "queries",
+    "prompt length": "words of the prompt",
+}
+
+
 def all_curves(g):
-    """title -> (x axis, {label: {x: function}})"""
+    """title -> {label: {x: function}}"""
     sides = (256, 384, 512, 768, 1024)
     more_sides = (*sides, 2048)
     queries = (16, 64, 256, 1024)
     return {
-        "resolution": ("side in pixels", {
+        "resolution": {
             "DiT step, 2 rows": over(sides, lambda side: g.dit_step(2, side)),
-            "decode 1 picture": over(sides, g.decode)}),
-        "self-attention alone": ("side in pixels", {
-            "linear (used)": over(more_sides, lambda side: g.attention(linear_attention, side)),
-            "all pairs, same numbers":
-                over(more_sides, lambda side: g.attention(quadratic_attention, side))}),
-        "batch": ("rows", {
-            "DiT step, 512 px": over((1, 2, 4, 8, 16), lambda rows: g.dit_step(rows, 512))}),
-        "steps": ("steps", {"denoise, 512 px": over((5, 10, 20, 40), g.denoise)}),
-        "queries": ("queries", {
+            "decode a picture": over(sides, g.decode)},
+        "self-attention alone": {
+            "linear": over(more_sides, lambda side: g.attention(linear_attention, side)),
+            "all pairs": over(more_sides, lambda side: g.attention(quadratic_attention, side))},
+        "batch": {"DiT step": over((1, 2, 4, 8, 16), lambda rows: g.dit_step(rows, 512))},
+        "steps": {"denoise": over((5, 10, 20, 40), g.denoise)},
+        "queries": {
             "encode": over(queries, lambda n: g.encode(n, 20)),
-            "DiT step, 2 rows": over(queries, lambda n: g.dit_step(2, 512, n))}),
-        "prompt length": ("words", {
-            "encode": over((8, 32, 128, 240), lambda words: g.encode(64, words))}),
+            "DiT step, 2 rows": over(queries, lambda n: g.dit_step(2, 512, n))},
+        "prompt length": {
+            "encode": over((8, 32, 128, 240), lambda words: g.encode(64, words))},
     }
 
 
 @torch.no_grad()
-def measure(model, curves):
-    """-> {title: {label: [(x, seconds, bytes)]}}"""
+def measure(model):
+    """-> {title: {label: points [(x, seconds, bytes)], and the exponents of time and memory}}"""
     found = {}
-    for title, (_, lines) in tqdm(curves.items(), "curves"):
+    for title, lines in tqdm(all_curves(Growth(model)).items(), "curves"):
         found[title] = {}
-        for label, points in lines.items():
-            found[title][label] = [(x, *cost(model, f)) for x, f in points.items()]
+        for label, functions in lines.items():
+            points = [(x, *cost(model, f)) for x, f in functions.items()]
+            found[title][label] = dict(points=points, time=exponent(points, 1),
+                                       memory=exponent(points, 2))
     return found
 
 
@@ -140,55 +152,77 @@ def exponent(points, column):
     return float(np.polyfit(x[half:], y[half:], 1)[0])
 
 
-def plot(found, curves):
-    """A column for each title: seconds above, memory below."""
-    rows = ((1, "seconds", 1), (2, "MB beside the weights", 1e-6))
-    size = (4 * len(found), 7)
-    figure, axes = plt.subplots(2, len(found), figsize=size, constrained_layout=True)
-    for ax, (title, lines) in zip(axes.T, found.items()):
-        ax[0].set_title(title)
-        for row, (column, unit, scale) in enumerate(rows):
-            plot_lines(ax[row], lines, column, scale)
-            ax[row].set_xlabel(curves[title][0])
-            if title == next(iter(found)):
-                ax[row].set_ylabel(unit)
-    figure.savefig(HERE / "growth.png", dpi=60)
+# What is drawn of a line: its exponent, the column of its points, their unit and its size.
+DRAWN = (("time", 1, "seconds", 1), ("memory", 2, "MB beside the weights", 1e6))
+
+
+def plot(found, file):
+    """A column for each title, three side by side: seconds above, memory below."""
+    figure = plt.figure(figsize=(8, 9.6), layout="constrained")
+    titles = list(found)
+    for half, shown in zip(figure.subfigures(2, 1, hspace=0.04), (titles[:3], titles[3:])):
+        axes = half.subplots(2, 3, sharex="col")
+        for column, title in zip(axes.T, shown):
+            column[0].set_title(title, fontsize=12)
+            column[1].set_xlabel(GROWS[title], fontsize=11)
+            for ax, (cost, place, _, unit) in zip(column, DRAWN):
+                plot_lines(ax, found[title], cost, place, unit)
+        for ax, (_, _, name, _) in zip(axes[:, 0], DRAWN):
+            ax.set_ylabel(name, fontsize=11)
+    dots.save(figure, file)
     plt.close(figure)
 
 
-def plot_lines(ax, lines, column, scale):
-    for marker, (label, points) in zip("os", lines.items()):
-        x = [point[0] for point in points]
-        y = [point[column] * scale for point in points]
-        ax.loglog(x, y, f"{marker}-", label=f"{label}: {exponent(points, column):.2f}")
-    ax.set(xticks=x, xticklabels=x)
-    ax.minorticks_off()
+def plot_lines(ax, lines, cost, place, unit):
+    """Each with its exponent, above the curves."""
+    for marker, (label, line) in zip("os", lines.items()):
+        x = [point[0] for point in line["points"]]
+        y = [point[place] / unit for point in line["points"]]
+        # no "-0.0"
+        power = round(line[cost], 1) + 0.0
+        ax.loglog(x, y, f"{marker}-", ms=5, label=f"{label}: $x^{{{power}}}$")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** (0.18 * len(lines)))
+    ax.set_xticks(spread(x))
+    ax.set_xticklabels(spread(x))
+    subs = (1, 2, 5) if high / low < 100 else (1,)
+    ax.yaxis.set(major_locator=LogLocator(subs=subs), major_formatter="{x:g}",
+                 minor_locator=NullLocator())
+    ax.xaxis.set(minor_locator=NullLocator())
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, title="exponent", title_fontsize=8)
+    ax.legend(loc="upper left", frameon=False, borderpad=0.1, handlelength=1.2)
+
+
+def spread(values):
+    """Those that are far enough from the one before to be named on a logarithmic axis."""
+    shown = values[:1]
+    for value in values[1:]:
+        if value >= 1.8 * shown[-1]:
+            shown.append(value)
+    return shown
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", type=pathlib.Path)
+    p.add_argument("model", type=pathlib.Path, nargs="?")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--plain", action="store_true", help="without engine/fast.py")
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
-    model = TBAC.load(args.model)
-    if not args.plain:
-        fast.enable(model)
-    curves = all_curves(Growth(model))
-    found = measure(model, curves)
-    plot(found, curves)
-    fits = {}
+    matplotlib.use("Agg")
+    stored = HERE / "growth.json"
+    if args.model:
+        torch.set_num_threads(args.threads)
+        model = TBAC.load(args.model)
+        if not args.plain:
+            fast.enable(model)
+        stored.write_text(json.dumps(measure(model), indent=1))
+    found = json.loads(stored.read_text())
     for title, lines in found.items():
-        fits[title] = {label: dict(points=points, time=exponent(points, 1),
-                                   memory=exponent(points, 2)) for label, points in lines.items()}
-        for label, fit in fits[title].items():
-            print(f"{title:22s} {label:26s} time ~ x^{fit['time']:.2f}   "
-                  f"memory ~ x^{fit['memory']:.2f}")
-    (HERE / "growth.json").write_text(json.dumps(fits, indent=1))
+        for label, line in lines.items():
+            print(f"{title:22s} {label:26s} time ~ x^{line['time']:.2f}   "
+                  f"memory ~ x^{line['memory']:.2f}")
+    plot(found, HERE / "growth.png")
 
 
 if __name__ == "__main__":

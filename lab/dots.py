@@ -1,6 +1,7 @@
 """Figures of dots with intervals: no lines to follow, one row for each thing."""
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from engine.files import new_file
 
@@ -29,6 +30,7 @@ def rows_of(ax, names, x_label: str) -> None:
     ax.set_yticks(range(len(names)), names, fontsize=11)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel(x_label, fontsize=11)
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     ax.grid(axis="x", alpha=0.3)
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
@@ -38,17 +40,16 @@ def plot_arms(scores: dict, differences: dict, smallest: float, file) -> None:
     """Above each arm's score, with a small dot for each seed; below the differences that are asked
     for, with a band within which nobody would care. {name: dict(mean, interval)}"""
     n = [len(scores), len(differences)]
-    figure, axes = plt.subplots(2, 1, figsize=(9, 2.2 + 0.34 * sum(n)), layout="constrained",
+    figure, axes = plt.subplots(2, 1, figsize=(8, 2.2 + 0.34 * sum(n)), layout="constrained",
                                 height_ratios=[rows + 0.6 for rows in n])
     for y, row in enumerate(scores.values()):
         dot(axes[0], y, row, COLOURS[0], below=0.25)
-    rows_of(axes[0], list(scores), "right, %: mean of the categories")
+    rows_of(axes[0], list(scores), "right, %: mean of GenEval's categories")
     axes[1].axvspan(-smallest, smallest, color="0.92")
     axes[1].axvline(0, color="0.5", lw=1)
     for y, row in enumerate(differences.values()):
         dot(axes[1], y, row, COLOURS[1])
-    rows_of(axes[1], list(differences),
-            f"difference, points (grey: less than {smallest:g}, which does not matter)")
+    rows_of(axes[1], list(differences), "difference, points (grey: too small to matter)")
     widest = max(abs(100 * x) for row in differences.values() for x in row["interval"])
     reach = 1.15 * max(widest, 2 * smallest)
     axes[1].set_xlim(-reach, reach)
@@ -60,7 +61,7 @@ def plot_series(rows: dict, file, x_label: str) -> None:
     """{row: {series: dict(mean, interval)}}: in each row a dot for each series, one below the
     other."""
     series = list(dict.fromkeys(name for row in rows.values() for name in row))
-    figure, ax = plt.subplots(figsize=(9, 1.4 + (0.16 + 0.15 * len(series)) * len(rows)),
+    figure, ax = plt.subplots(figsize=(8, 1.4 + (0.16 + 0.15 * len(series)) * len(rows)),
                               layout="constrained")
     for y, row in enumerate(rows.values()):
         for i, (name, found) in enumerate(row.items()):

@@ -13,6 +13,7 @@ import itertools
 import pathlib
 import random
 import tempfile
+import textwrap
 
 import numpy as np
 import torch
@@ -164,28 +165,51 @@ def rungs(args):
     return dict(whole=means, points=lost)
 
 
+def rows_of(of_rungs: list[dict], pairs: str) -> dict[str, list[float]]:
+    """[of each rung {"category, pairs": points}] -> {category: points of each rung}, for those of
+    the pairs that are named; above them the mean of six, if they have all."""
+    ending = f", {pairs}"
+    names = [name for name in of_rungs[0] if name.endswith(ending)]
+    rows = {name.removesuffix(ending): [rung[name] for rung in of_rungs] for name in names}
+    if rows.keys() >= set(evaluate.GENEVAL):
+        rows = {"mean of six": np.mean([rows[name] for name in evaluate.GENEVAL], 0)} | rows
+    return rows
+
+
+def heat_map(ax, rows: dict[str, list[float]]):
+    """A row for each category, a column for each rung, and the numbers."""
+    values = np.array(list(rows.values()))
+    shown = ax.imshow(values, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
+    size = min(10, 60 / values.shape[1])
+    for (i, j), value in np.ndenumerate(values):
+        colour = "white" if abs(value) > 60 else "black"
+        # no "-0"
+        number = f"{value:+.0f}" if abs(value) >= 0.5 else "0"
+        ax.text(j, i, number, ha="center", va="center", fontsize=size, color=colour)
+    ax.set_xticks(range(values.shape[1]))
+    ax.set_yticks(range(len(rows)), list(rows), fontsize=11)
+    return shown
+
+
 def plot_rungs(lost, file):
-    """lost: {way: [of each rung {category: points}]}. A heat map for each way, one above the
-    other."""
-    names = list(next(iter(lost.values()))[0])
-    n_row = sum(map(len, lost.values()))
-    figure, axes = plt.subplots(len(lost), 1, figsize=(8, 2.6 + 0.34 * n_row),
-                                layout="constrained", sharex=True)
-    for ax, (how, of_rungs) in zip(axes, lost.items()):
-        values = np.array([[row[name] for name in names] for row in of_rungs])
-        shown = ax.imshow(values, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
-        for (j, i), value in np.ndenumerate(values):
-            colour = "white" if abs(value) > 60 else "black"
-            # no "-0"
-            number = f"{value:+.0f}" if abs(value) >= 0.5 else "0"
-            ax.text(i, j, number, ha="center", va="center", fontsize=11, color=colour)
-        ax.set_title(f"replaced by {REPLACED_BY[how]}", loc="left", fontsize=12)
-        ax.set_ylabel("rung = DiT block", fontsize=11)
-        ax.set_yticks(range(len(values)))
-    labels = [name.replace(", ", ",\n") for name in names]
-    axes[-1].set_xticks(range(len(names)), labels, rotation=60, ha="right", fontsize=10.5,
-                        rotation_mode="anchor")
-    figure.colorbar(shown, ax=axes, label="points lost (-) or gained (+)", shrink=0.5)
+    """lost: {way: [of each rung {category: points}]}. Heat maps: ways side by side, pairs seen in
+    training above those never seen."""
+    tables = {how: {pairs: rows_of(of_rungs, pairs) for pairs in evaluate.PAIRS.values()}
+              for how, of_rungs in lost.items()}
+    lengths = [len(rows) for rows in next(iter(tables.values())).values()]
+    figure, axes = plt.subplots(len(lengths), len(lost), figsize=(8, 2.2 + 0.3 * sum(lengths)),
+                                height_ratios=lengths, layout="constrained", sharex="col",
+                                sharey="row", squeeze=False)
+    for column, (how, of_pairs) in zip(axes.T, tables.items()):
+        for ax, rows in zip(column, of_pairs.values()):
+            shown = heat_map(ax, rows)
+        column[0].set_title(textwrap.fill(f"by {REPLACED_BY[how]}", 20), fontsize=12)
+        column[-1].set_xlabel("rung = DiT block", fontsize=11)
+    for ax, pairs in zip(axes[:, 0], evaluate.PAIRS.values()):
+        ax.set_ylabel(f"pairs {pairs}", fontsize=11)
+    figure.suptitle("Each prompt's rung replaced", fontsize=12)
+    figure.colorbar(shown, ax=axes, location="bottom", shrink=0.6, aspect=40,
+                    label="points gained (+) or lost (-)")
     save(figure, file)
     plt.close(figure)
 

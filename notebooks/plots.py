@@ -65,7 +65,7 @@ def streams(side: Tensor, fields: dict, means: Tensor) -> None:
         ax.imshow(painted, extent=(*edge, *edge), origin="lower", alpha=0.45)
         u, v = field.view(n, n, 2).transpose(0, 1).unbind(2)
         ax.streamplot(side.numpy(), side.numpy(), u.numpy(), v.numpy(), color="0.2",
-                      linewidth=0.8, density=0.7, arrowsize=0.9)
+                      linewidth=0.8, density=0.55, arrowsize=0.9)
         ax.scatter(*means.T, s=130, marker="*", color="gold", edgecolor="black", zorder=3,
                    label="centres of the data")
         ax.scatter(*((1 - t) * means).T, s=50, facecolor="white", edgecolor="black", zorder=3,
@@ -103,16 +103,29 @@ def journeys(ways: dict, n_line: int = 40) -> None:
 
 
 def guided(ends: dict, means: Tensor, stds: Tensor, asked: int) -> None:
-    """{strengths: ends (n, 2)} on one scale; circles: two standard deviations of each cluster, that
-    of the asked one in its colour."""
-    fig, axes = plt.subplots(1, len(ends), figsize=(8, 2.3), sharex=True, sharey=True)
-    for ax, (title, x) in zip(axes, ends.items()):
-        ax.scatter(*x.T, s=1.5, color="0.35")
+    """{strengths: ends (n, 2)}, 600 of each; circles: two standard deviations of each cluster, that
+    of the asked one in its colour. Below: shares of the points nearest to each cluster; of those at
+    the asked one, how far off their mean is, and their deviation."""
+    down = math.ceil(len(ends) / 5)
+    across = math.ceil(len(ends) / down)
+    size = (8, down * (7 / across + 1.3))
+    fig, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False)
+    for ax, (title, x) in zip(axes.flat, ends.items()):
+        ax.scatter(*x[:600].T, s=1.5, color="0.35")
         for k, (mean, std) in enumerate(zip(means.tolist(), stds.tolist())):
             colour = CLUSTERS[k] if k == asked else "0.6"
             ax.add_patch(Circle(mean, 2 * std, fill=False, color=colour, lw=2, zorder=3))
+        nearest = torch.cdist(x, means).argmin(1)
+        shares = ", ".join(f"{(nearest == k).double().mean():.0%}" for k in range(len(means)))
+        there = x[nearest == asked]
+        dx, dy = there.mean(0) - means[asked]
+        ax.set_xlabel(f"{shares}\noff ({dx:+.2f}, {dy:+.2f})\n"
+                      f"deviation {there.std(0).mean():.2f}", fontsize=10)
         ax.set_title(title, fontsize=12)
-        ax.set(xlim=(-2.2, 3.2), ylim=(-3, 2.4), aspect="equal")
+        ax.set(xlim=(-2.2, 3.2), ylim=(-3, 2.4), xticks=(-2, 0, 2), yticks=(-2, 0, 2),
+               aspect="equal")
+    for ax in axes.flat[len(ends):]:
+        ax.set_axis_off()
     plt.show()
 
 
@@ -157,9 +170,9 @@ def shifts(times: dict, values: list, errors: dict) -> None:
 
 # ---------------------------------------------------------------------------------------- 2_latents
 
-def picture_rows(rows: dict, titles: list) -> None:
+def picture_rows(rows: dict, titles: list = ()) -> None:
     """{name of a row: pictures}, a title above each column."""
-    n = len(titles)
+    n = len(next(iter(rows.values())))
     fig, axes = plt.subplots(len(rows), n, figsize=(8, 7.2 / n * len(rows) + 0.5))
     for line, (name, pictures) in zip(axes, rows.items()):
         line[0].set_ylabel(name, fontsize=11)
@@ -209,21 +222,32 @@ def place(picture: Image.Image, effects: dict, row: int, column: int, factor: in
     plt.show()
 
 
-def scales(times: Tensor, floors: dict, told: tuple, measured: dict, noisy: dict) -> None:
-    """{scale: loss of the exact field of Gaussian data over time}, the DiT's at some times as dots,
-    and x_t at t = 0.5 as a picture."""
-    fig = plt.figure(figsize=(8, 4.2))
-    axes = fig.subplot_mosaic([["loss", name] for name in noisy], width_ratios=(2.6, 1))
-    for name, colour in zip(floors, ("tab:green", "tab:red", "tab:blue")):
+def scales(times: Tensor, ratios: dict, floors: dict, told: tuple, measured: dict,
+           noisy: dict) -> None:
+    """{scale: ...}: ratio of noise to data over time, loss of the exact field of Gaussian data over
+    time with the DiT's at some times as dots, and x_t at t = 0.5 as a picture."""
+    fig = plt.figure(figsize=(8, 5.6))
+    left = [["ratio"]] * 2 + [["loss"]] * 4
+    right = [[name] for name in noisy for _ in range(2)]
+    axes = fig.subplot_mosaic(np.hstack([left, right]).tolist(), width_ratios=(2.4, 1))
+    for name, colour in zip(noisy, ("tab:blue", "tab:green", "tab:red")):
+        axes["ratio"].semilogy(times, ratios[name], color=colour, label=name)
+        equal = ratios[name].log().abs().argmin()
+        axes["ratio"].plot(times[equal], 1, "o", color=colour, ms=8, fillstyle="none", mew=2)
         axes["loss"].semilogy(times, floors[name], color=colour, label=name)
         axes["loss"].semilogy(told, measured[name], "o", color=colour)
         axes[name].imshow(noisy[name], interpolation="nearest")
         axes[name].set_ylabel(name, fontsize=11)
         axes[name].set(xticks=[], yticks=[])
+    axes["ratio"].axhline(1, color="black", lw=0.8)
+    axes["ratio"].set(ylabel="noise / data", yticks=(0.01, 1, 100), xticklabels=[])
     axes["loss"].set(xlabel="t", ylabel="loss: line: Gaussian data, dots: DiT")
-    axes["loss"].grid(alpha=0.3)
-    axes["loss"].legend()
-    axes["s = 1"].set_title("$x_t$ at t = 0.5", fontsize=11)
+    for name in ("ratio", "loss"):
+        axes[name].set(xlim=(0, 1))
+        axes[name].grid(alpha=0.3)
+        axes[name].minorticks_off()
+    axes["loss"].legend(fontsize=11, loc="lower left")
+    axes[next(iter(noisy))].set_title("$x_t$ at t = 0.5", fontsize=11)
     plt.show()
 
 

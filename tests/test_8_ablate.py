@@ -135,8 +135,33 @@ def test_figures_show_every_row(tmp_path, monkeypatch):
     assert list(right.lines[1].get_xdata()) == [-2, 4]
     low, high = right.get_xlim()
     assert low < -4 < 4 < high
+    for ax in (left, right):
+        drawn[0].canvas.draw()
+        assert all(tick == round(tick) for tick in ax.get_xticks())
+        end = ax.xaxis.label.get_window_extent().x1
+        assert end < drawn[0].bbox.x1, "the label is cut"
     dots.plot_series({"x": rows, "y": rows}, tmp_path, "%")
     assert len(drawn[1].axes[0].lines) == 2 * 3 * 3
+
+
+def test_the_heat_maps_of_rungs_show_every_category(tmp_path, monkeypatch):
+    """By the names of the tables, seen and never seen apart, the mean of six above."""
+    drawn = []
+    monkeypatch.setattr(inside, "save", lambda figure, file: drawn.append(figure))
+    never = [name for name in evaluate.GENEVAL if name not in evaluate.ALONE]
+    names = [*(f"{name}, seen" for name in evaluate.GENEVAL),
+             *(f"{name}, never seen" for name in never)]
+    of_rungs = [{name: float(10 * j + i) for i, name in enumerate(names)} for j in range(3)]
+    inside.plot_rungs({how: of_rungs for how in inside.REPLACED_BY}, tmp_path)
+    seen, *_, below = [ax for ax in drawn[0].axes if ax.images][::3]
+    assert [label.get_text() for label in seen.get_yticklabels()] == \
+        ["mean of six", *evaluate.GENEVAL]
+    shown = seen.images[0].get_array()
+    assert shown[0].tolist() == [2.5, 12.5, 22.5] and shown[3].tolist() == [2, 12, 22]
+    assert [label.get_text() for label in below.get_yticklabels()] == never
+    assert below.get_ylabel() == "pairs never seen"
+    assert below.images[0].get_array()[1].tolist() == [7, 17, 27]
+    assert len(seen.texts) == 7 * 3 and seen.texts[4].get_text() == "+10"
 
 
 # --------------------------------------------------------------------------- into a trained model
