@@ -45,6 +45,7 @@ from lab.plan import PARTS, Part
 from lab.statistics import Estimate
 from lab.trials import digest, write_json
 from sample import TOY_FOLDER
+from train import pairs_beside
 
 # ----------------------------------------------------------------------------------- the prompts
 
@@ -55,9 +56,7 @@ def chosen(cases: list, pairs: str, n_held_out: int) -> list[int]:
     all_hold, some_hold = plan.pairs_held_out(2), plan.pairs_held_out(n_held_out)
     found = []
     for i, case in enumerate(cases):
-        things = case.target.things
-        names = {(t.colour, t.shape) for t in things} if len(things) > 1 else set()
-        if case.pairs == pairs and not names & (some_hold - all_hold):
+        if case.pairs == pairs and not pairs_beside(case.target) & (some_hold - all_hold):
             found.append(i)
     return found
 
