@@ -380,10 +380,25 @@ def early(args) -> list:
     return found
 
 
+def scored_at(args) -> list[int]:
+    """The steps after which models are scored, the last one included."""
+    return sorted({round(args.steps * (i + 1) / args.looks) for i in range(args.looks)})
+
+
+def three_quarters(args) -> int | None:
+    """Where the last quarter begins, as near as there is a look. None where there is none before
+    the end."""
+    *earlier, last = scored_at(args)
+    return min(earlier, key=lambda step: abs(step - 0.75 * last), default=None)
+
+
 def looks(args) -> dict[int, list]:
-    """{step: the prompts that models are scored by there}: a few along the way, all at the end."""
-    steps = {round(args.steps * (i + 1) / args.looks) for i in range(args.looks)}
-    return dict.fromkeys(sorted(steps), early(args)) | {args.steps: cases(args)}
+    """{step: the prompts that models are scored by there}: a few along the way; all where the last
+    quarter begins, and where it ends."""
+    found = dict.fromkeys(scored_at(args), early(args)) | {args.steps: cases(args)}
+    if start := three_quarters(args):
+        found[start] = cases(args)
+    return found
 
 
 def train_all(runs: list[Run], args, stop: Callable) -> bool:
