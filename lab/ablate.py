@@ -17,7 +17,7 @@ was when the same command is given again.
 
     python -m lab.ablate settings    guidance, steps and image guidance against score
     python -m lab.ablate rungs       one rung at a time replaced
-    python -m lab.ablate probes      what the queries' states tell, depth by depth
+    python -m lab.ablate probes      what the queries' states tell, depth by depth (with --captions)
     python -m lab.ablate slots       some of the queries muted, or taken from another prompt
     python -m lab.ablate noise       how much of place and number is the noise's
 
@@ -349,7 +349,8 @@ def add_folders(add) -> None:
         help="folder whose MLLM some arms read prompts by; the studies that do not train look at "
         "all of it (default: the toy)")
     add("--captions", type=command.path_text, help="folder with the MLLM without facts at depth "
-        "(lab.pretrain --stage mllm --aux), needed to train; any other may take its place")
+        "(lab.pretrain --stage mllm --aux), needed to train, for probes if there is one; any other "
+        "may take its place")
     add("--dit", type=command.path_text, help="folder with the DiT before it met a ladder, and its "
         "autoencoder (lab.pretrain --stage dit), needed to train")
     add("--out", type=command.path, default=pathlib.Path("runs/ablate"),

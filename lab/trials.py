@@ -100,16 +100,22 @@ def is_finished(args, run: Run) -> bool:
 
 # --------------------------------------------------------------------------- models of one group
 
+def with_mllm(args, name: str) -> TBAC:
+    """The model of a folder that has this MLLM of the plan's."""
+    folders = {"facts": args.model, "captions": args.captions, "random": args.model}
+    model = TBAC.load(folders[name], args.device, torch.float32)
+    if name == "random":
+        model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
+    return model
+
+
 def base_model(args, mllm: str) -> TBAC:
     """The parts that all runs of a group start from, the frozen ones in --dtype: the DiT and the
     autoencoder whose latents it has learnt, and one of three MLLMs."""
     model = TBAC.load(args.dit, args.device, torch.float32)
-    folders = {"facts": args.model, "captions": args.captions, "random": args.model}
-    other = TBAC.load(folders[mllm], args.device, torch.float32)
+    other = with_mllm(args, mllm)
     model.mllm = other.mllm
     model.config = dataclasses.replace(model.config, mllm=other.config.mllm)
-    if mllm == "random":
-        model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
     dtype = getattr(torch, args.dtype)
     model.mllm.to(dtype)
     model.dcae.to(dtype)

@@ -220,6 +220,71 @@ def test_probes_find_what_is_there_and_nothing_else():
     assert inside.ridge(noise + 4 * signal, y, 300) > 0.95
 
 
+@pytest.mark.parametrize("n_feature", [20, 500])
+def test_both_forms_of_a_probe_are_least_squares(n_feature):
+    """As written down: squared errors and the penalty's squares, as one system of equations."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (400,), generator=g)
+    x = torch.randn(400, n_feature, generator=g) + torch.nn.functional.one_hot(y, n_feature)
+    scaled = (x - x[:300].mean(0)) / (x[:300].std(0) + 1e-6)
+    scaled = torch.cat([scaled, torch.ones(400, 1)], 1).double()
+    penalty = 0.01 * scaled[:300].square().sum(1).mean()
+    equations = torch.cat([scaled[:300], penalty.sqrt() * torch.eye(n_feature + 1)])
+    answers = torch.cat([torch.eye(3)[y[:300]], torch.zeros(n_feature + 1, 3)]).double()
+    guesses = (scaled[300:] @ torch.linalg.lstsq(equations, answers).solution).argmax(1)
+    found = inside.ridge(x, y, 300)
+    assert found == pytest.approx((guesses == y[300:]).float().mean().item())
+    assert 0.4 < found < 0.95
+
+
+def test_a_probe_finds_in_which_query_and_depth_a_fact_is(monkeypatch):
+    """Colour in query 1 at depth 2, and nothing else; where a prompt does not say, it is left
+    out."""
+    monkeypatch.setattr(inside, "FITTED", 300)
+    g = torch.Generator().manual_seed(0)
+    colours = [None if i % 7 == 0 else "rgb"[i % 3] for i in range(420)]
+    states = torch.randn(3, 420, 2, 8, generator=g)
+    for i, colour in enumerate(colours):
+        if colour:
+            states[2, i, 1, "rgb".index(colour)] += 9
+    found = inside.probed(states, colours)
+    assert found["alone"][2][1] == found["together"][2] == 1
+    others = [found["alone"][depth][query] for depth in range(3) for query in range(2)
+              if (depth, query) != (2, 1)]
+    assert max(*others, *found["together"][:2]) < 0.6 and 0.2 < found["chance"] < 0.5
+
+
+def test_probes_are_of_three_mllms_by_the_same_fresh_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr(inside, "FITTED", 60)
+    monkeypatch.setattr(inside, "TESTED", 20)
+    read = []
+
+    def states(model, texts):
+        read.append((model.ladder.queries.detach(), model.mllm.embed_tokens.weight.detach()))
+        return torch.randn(3, 80, 4, 5, generator=torch.Generator().manual_seed(len(read)))
+
+    monkeypatch.setattr(inside, "probe_states", states)
+    other = TBAC.load(TOY_FOLDER)
+    with torch.no_grad():
+        other.mllm.embed_tokens.weight.mul_(2)
+    other.save(tmp_path / "captions")
+    words = ["probes", "--out", str(tmp_path), "--captions", str(tmp_path / "captions")]
+    table = inside.probes(ablate.options(words))["table"]
+    queries, embedded = zip(*read)
+    assert all(torch.equal(queries[0], own) for own in queries)
+    fresh = TBAC.load(TOY_FOLDER)
+    assert torch.equal(embedded[1], fresh.mllm.embed_tokens.weight.float())
+    assert torch.equal(embedded[0], 2 * embedded[1]) and not torch.equal(*embedded[1:])
+    fresh.ladder.float().init_weights(torch.Generator().manual_seed(0))
+    assert torch.equal(queries[0], fresh.ladder.queries)
+    assert all(row.keys() == plan.MLLMS.keys() for row in table.values())
+    lines = inside.probe_rows(table)
+    assert len(lines) == 2 + 3 * 6 and len({line.count("|") for line in lines}) == 1
+    picture = np.array(Image.open(tmp_path / "probes.png").convert("RGB"))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+    assert inside.probes(ablate.options(words[:3]))["table"]["count"].keys() == {"facts", "random"}
+
+
 @pytest.mark.parametrize("queries", [range(2), range(6, 8)])
 def test_a_slot_of_queries_is_exchanged_at_its_depths_only(queries):
     own, other = torch.zeros(3, 2, 8, 5), torch.ones(3, 2, 8, 5)
