@@ -405,7 +405,8 @@ def origin(args) -> dict:
     said = {name: value for name, value in vars(args).items() if name != "parts"}
     for folder in ("model", "captions", "dit", "out"):
         said[folder] = pathlib.Path(said[folder] or "").name
-    said["weights"] = digest(*filter(None, (args.model, args.captions, args.dit)))
+    given = {"weights": args.model, "captions weights": args.captions, "dit weights": args.dit}
+    said |= {name: digest(folder) for name, folder in given.items() if folder}
     return dict(options=said, commit=commit(), machine=machine(args.device))
 
 

@@ -14,7 +14,7 @@ import pytest
 import sample
 import train
 from engine import data
-from lab import ablate, evaluate, figures, plan, pretrain, trials
+from lab import ablate, evaluate, figures, inside, plan, pretrain, trials
 from sample import TOY_FOLDER
 from tbac import TBACConfig
 from tests.conftest import ROOT
@@ -202,20 +202,14 @@ def test_settings_are_those_that_were_run():
 
 def test_the_probes_are_those_that_were_run():
     """The two tables of probes, cell by cell."""
-    def percents(*values):
-        return " | ".join(f"{100 * value:.0f}" for value in values)
-
     table = study("probes")["table"]
-    for fact, row in table.items():
-        depths, untrained = row["depths"], row["untrained"]
-        cells = percents(row["chance"], depths[1], untrained[1], depths[2], depths[-1],
-                         untrained[-1])
-        assert f"\n| {fact} | {cells} |\n" in STUDY, fact
+    assert "\n".join(inside.probe_rows(table)) in STUDY
     facts = ("first colour", "first shape", "second colour", "second shape", "side")
     said = section("What do the queries encode at which depth?")
-    for title, kind, depth in (("entering layer 1", "depths", 1), ("at the end", "depths", -1),
-                               ("untrained MLLM, entering layer 1", "untrained", 1)):
-        cells = percents(*(table[fact][kind][depth] for fact in facts))
+    for title, mllm, depth in (("entering layer 1", "facts", 1), ("at the end", "facts", -1),
+                               ("untrained MLLM, entering layer 1", "random", 1)):
+        shares = [table[fact][mllm]["together"][depth] for fact in facts]
+        cells = " | ".join(f"{100 * share:.0f}" for share in shares)
         assert f"\n| {title} | {cells} |\n" in said, title
 
 
@@ -238,30 +232,6 @@ def test_the_studies_are_of_the_shipped_weights():
     found = {study(name)["options"]["weights"] for name in ("settings", "probes", "rungs")}
     found.add(study("experiments")["weights"])
     assert found == {trials.digest(TOY_FOLDER)}, "of other weights than those shipped"
-
-
-def test_the_probes_of_notebook_2_are_quoted_right():
-    """docs/study.md says why they differ from its own."""
-    cells = json.loads((ROOT / "notebooks" / "3_mllm.ipynb").read_text())["cells"]
-    printed = "".join("".join(output.get("text", "")) for cell in cells
-                      for output in cell.get("outputs", []))
-
-    def percents(line):
-        return re.search(rf"^{line} +([\d ]+)$", printed, re.M)[1].split()
-
-    colour, shape, side = (percents(f"{fact}, toy")[1] for fact in ("colour", "shape", "side"))
-    text = " ".join(STUDY.split())
-    assert f"prints {colour}, {shape} and {side} for colour, shape and side at state 1" in text
-    control = [int(percents(f"{fact}, untrained")[1]) for fact in
-               ("colour", "shape", "count", "side")]
-    assert f"state 1 in {min(control)} to {max(control)} %" in text
-    ours = [study("probes")["table"][fact]["depths"][1] for fact in
-            ("first colour", "first shape", "side")]
-    colour, shape, side = (f"{100 * value:.0f}" for value in ours)
-    assert f"where this study has {colour}, {shape} and {side}" in text
-    toy, untrained = (percents(f"left/upper colour, {name}") for name in ("toy", "untrained"))
-    early = f"{toy[2]} against {untrained[2]} % at state 2"
-    assert f"({early}, {toy[8]} against {untrained[8]} at the end)" in text
 
 
 MEANS = (
