@@ -136,16 +136,17 @@ def curve_of(args, part: Part) -> dict:
 
 
 def gaps(part: Part, scored: dict) -> dict[str, Estimate]:
-    """scored: {pairs: what scores_of gives} -> {seen minus never seen, in words: the gap}, over the
-    categories that have both"""
-    found = {}
-    for labels in part.gaps:
-        (seen, groups), (never, never_groups) = (
-            (minus(scores, *labels), groups) for scores, groups in map(scored.get, part.scored))
-        both = np.isin(groups, never_groups)
-        found[f"{difference(*labels)}: seen minus never seen"] = statistics.gap(
-            seen[:, both], never, groups[both], never_groups)
-    return found
+    """scored: {pairs: what scores_of gives} -> {seen minus never seen, in words: the gap}"""
+    return {f"{difference(*labels)}: seen minus never seen": gap(scored, labels)
+            for labels in part.gaps}
+
+
+def gap(scored: dict, labels: tuple[str, ...]) -> Estimate:
+    """Of one label, or of one minus another, over the categories that have both."""
+    (seen, groups), (never, never_groups) = scored["seen"], scored["never seen"]
+    both = np.isin(groups, never_groups)
+    return statistics.gap(minus(seen, *labels)[:, both], minus(never, *labels),
+                          groups[both], never_groups)
 
 
 def minus(scores: dict, ours: str, theirs: str | None = None) -> np.ndarray:
@@ -154,7 +155,8 @@ def minus(scores: dict, ours: str, theirs: str | None = None) -> np.ndarray:
 
 def order(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
     """Of all arms together -> {a category minus the next one, in words: the gap}"""
-    whole, found = np.mean(list(scores.values()), 0), {}
+    found = {}
+    whole = np.mean(list(scores.values()), 0)                               # (seeds, prompts)
     for easier, harder in itertools.pairwise(part.order):
         first, second = groups == easier, groups == harder
         found[f"{easier} minus {harder}"] = statistics.gap(

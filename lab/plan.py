@@ -23,7 +23,7 @@ PROMPTS_EARLY = 24
 LOOKS = 4
 DRAW_STEPS = 10
 
-# From easy to hard, as MOSAIC (arXiv 2605.00273) found it.
+# From easy to hard, as in MOSAIC (arXiv 2605.00273).
 DIFFICULTY = ("colour attribution", "counting", "position")
 
 # What reads the queries, and what it was taught.

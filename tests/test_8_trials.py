@@ -278,13 +278,13 @@ def test_held_out_pairs_stand_alone_only(n):
     held_out = plan.pairs_held_out(n)
     assert len(held_out) == n and held_out >= world.HELD_OUT
     assert n == 2 or held_out > plan.pairs_held_out(n // 2)
-    scenes = drawn_scenes(1500, held_out=held_out)
+    scenes = drawn_scenes(900, held_out=held_out)
     alone, beside = set(), set()
     for things in (scene.things for scene in scenes):
         (alone if len(things) == 1 else beside).update((t.colour, t.shape) for t in things)
     assert len(alone) == 24
     assert beside == {(c, s) for c in world.COLOURS for s in world.SHAPES} - held_out
-    found = [sum(len(scene.things) == k for scene in scenes) / 1500 for k in (1, 2, 3, 4)]
+    found = [sum(len(scene.things) == k for scene in scenes) / 900 for k in (1, 2, 3, 4)]
     expected = [0.96 * share for share in (0.3, 0.45, 0.15, 0.1)]
     expected[2] += 0.04
     assert found == pytest.approx(expected, abs=0.05)
