@@ -80,9 +80,20 @@ def options(argv=None):
 
 # ---------------------------------------------------------------------------------------- data
 
-def draw_example(rng: random.Random, number: int, size: int) -> Example:
-    """A scene of the toy world and a request for it."""
+def pairs_beside(scene: world.Scene) -> set[tuple[str, str]]:
+    """The pairs of colour and shape that stand beside another thing."""
+    pairs = {(thing.colour, thing.shape) for thing in scene.things}
+    return pairs if len(scene.things) > 1 else set()
+
+
+def draw_example(rng: random.Random, number: int, size: int,
+                 held_out: frozenset = world.HELD_OUT) -> Example:
+    """A scene of the toy world and a request for it. held_out: pairs that stand alone only; to hold
+    out more than the world does changes nothing of how many things there are."""
     scene = language.scene_to_draw(rng)
+    n = len(scene.things)
+    while len(scene.things) != n or pairs_beside(scene) & held_out:
+        scene = language.scene_to_draw(rng)
     text, _ = language.request(scene, rng)
     return Example(text, (), world.render(scene, size))
 

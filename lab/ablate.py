@@ -17,7 +17,7 @@ was when the same command is given again.
 
     python -m lab.ablate settings    guidance, steps and image guidance against score
     python -m lab.ablate rungs       one rung at a time replaced
-    python -m lab.ablate probes      what the queries' states tell, depth by depth
+    python -m lab.ablate probes      what the queries' states tell, depth by depth (with --captions)
     python -m lab.ablate slots       some of the queries muted, or taken from another prompt
     python -m lab.ablate noise       how much of place and number is the noise's
     python -m lab.ablate overfit     the loss when one batch is learnt by heart
@@ -28,6 +28,7 @@ A study writes STUDY.json into --out, and all but settings a picture beside it. 
 can be trusted depends on the number of seeds and steps; both stand in the JSON file, with commit
 (of each run its own) and machine.
 """
+import itertools
 import pathlib
 import time
 
@@ -46,6 +47,7 @@ from lab.plan import PARTS, Part
 from lab.statistics import Estimate
 from lab.trials import digest, write_json
 from sample import TOY_FOLDER
+from train import pairs_beside
 
 # ----------------------------------------------------------------------------------- the prompts
 
@@ -56,20 +58,21 @@ def chosen(cases: list, pairs: str, n_held_out: int) -> list[int]:
     all_hold, some_hold = plan.pairs_held_out(2), plan.pairs_held_out(n_held_out)
     found = []
     for i, case in enumerate(cases):
-        things = case.target.things
-        names = {(t.colour, t.shape) for t in things} if len(things) > 1 else set()
-        if case.pairs == pairs and not names & (some_hold - all_hold):
+        if case.pairs == pairs and not pairs_beside(case.target) & (some_hold - all_hold):
             found.append(i)
     return found
 
 
-def scores_of(args, part: Part, cases: list, pairs: str) -> tuple[dict, np.ndarray]:
-    """At the last step -> {label: 0 or 1 of each (seed, prompt)}, the prompts' categories."""
+def scores_of(args, part: Part, pairs: str, step: int | None = None) -> tuple[dict, np.ndarray]:
+    """At a step (default: the last) -> {label: 0 or 1 of each (seed, prompt)}, the prompts'
+    categories."""
+    cases = trials.cases(args)
     places = chosen(cases, pairs, max(arm.held_out for arm in part.arms.values()))
     found = {}
     for label, arm in part.arms.items():
-        rows = [list(map(int, trials.result(args, plan.Run(arm, seed))["scores"][str(args.steps)]))
-                for seed in range(args.seeds or part.seeds)]
+        results = [trials.result(args, plan.Run(arm, seed)) for seed in
+                   range(args.seeds or part.seeds)]
+        rows = [list(map(int, row["scores"][str(step or args.steps)])) for row in results]
         found[label] = np.array(rows, float)[:, places]
     return found, np.array([cases[i].category for i in places])
 
@@ -97,8 +100,10 @@ def score_table(scores: dict, groups: np.ndarray) -> dict:
     return rows
 
 
-def difference(ours: str, theirs: str) -> str:
+def difference(ours: str, theirs: str | None = None) -> str:
     """What is compared, in words: what both have in common stands there once."""
+    if theirs is None:
+        return ours
     first, _, rest = ours.partition(", ")
     other, _, other_rest = theirs.partition(", ")
     if rest and rest == other_rest:
@@ -111,9 +116,8 @@ def difference(ours: str, theirs: str) -> str:
 def compare(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
     """{ours minus theirs, in words: the paired difference, prompt by prompt and seed by seed}"""
     found = {}
-    for ours, theirs in part.compared:
-        paired = scores[ours] - scores[theirs]
-        found[difference(ours, theirs)] = statistics.estimate(paired, groups)
+    for pair in part.compared:
+        found[difference(*pair)] = statistics.estimate(minus(scores, *pair), groups)
     return found
 
 
@@ -132,32 +136,67 @@ def curve_of(args, part: Part) -> dict:
     return found
 
 
-def last_quarter(curve: dict) -> float | None:
-    """By how many points the mean of all arms moves in the last quarter of the steps. None where
-    they were scored at the end only."""
-    means = {}
-    for by_step in curve.values():
-        for step, values in by_step.items():
-            means.setdefault(step, []).append(np.mean(values))
-    *earlier, last = sorted(means)
-    if not earlier:
+def gaps(part: Part, scored: dict) -> dict[str, Estimate]:
+    """scored: {pairs: what scores_of gives} -> {seen minus never seen, in words: the gap}"""
+    return {f"{difference(*labels)}: seen minus never seen": gap(scored, labels)
+            for labels in part.gaps}
+
+
+def gap(scored: dict, labels: tuple[str, ...]) -> Estimate:
+    """Of one label, or of one minus another, over the categories that have both."""
+    (seen, groups), (never, never_groups) = scored["seen"], scored["never seen"]
+    both = np.isin(groups, never_groups)
+    return statistics.gap(minus(seen, *labels)[:, both], minus(never, *labels),
+                          groups[both], never_groups)
+
+
+def minus(scores: dict, ours: str, theirs: str | None = None) -> np.ndarray:
+    return scores[ours] - scores[theirs] if theirs else scores[ours]
+
+
+def order(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
+    """Of all arms together -> {a category minus the next one, in words: the gap}"""
+    found = {}
+    whole = np.mean(list(scores.values()), 0)                               # (seeds, prompts)
+    for easier, harder in itertools.pairwise(part.order):
+        first, second = groups == easier, groups == harder
+        found[f"{easier} minus {harder}"] = statistics.gap(
+            whole[:, first], whole[:, second], groups[first], groups[second])
+    return found
+
+
+def last_quarter(args, part: Part) -> Estimate | None:
+    """By how much the mean of all arms moves in the last quarter of the steps. None where they were
+    scored at the end only."""
+    start = trials.three_quarters(args)
+    if start is None:
         return None
-    before = min(earlier, key=lambda step: abs(step - 0.75 * last))
-    return float(100 * (np.mean(means[last]) - np.mean(means[before])))
+    (before, groups), (after, _) = (scores_of(args, part, "seen", step)
+                                    for step in (start, args.steps))
+    moved = [after[label] - before[label] for label in part.arms]
+    return statistics.estimate(np.mean(moved, 0), groups)
 
 
 def analyse(args, name: str) -> dict:
     """Of one part, all of whose runs are finished."""
-    part, cases = PARTS[name], trials.cases(args)
+    part = PARTS[name]
+    scored = {pairs: scores_of(args, part, pairs) for pairs in part.scored}
     content = dict(question=part.question, scored={})
-    for pairs in part.scored:
-        scores, groups = scores_of(args, part, cases, pairs)
+    for pairs, (scores, groups) in scored.items():
         content["scored"][pairs] = dict(table=score_table(scores, groups),
                                         compared=compare(part, scores, groups),
                                         prompts=len(groups))
-    curve = curve_of(args, part)
+    moved = last_quarter(args, part)
     runs = {run.name: trials.result(args, run) for run in part.runs(args.seeds)}
-    return content | dict(curve=curve, last_quarter=last_quarter(curve), runs=runs)
+    return content | dict(
+        contrasts=gaps(part, scored) | order(part, *scored["seen"]), curve=curve_of(args, part),
+        last_quarter=moved and moved.json(), runs=runs)
+
+
+def tests_of(content: dict) -> dict[str, dict]:
+    """{which prompts: {what is compared, in words: the test}}"""
+    found = {pairs: scored["compared"] for pairs, scored in content["scored"].items()}
+    return found | dict(contrasts=content["contrasts"])
 
 
 def correct(found: dict[str, dict]) -> None:
@@ -166,18 +205,17 @@ def correct(found: dict[str, dict]) -> None:
     whole plan, whichever parts are found here."""
     family = {}
     for name, content in found.items():
-        for pairs, scored in content["scored"].items():
-            for label, test in scored["compared"].items():
-                family[name, pairs, label] = test
-    rest = {key: test.p for key, test in family.items() if key[0] != "primary"}
+        for which, tests in tests_of(content).items():
+            family |= {(name, which, label): test for label, test in tests.items()}
+    rest = {key: test.p for key, test in family.items() if key[:2] != ("primary", "seen")}
     corrected = statistics.holm(rest, plan.n_compared())
     for key, test in family.items():
-        name, pairs, label = key
+        name, which, label = key
         p = corrected.get(key)
         row = test.json() | dict(verdict=statistics.verdict(test, plan.SMALLEST / 100, p))
         if p is not None:
             row["holm"] = dict(p=p, of=plan.n_compared())
-        found[name]["scored"][pairs]["compared"][label] = row
+        tests_of(found[name])[which][label] = row
 
 
 # ----------------------------------------------------------------------------------------- shown
@@ -189,12 +227,23 @@ def points(test: dict) -> str:
     return f"{change} | {test['p']:.3f}" if test["p"] >= 0.001 else f"{change} | < 0.001"
 
 
-def arrival(moved: float | None) -> str:
-    """Have the curves arrived? In words."""
+def arrival(moved: dict | None) -> str:
+    """Have the curves arrived? In words. Only an interval that holds nothing larger says so."""
     if moved is None:
         return "scored at the end only: whether the curves have arrived is not known"
-    words = "have arrived" if abs(moved) < plan.STILL else "have not arrived: take more --steps"
-    return f"last quarter of the steps: {moved:+.1f} points, the curves {words}"
+    mean, low, high = (100 * x for x in (moved["mean"], *moved["interval"]))
+    said = f"last quarter of the steps: {mean:+.1f} [{low:+.1f}, {high:+.1f}] points, the curves"
+    if low > -plan.STILL and high < plan.STILL:
+        return f"{said} have arrived"
+    moves = low > plan.STILL or high < -plan.STILL
+    return f"{said} {'have' if moves else 'may have'} not arrived: take more --steps"
+
+
+def print_tests(title: str, tests: dict) -> None:
+    print(f"\n| {title} | points | p | Holm | |\n|---|---|---|---|---|")
+    for label, test in tests.items():
+        holm = f"{test['holm']['p']:.3f}" if "holm" in test else ""
+        print(f"| {label} | {points(test)} | {holm} | {test['verdict']} |")
 
 
 def print_part(name: str, content: dict) -> None:
@@ -206,10 +255,9 @@ def print_part(name: str, content: dict) -> None:
         print("|---" * (len(columns) + 1) + "|")
         for label, row in table.items():
             print(f"| {label} |", " | ".join(evaluate.percent(row[c]) for c in columns), "|")
-        print(f"\n| {pairs} | points | p | Holm | |\n|---|---|---|---|---|")
-        for label, test in scored["compared"].items():
-            holm = f"{test['holm']['p']:.3f}" if "holm" in test else ""
-            print(f"| {label} | {points(test)} | {holm} | {test['verdict']} |")
+        print_tests(pairs, scored["compared"])
+    if content["contrasts"]:
+        print_tests("the same models, other prompts", content["contrasts"])
     print(f"\n{arrival(content['last_quarter'])}")
 
 
@@ -226,7 +274,8 @@ def plot_part(name: str, content: dict, out: pathlib.Path) -> None:
                 categories.setdefault(category + ending, {})[label] = row[category]
         for label, test in scored["compared"].items():
             differences[label + ending] = test
-    dots.plot_arms(scores, differences, plan.SMALLEST, out / f"{name}.png")
+    panels = [differences, content["contrasts"]] if content["contrasts"] else [differences]
+    dots.plot_arms(scores, panels, plan.SMALLEST, out / f"{name}.png")
     if len(PARTS[name].arms) == 2:
         order = sorted(categories, key=lambda c: -np.mean([r["mean"] for r in
                                                            categories[c].values()]))
@@ -303,7 +352,8 @@ def add_folders(add) -> None:
         help="folder whose MLLM some arms read prompts by; the studies that do not train look at "
         "all of it (default: the toy)")
     add("--captions", type=command.path_text, help="folder with the MLLM without facts at depth "
-        "(lab.pretrain --stage mllm --aux), needed to train; any other may take its place")
+        "(lab.pretrain --stage mllm --aux), needed to train, for probes if there is one; any other "
+        "may take its place")
     add("--dit", type=command.path_text, help="folder with the DiT before it met a ladder, and its "
         "autoencoder (lab.pretrain --stage dit), needed to train")
     add("--out", type=command.path, default=pathlib.Path("runs/ablate"),
@@ -345,12 +395,12 @@ def add_machine(add, gpu: bool) -> None:
 def refuse_missing(p, args) -> None:
     """The parts that runs start from."""
     if not args.dit:
-        p.error("--dit FOLDER: the DiT that the runs start from, made by "
-                "`python -m lab.pretrain --stage dit --model runs/dcae --out runs/dit`")
+        p.error("--dit FOLDER: the DiT that the runs start from, runs/toy/dit made by "
+                "`python -m lab.make --out runs/toy --stop-after dit`")
     mllms = {arm.mllm for name in args.parts for arm in PARTS[name].arms.values()}
     if "captions" in mllms and not args.captions:
         p.error("--captions FOLDER: the MLLM without facts at depth, made by `python -m "
-                "lab.pretrain --stage mllm --aux --model runs/vit --out runs/captions`")
+                "lab.pretrain --stage mllm --aux --model runs/toy/vit --out runs/toy/captions`")
 
 
 def origin(args) -> dict:
@@ -358,7 +408,8 @@ def origin(args) -> dict:
     said = {name: value for name, value in vars(args).items() if name != "parts"}
     for folder in ("model", "captions", "dit", "out"):
         said[folder] = pathlib.Path(said[folder] or "").name
-    said["weights"] = digest(*filter(None, (args.model, args.captions, args.dit)))
+    given = {"weights": args.model, "captions weights": args.captions, "dit weights": args.dit}
+    said |= {name: digest(folder) for name, folder in given.items() if folder}
     return dict(options=said, commit=commit(), machine=machine(args.device))
 
 

@@ -36,25 +36,31 @@ def rows_of(ax, names, x_label: str) -> None:
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 
-def plot_arms(scores: dict, differences: dict, smallest: float, file) -> None:
-    """Above each arm's score, with a small dot for each seed; below the differences that are asked
-    for, with a band within which nobody would care. {name: dict(mean, interval)}"""
-    n = [len(scores), len(differences)]
-    figure, axes = plt.subplots(2, 1, figsize=(8, 2.2 + 0.34 * sum(n)), layout="constrained",
-                                height_ratios=[rows + 0.6 for rows in n])
+def plot_arms(scores: dict, panels: list[dict], smallest: float, file) -> None:
+    """Above each arm's score, with a small dot for each seed; below panels of the differences that
+    are asked for, each on a scale of its own, with a band within which nobody would care.
+    {name: dict(mean, interval)} each"""
+    n = list(map(len, [scores, *panels]))
+    figure, axes = plt.subplots(len(n), 1, figsize=(8, 0.8 + 0.7 * len(n) + 0.34 * sum(n)),
+                                layout="constrained", height_ratios=[rows + 0.6 for rows in n])
     for y, row in enumerate(scores.values()):
         dot(axes[0], y, row, COLOURS[0], below=0.25)
     rows_of(axes[0], list(scores), "right, %: mean of GenEval's categories")
-    axes[1].axvspan(-smallest, smallest, color="0.92")
-    axes[1].axvline(0, color="0.5", lw=1)
-    for y, row in enumerate(differences.values()):
-        dot(axes[1], y, row, COLOURS[1])
-    rows_of(axes[1], list(differences), "difference, points (grey: too small to matter)")
-    widest = max(abs(100 * x) for row in differences.values() for x in row["interval"])
-    reach = 1.15 * max(widest, 2 * smallest)
-    axes[1].set_xlim(-reach, reach)
+    for ax, differences in zip(axes[1:], panels):
+        plot_differences(ax, differences, smallest)
     save(figure, file)
     plt.close(figure)
+
+
+def plot_differences(ax, differences: dict, smallest: float) -> None:
+    ax.axvspan(-smallest, smallest, color="0.92")
+    ax.axvline(0, color="0.5", lw=1)
+    for y, row in enumerate(differences.values()):
+        dot(ax, y, row, COLOURS[1])
+    rows_of(ax, list(differences), "difference, points (grey: too small to matter)")
+    widest = max(abs(100 * x) for row in differences.values() for x in row["interval"])
+    reach = 1.15 * max(widest, 2 * smallest)
+    ax.set_xlim(-reach, reach)
 
 
 def plot_series(rows: dict, file, x_label: str) -> None:

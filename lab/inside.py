@@ -2,7 +2,7 @@
 
 settings  guidance, steps and image guidance against score
 rungs     one rung at a time replaced
-probes    what the queries' states tell, depth by depth
+probes    what the queries' states tell, depth by depth, in each MLLM of the study
 slots     some of the queries muted, or taken from another prompt, by depth
 noise     how much of place and number is the starting noise's
 overfit   the loss when one batch is learnt by heart (this one trains, for half a minute)
@@ -26,7 +26,7 @@ import sample
 import train
 from engine import fast, mixer
 from engine.log import read_log
-from lab import dots, evaluate, statistics
+from lab import dots, evaluate, plan, statistics, trials
 from lab.dots import save
 from ladder import tap_layers
 from tbac import TBAC
@@ -37,6 +37,9 @@ SLOTS = 4
 # Noises that all prompts are drawn from.
 NOISES = 8
 PROMPTS = 100
+# Prompts that probes are fitted to, and those that they are tested on.
+FITTED = 1200
+TESTED = 400
 
 
 def load(folder, device="cpu"):
@@ -244,76 +247,103 @@ def probe_prompts(n):
     return list(facts), list(facts.values())
 
 
-def probes(args, train_n=1600, test_n=400):
-    """Linear (ridge) probes of the queries' states at every depth, fitted on some prompts and
-    tested on others; and, as a control, of those in an MLLM of random weights."""
-    model = load(args.model, args.device)
-    texts, facts = probe_prompts(train_n + test_n)
-    states = probe_states(model, texts)
-    model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
-    control = probe_states(model, texts)
-    rows = {}
-    for fact in facts[0]:
-        known = [i for i, said in enumerate(facts) if said[fact] is not None]
-        classes = sorted({facts[i][fact] for i in known}, key=str)
-        y = torch.tensor([classes.index(facts[i][fact]) for i in known])
-        cut = sum(i < train_n for i in known)
-        most_frequent = y[:cut].bincount().argmax()
-        chance = (y[cut:] == most_frequent).float().mean().item()
-        depths = [ridge(x[known], y, cut) for x in states]
-        untrained = [ridge(x[known], y, cut) for x in control]
-        rows[fact] = dict(chance=chance, depths=depths, untrained=untrained)
-        print(f"{fact:13} chance {100 * chance:3.0f}, depth by depth {shown_percent(depths)}; "
-              f"untrained MLLM {shown_percent(untrained)}")
-    plot_probes(rows, model.config, args.out / "probes.png")
-    return dict(table=rows)
+def probes(args):
+    """Linear (ridge) probes of the queries' states at every depth, of all queries together and of
+    each by itself, fitted on some prompts and tested on others; in each MLLM that the plan knows.
+    The queries are those that a run starts from: they have learnt from none of the three."""
+    texts, facts = probe_prompts(FITTED + TESTED)
+    table = {fact: {} for fact in facts[0]}
+    for name in plan.MLLMS:
+        if name == "captions" and not args.captions:
+            print("without --captions FOLDER that MLLM is left out")
+            continue
+        model = fast.enable(trials.with_mllm(args, name))
+        model.ladder.init_weights(torch.Generator().manual_seed(0))
+        states = probe_states(model, texts)                            # (depths, prompts, Q, M)
+        for fact in tqdm(table, name):
+            table[fact] |= {name: probed(states, [said[fact] for said in facts])}
+    print("\n".join(probe_rows(table)))
+    plot_probes(table, model.config, args.out / "probes.png")
+    return dict(table=table)
 
 
 @torch.no_grad()
 def probe_states(model, texts):
-    """-> the queries' states at every depth (depths, prompts, Q M)"""
+    """-> the queries' states at every depth (depths, prompts, Q, M)"""
     batches = []
     for i in tqdm(range(0, len(texts), 10), "read"):
         states = model.query_states(texts[i:i + 10])
         batches.append(torch.stack(states).float().cpu())
-    return torch.cat(batches, 1).flatten(2)
+    return torch.cat(batches, 1)
 
 
-def shown_percent(values):
-    return " ".join(f"{100 * value:3.0f}" for value in values)
-
-
-def plot_probes(rows, config, file):
-    """Right answers depth by depth; dashed those of an untrained MLLM, dotted chance. The depths
-    that the ladder taps are shaded."""
-    taps = tap_layers(config.mllm.n_layer, config.dit.n_layer, config.wiring)
-    figure, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    label = f"tapped by {config.wiring}"
-    ax.axvspan(min(taps) - 0.3, max(taps) + 0.3, color="0.92", label=label)
-    for i, (fact, row) in enumerate(rows.items()):
-        ax.plot([100 * value for value in row["depths"]], "o-", color=f"C{i}", label=fact)
-        ax.plot([100 * value for value in row["untrained"]], "--", color=f"C{i}", lw=1)
-        ax.axhline(100 * row["chance"], color=f"C{i}", ls=":", lw=1)
-    ax.set_xlabel("MLLM state (i enters layer i; the last one is the end)", fontsize=11)
-    ax.set_ylabel("right, % (dashed: untrained MLLM, dotted: chance)", fontsize=11)
-    ax.set_ylim(0, 103)
-    ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", fontsize=11)
-    save(figure, file)
-    plt.close(figure)
+def probed(states, answers) -> dict:
+    """One fact; answers: of each prompt, None where it does not say -> how often a probe is right,
+    of all queries together (depths,) and of each alone (depths, Q); and chance, which always says
+    what is most frequent."""
+    known = [i for i, answer in enumerate(answers) if answer is not None]
+    classes = sorted({answers[i] for i in known}, key=str)
+    y = torch.tensor([classes.index(answers[i]) for i in known])
+    cut = sum(i < FITTED for i in known)
+    chance = (y[cut:] == y[:cut].bincount().argmax()).float().mean().item()
+    together, alone = [], []
+    for depth in states[:, known]:                                     # (prompts, Q, M)
+        together.append(round(ridge(depth.flatten(1), y, cut), 4))
+        alone.append([round(ridge(query, y, cut), 4) for query in depth.unbind(1)])
+    return dict(chance=round(chance, 4), together=together, alone=alone)
 
 
 def ridge(x, y, cut):
-    """A ridge regression to one-hot classes fitted to the rows before `cut` (in its dual form:
-    features are many more) -> accuracy on the others."""
+    """A ridge regression to one-hot classes fitted to the rows before `cut` -> accuracy on the
+    others. By features or by rows, whichever are fewer: both forms have the same solution."""
     x = (x - x[:cut].mean(0)) / (x[:cut].std(0) + 1e-6)
     # a feature that is always 1, for the bias
     x = F.pad(x, (0, 1), value=1.0).double()
-    gram = x[:cut] @ x[:cut].T
-    penalty = 0.01 * gram.diagonal().mean() * torch.eye(cut, dtype=x.dtype)
-    weights = torch.linalg.solve(gram + penalty, F.one_hot(y[:cut]).to(x.dtype))
-    guesses = (x[cut:] @ x[:cut].T @ weights).argmax(1)
+    fitted, wanted = x[:cut], F.one_hot(y[:cut]).to(x.dtype)
+    penalty = 0.01 * fitted.square().sum() / cut
+    if fitted.shape[1] < cut:
+        gram = fitted.T @ fitted
+        weights = torch.linalg.solve(gram + penalty * torch.eye(len(gram)), fitted.T @ wanted)
+    else:
+        gram = fitted @ fitted.T
+        weights = fitted.T @ torch.linalg.solve(gram + penalty * torch.eye(cut), wanted)
+    guesses = (x[cut:] @ weights).argmax(1)
     return (guesses == y[cut:]).float().mean().item()
+
+
+def probe_rows(table: dict) -> list[str]:
+    """The probes of all queries together, in percent: the lines of a table."""
+    lines = []
+    for fact, by_mllm in table.items():
+        for name, row in by_mllm.items():
+            cells = [f"{100 * value:.0f}" for value in (row["chance"], *row["together"])]
+            lines.append(f"| {fact} | `{name}` | {' | '.join(cells)} |")
+    depths = range(len(row["together"]))
+    head = f"| fact | MLLM | chance | {' | '.join(f'state {i}' for i in depths)} |"
+    return [head, "|---" * (3 + len(depths)) + "|", *lines]
+
+
+def plot_probes(table: dict, config, file) -> None:
+    """Maps of depth by query: a column for each fact, a row for each MLLM, all on one scale."""
+    names = list(next(iter(table.values())))
+    figure, axes = plt.subplots(len(names), len(table), figsize=(11, 1.2 + 2.3 * len(names)),
+                                layout="constrained", sharex=True, sharey=True, squeeze=False)
+    taps = tap_layers(config.mllm.n_layer, config.dit.n_layer)
+    for (fact, by_mllm), column in zip(table.items(), axes.T):
+        column[0].set_title(f"{fact}\n(0: {by_mllm[names[0]]['chance']:.0%})", fontsize=12)
+        for name, ax in zip(names, column):
+            values, chance = np.array(by_mllm[name]["alone"]), by_mllm[name]["chance"]
+            shown = ax.imshow((values - chance) / (1 - chance), vmin=0, vmax=1, cmap="viridis",
+                              aspect="auto", origin="lower", interpolation="nearest")
+            ax.axhspan(taps[0] - 0.5, taps[-1] + 0.5, fill=False, ec="white", lw=1.5)
+            ax.set_xticks(range(0, values.shape[1], 5))
+            ax.set_yticks(range(0, len(values), 2))
+    for name, ax in zip(names, axes[:, 0]):
+        ax.set_ylabel(f"{name}\nstate", fontsize=12)
+    figure.supxlabel("query, by itself", fontsize=12)
+    figure.colorbar(shown, ax=axes, label="right, from chance (0) to all (1)", shrink=0.7)
+    save(figure, file)
+    plt.close(figure)
 
 
 # ----------------------------------------------------------------------------------------- slots

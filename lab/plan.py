@@ -19,9 +19,12 @@ BATCH = 24
 # Prompts per category: at the end, and along the way.
 PROMPTS = 96
 PROMPTS_EARLY = 24
-# Scores along the way.
-LOOKS = 8
+# Scores along the way and at the end. That at three quarters of the steps is by all prompts, too.
+LOOKS = 4
 DRAW_STEPS = 10
+
+# From easy to hard, as in MOSAIC (arXiv 2605.00273).
+DIFFICULTY = ("colour attribution", "counting", "position")
 
 # What reads the queries, and what it was taught.
 MLLMS = {
@@ -74,12 +77,17 @@ class Run:
 @dataclass(frozen=True)
 class Part:
     """arms: {label: Arm}; compared: (label, label it is compared with); scored: which prompts,
-    seen (of pairs that no arm holds out) or never seen (with a pair that all arms hold out)."""
+    seen (of pairs that no arm holds out) or never seen (with a pair that all arms hold out).
+
+    And other prompts of the same models. gaps: seen minus never seen, of one label, or of one minus
+    another; order: categories, each of which is asked to be easier than the next, by all arms."""
     question: str
     arms: dict[str, Arm]
     compared: tuple[tuple[str, str], ...]
     seeds: int = 5
     scored: tuple[str, ...] = ("seen",)
+    gaps: tuple[tuple[str, ...], ...] = ()
+    order: tuple[str, ...] = ()
 
     def runs(self, seeds: int | None = None) -> list[Run]:
         return [Run(arm, seed) for seed in range(seeds or self.seeds)
@@ -109,7 +117,8 @@ MLLM_ARMS, MLLM_PAIRS = table("MLLM {}", "mllm", MLLMS)
 CONNECTOR_ARMS, CONNECTOR_PAIRS = table("connector {}", "connector", CONNECTORS)
 
 PARTS = {
-    "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=16),
+    "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=16,
+                    order=DIFFICULTY),
     "wirings": Part("which states, in which order?", {wiring: Arm(wiring) for wiring in WIRINGS},
                     tuple((wiring, "final") for wiring in WIRINGS if wiring != "final")),
     "connectors": Part("is it the connector?", CONNECTOR_ARMS, CONNECTOR_PAIRS + (
@@ -117,7 +126,8 @@ PARTS = {
         ("final, connector per-block", "final, connector shared"))),
     "queries": Part("with few queries, with many?", QUERY_ARMS, QUERY_PAIRS),
     "pairs": Part("with pairs never seen together?", PAIR_ARMS, PAIR_PAIRS,
-                  scored=("seen", "never seen")),
+                  scored=("seen", "never seen"),
+                  gaps=tuple((label,) for label in PAIR_ARMS) + PAIR_PAIRS),
     "mllms": Part("with another MLLM?", MLLM_ARMS, MLLM_PAIRS + (
         ("ladder, MLLM captions", "ladder, MLLM random"),)),
     "shift": Part("with times nearer to the noise?", {
@@ -127,5 +137,7 @@ PARTS = {
 
 def n_compared() -> int:
     """All comparisons beside the primary one, whichever of them have been made so far."""
-    rest = [part for name, part in PARTS.items() if name != "primary"]
-    return sum(len(part.compared) * len(part.scored) for part in rest)
+    n = -1
+    for part in PARTS.values():
+        n += len(part.compared) * len(part.scored) + len(part.gaps) + len(part.order[1:])
+    return n

@@ -102,6 +102,20 @@ def estimate(table, groups=None, seed: int = 0, n: int = RESAMPLES) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach, p)
 
 
+def gap(first: np.ndarray, second: np.ndarray, first_groups: np.ndarray,
+        second_groups: np.ndarray, **how) -> Estimate:
+    """The mean of some prompts minus that of others, by the same seeds: tables (seeds, prompts) and
+    the categories of their prompts. So seeds are drawn for both at once, prompts for each. As
+    above, a mean is that of its categories' means."""
+    n_first, n_second = len(np.unique(first_groups)), len(np.unique(second_groups))
+    n = n_first + n_second
+    # A mean of all categories, with one sign for these and the other for those.
+    table = np.concatenate([n / n_first * first, -n / n_second * second], 1)
+    groups = [f"first {name}" for name in first_groups]
+    groups += [f"second {name}" for name in second_groups]
+    return estimate(table, groups, **how)
+
+
 def holm(p: dict, of: int | None = None) -> dict:
     """Holm's correction: {name: p} -> {name: p that all of them together may be judged by}. of: how
     many there are, if more than these (which then count as the largest)."""

@@ -9,6 +9,7 @@ import pathlib
 
 from engine.command import Parser, one_line_errors
 from engine.files import read_json, write_text
+from lab import inside
 from lab.evaluate import GENEVAL, OTHER, percent
 from sample import TOY_FOLDER
 
@@ -191,22 +192,17 @@ def hundredths(*values: float) -> list[str]:
 
 
 def probes() -> str:
-    rows = []
-    for fact, row in study("probes")["table"].items():
-        depths, untrained = row["depths"], row["untrained"]
-        values = (row["chance"], depths[1], untrained[1], depths[2], depths[-1], untrained[-1])
-        rows.append([fact, *hundredths(*values)])
-    return table(["fact", "chance", "state 1", "untrained, state 1", "state 2", "at the end",
-                  "untrained, at the end"], rows)
+    return "\n".join(inside.probe_rows(study("probes")["table"]))
 
 
 def probes_in_short() -> str:
     facts = ("first colour", "first shape", "second colour", "second shape", "side")
     found = study("probes")["table"]
     rows = []
-    for title, mllm, depth in (("entering layer 1", "depths", 1), ("at the end", "depths", -1),
-                               ("untrained MLLM, entering layer 1", "untrained", 1)):
-        rows.append([title, *hundredths(*(found[fact][mllm][depth] for fact in facts))])
+    for title, mllm, depth in (("entering layer 1", "facts", 1), ("at the end", "facts", -1),
+                               ("untrained MLLM, entering layer 1", "random", 1)):
+        shares = [found[fact][mllm]["together"][depth] for fact in facts]
+        rows.append([title, *hundredths(*shares)])
     return table(["", *facts], rows)
 
 

@@ -33,7 +33,7 @@ from engine.data import Reader, Share, ignore_signals, noise
 from engine.device import set_threads
 from engine.files import read_json, weight_files, write_text
 from engine.pictures import to_pixels
-from engine.sources import Example, Generated
+from engine.sources import Generated
 from engine.stacked import Learner, Prefix, Stack, read_prefix, signature
 from engine.state import State, checkpoints, ema_weights, write_checkpoint
 from lab import evaluate, plan
@@ -41,14 +41,12 @@ from lab.make import commit
 from lab.plan import Run
 from ladder import Ladder
 from tbac import TBAC, flow_matching
-from toy import grader, language, world
+from toy import grader
 
-# For train.learning_rate.
-LEARNING = dict(lr=1e-3, warmup=100, min_lr_ratio=0.1)
-# As in train.py for the toy.
-WEIGHT_DECAY = 0.01
-CLIP = 1.0
-EMA = 0.999
+# How arms learn, as the toy does in this stage: learning rate, warm-up, weight decay, clipping,
+# running mean. Steps, batch and the shift of the times are the plan's.
+RECIPE = types.SimpleNamespace(**train.PRESETS["toy"]["t2i"])
+# As by default in train.py.
 COND_DROP = 0.1
 # Seconds between checkpoints: of 30 models one has 2 GB.
 SAVE_EVERY = 180
@@ -100,32 +98,24 @@ def is_finished(args, run: Run) -> bool:
     return str(args.steps) in result(args, run)["scores"]
 
 
-# ---------------------------------------------------------------------------------- one example
-
-def draw_example(rng: random.Random, number: int, size: int, held_out: frozenset) -> Example:
-    """As train.draw_example; of these pairs of colour and shape none stands beside another
-    object."""
-    while True:
-        scene = language.scene_to_draw(rng)
-        pairs = {(thing.colour, thing.shape) for thing in scene.things}
-        if len(scene.things) == 1 or not pairs & held_out:
-            break
-    text, _ = language.request(scene, rng)
-    return Example(text, (), world.render(scene, size))
-
-
 # --------------------------------------------------------------------------- models of one group
+
+def with_mllm(args, name: str) -> TBAC:
+    """The model of a folder that has this MLLM of the plan's."""
+    folders = {"facts": args.model, "captions": args.captions, "random": args.model}
+    model = TBAC.load(folders[name], args.device, torch.float32)
+    if name == "random":
+        model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
+    return model
+
 
 def base_model(args, mllm: str) -> TBAC:
     """The parts that all runs of a group start from, the frozen ones in --dtype: the DiT and the
     autoencoder whose latents it has learnt, and one of three MLLMs."""
     model = TBAC.load(args.dit, args.device, torch.float32)
-    folders = {"facts": args.model, "captions": args.captions, "random": args.model}
-    other = TBAC.load(folders[mllm], args.device, torch.float32)
+    other = with_mllm(args, mllm)
     model.mllm = other.mllm
     model.config = dataclasses.replace(model.config, mllm=other.config.mllm)
-    if mllm == "random":
-        model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
     dtype = getattr(torch, args.dtype)
     model.mllm.to(dtype)
     model.dcae.to(dtype)
@@ -161,16 +151,16 @@ def adamw(params: dict[str, Tensor]) -> torch.optim.Optimizer:
     """As train.adamw: weight decay for matrices only. A stack has one dimension more."""
     matrices = [p for p in params.values() if p.dim() > 2]
     vectors = [p for p in params.values() if p.dim() <= 2]
-    groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY),
+    groups = [dict(params=matrices, weight_decay=RECIPE.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=LEARNING["lr"], fused=True)
+    return torch.optim.AdamW(groups, lr=RECIPE.lr, fused=True)
 
 
 @torch.no_grad()
 def clip_each(params: list[Tensor]) -> Tensor:
     """Clips the gradient of each model of a stack by its own norm -> norms (N,)"""
     norms = torch.cat([p.grad.flatten(1) for p in params], 1).norm(dim=1)   # (N,)
-    factors = (CLIP / (norms + 1e-6)).clamp(max=1)
+    factors = (RECIPE.clip / (norms + 1e-6)).clamp(max=1)
     shaped = [factors.view(-1, *[1] * (p.dim() - 1)) for p in params]
     torch._foreach_mul_([p.grad for p in params], shaped)
     return norms
@@ -213,12 +203,12 @@ class Group:
         self.stacks = build_stacks(self.model, runs, args.width)
         params = {f"{i}.{name}": p for i, (stack, _) in enumerate(self.stacks)
                   for name, p in stack.params.items()}
-        self.state = State(params, adamw, EMA, getattr(torch, args.dtype))
+        self.state = State(params, adamw, RECIPE.ema, getattr(torch, args.dtype))
         names = " ".join(run.name for run in runs)
         self.folder = folder_of(args) / hashlib.sha256(names.encode()).hexdigest()[:8]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
-        make = functools.partial(draw_example, size=self.model.config.size,
+        make = functools.partial(train.draw_example, size=self.model.config.size,
                                  held_out=plan.pairs_held_out(n_held_out))
         share = Share([Generated(make, 0)], [1.0], 0, 0, self.state.history)
         self.reader = Reader(share, args.workers)
@@ -302,7 +292,7 @@ class Group:
             found.append(losses.detach())
         for i in range(len(self.stacks)):
             clip_each([p for name, p in state.params.items() if name.startswith(f"{i}.")])
-        settings = types.SimpleNamespace(steps=self.args.steps, **LEARNING)
+        settings = types.SimpleNamespace(**vars(RECIPE) | dict(steps=self.args.steps))
         for group in state.optimizer.param_groups:
             group["lr"] = train.learning_rate(state.step, settings)
         state.optimizer.step()
@@ -353,7 +343,7 @@ class Group:
         """ValueError where a model has become infinite or NaN."""
         if name := self.state.not_finite():
             raise ValueError(f"step {self.state.step}: {name} has values that are not finite; "
-                             "take a smaller learning rate (lab/trials.py:LEARNING)")
+                             "take a smaller learning rate (lab/trials.py:RECIPE)")
 
     def save(self) -> None:
         """A checkpoint, unless this step has one."""
@@ -396,10 +386,25 @@ def early(args) -> list:
     return found
 
 
+def scored_at(args) -> list[int]:
+    """The steps after which models are scored, the last one included."""
+    return sorted({round(args.steps * (i + 1) / args.looks) for i in range(args.looks)})
+
+
+def three_quarters(args) -> int | None:
+    """Where the last quarter begins, as near as there is a look. None where there is none before
+    the end."""
+    *earlier, last = scored_at(args)
+    return min(earlier, key=lambda step: abs(step - 0.75 * last), default=None)
+
+
 def looks(args) -> dict[int, list]:
-    """{step: the prompts that models are scored by there}: a few along the way, all at the end."""
-    steps = {round(args.steps * (i + 1) / args.looks) for i in range(args.looks)}
-    return dict.fromkeys(sorted(steps), early(args)) | {args.steps: cases(args)}
+    """{step: the prompts that models are scored by there}: a few along the way; all where the last
+    quarter begins, and where it ends."""
+    found = dict.fromkeys(scored_at(args), early(args)) | {args.steps: cases(args)}
+    if start := three_quarters(args):
+        found[start] = cases(args)
+    return found
 
 
 def train_all(runs: list[Run], args, stop: Callable) -> bool:

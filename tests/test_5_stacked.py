@@ -17,6 +17,7 @@ STACKS = {
     "wirings": [dict(wiring=wiring) for wiring in ("ladder", "final", "mean", "first")],
     "routed": [dict(wiring="routed")] * 2,
     "per-block": [dict(wiring=wiring, connector="per-block") for wiring in ("ladder", "final")],
+    "alone": [dict(n_query=4)],
     "more queries": [dict(n_query=5), dict(n_query=5, wiring="final")],
 }
 
@@ -125,9 +126,10 @@ def test_models_of_other_shapes_are_told_apart(tiny):
     assert len(found) == len(STACKS)
 
 
+@pytest.mark.parametrize("specs", ["wirings", "alone"])
 @pytest.mark.parametrize("path", ["plain", "fast"])
-def test_drawn_pictures_are_those_of_single_models(tiny, path):
-    singles = members(tiny, STACKS["wirings"])
+def test_drawn_pictures_are_those_of_single_models(tiny, path, specs):
+    singles = members(tiny, STACKS[specs])
     stack = stacked(tiny, singles)
     texts = [PROMPTS[0], PROMPTS[2]]
     eps = torch.randn(2, *sample.latent_shape(tiny.config), generator=seeded())

@@ -1,5 +1,6 @@
 """The study: what its tables compare, what looks into a trained model, and a whole small study,
 stopped and gone on with."""
+import dataclasses
 import json
 import types
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lab import ablate, dots, evaluate, inside, plan, trials
+from lab import ablate, dots, evaluate, inside, plan, statistics, trials
 from sample import TOY_FOLDER
 from tbac import TBAC
 from tests.conftest import relative, run
@@ -20,27 +21,28 @@ CIRCLE = world.Scene((world.Thing("circle", "red", "medium", 0.5, 0.5),))
 SIX = [types.SimpleNamespace(category=category, pairs="seen", target=CIRCLE)
        for category in evaluate.GENEVAL for _ in range(4)]
 PART = plan.Part("?", plan.both(), (("ladder", "final"),), seeds=3)
+ORDERED = dataclasses.replace(PART, order=plan.DIFFICULTY)
 
 
 @pytest.fixture
 def study(monkeypatch):
     """A part whose runs are done: `ladder` is right where `final` is, and in all of counting."""
-    monkeypatch.setitem(plan.PARTS, "primary", PART)
+    monkeypatch.setitem(plan.PARTS, "primary", ORDERED)
     monkeypatch.setitem(plan.PARTS, "wirings", PART)
     monkeypatch.setattr(trials, "cases", lambda args: SIX)
-    rng = np.random.default_rng(0)
     counting = np.array([case.category == "counting" for case in SIX])
 
     def result(args, one):
         right = np.random.default_rng(one.seed).random(24) < 0.5
         if one.arm.wiring == "ladder":
             right = right | counting
-        on_the_way = rng.random(6) < 0.5
+        rng = np.random.default_rng(10 + one.seed)
+        early, before = rng.random(6) < 0.5, rng.random(24) < 0.4
         return dict(scores={step: "".join(map(str, row.astype(int)))
-                            for step, row in (("3", on_the_way), ("4", right))})
+                            for step, row in (("2", early), ("3", before), ("4", right))})
 
     monkeypatch.setattr(trials, "result", result)
-    return types.SimpleNamespace(steps=4, seeds=None, n=4, n_early=1)
+    return types.SimpleNamespace(steps=4, seeds=None, n=4, n_early=1, looks=4)
 
 
 def test_the_tables_are_of_the_last_step_and_paired(study, capsys):
@@ -55,9 +57,15 @@ def test_the_tables_are_of_the_last_step_and_paired(study, capsys):
     assert test["mean"] == pytest.approx(gap) == (1 - final["counting"]["mean"]) / 6
     assert all(ladder[name] == final[name] for name in ladder if name not in ("counting",
                                                                               "mean of 6"))
+    # Other prompts of both arms together.
+    harder = found["primary"]["contrasts"]["counting minus position"]
+    counting, position = (np.mean([row[name]["mean"] for row in (ladder, final)])
+                          for name in ("counting", "position"))
+    assert harder["mean"] == pytest.approx(counting - position)
+    assert harder["holm"]["of"] == plan.n_compared()
     # The rest is corrected for all that the plan asks, whatever is done. The primary: not at all.
     other = found["wirings"]["scored"]["seen"]["compared"]["ladder minus final"]
-    of = 1 + 4 + 4 + 6 + 4 + 1
+    of = 1 + 4 + 4 + 6 + 9 + 4 + 1 + 2
     assert "holm" not in test and other["holm"] == dict(p=min(1, of * other["p"]), of=of)
     ablate.print_part("primary", found["primary"])
     assert f"| ladder minus final | {ablate.points(test)} |" in capsys.readouterr().out
@@ -94,17 +102,56 @@ def test_the_mean_of_edits_is_of_all_kinds_and_seen_pairs():
     assert found.keys() == {"followed"} and found["followed"]["mean"] == 1
 
 
-def test_the_last_quarter_of_a_curve():
-    curve = {"a": {step: [0.1 * step] * 2 for step in (1, 2, 3, 4)}, "b": {3: [0.3], 4: [0.5]}}
-    assert ablate.last_quarter(curve) == pytest.approx(15)
-    assert ablate.last_quarter({"a": {4: [0.5]}}) is None
+def test_seen_is_held_against_never_seen(monkeypatch):
+    """In the categories that have both; paired by seed, prompt by prompt where two arms are."""
+    rng = np.random.default_rng(0)
+    part = plan.PARTS["pairs"]
+    groups = dict(seen=np.repeat(evaluate.GENEVAL, 8))
+    groups["never seen"] = np.array([g for g in groups["seen"] if g not in evaluate.ALONE])
+    scored = {pairs: ({label: (rng.random((5, len(names))) < 0.5).astype(float)
+                       for label in part.arms}, names) for pairs, names in groups.items()}
+    found = ablate.gaps(part, scored)
+    assert len(found) == 9
+
+    def mean(label, pairs):
+        scores, names = scored[pairs]
+        return np.mean([scores[label][:, names == name].mean() for name in evaluate.GENEVAL
+                        if name not in evaluate.ALONE])
+
+    of_arm = {label: mean(label, "seen") - mean(label, "never seen") for label in part.arms}
+    for label, gap in of_arm.items():
+        assert found[f"{label}: seen minus never seen"].mean == pytest.approx(gap)
+    two = of_arm["ladder, 6 pairs held out"] - of_arm["final, 6 pairs held out"]
+    words = "ladder minus final, 6 pairs held out: seen minus never seen"
+    assert found[words].mean == pytest.approx(two)
+    # Where both arms draw alike there is no gap between them, however the prompts differ.
+    for scores, _ in scored.values():
+        scores["final, 6 pairs held out"] = scores["ladder, 6 pairs held out"]
+    assert ablate.gaps(part, scored)[words] == statistics.Estimate(0.0, 0.0, 0.0, 1.0)
+
+
+def test_the_last_quarter_is_that_of_all_prompts(study):
+    """Those of the look at three quarters and of the one at the end; the looks before have few."""
+    looks = trials.looks(study)
+    assert [len(looks[step]) for step in (1, 2, 3, 4)] == [6, 6, 24, 24]
+    assert trials.three_quarters(study) == 3
+    moved = ablate.last_quarter(study, PART)
+    (before, _), (after, _) = (ablate.scores_of(study, PART, "seen", step) for step in (3, 4))
+    wanted = np.mean([(after[label] - before[label]).mean() for label in before])
+    assert moved.mean == pytest.approx(wanted) and moved.low < moved.mean < moved.high
+    study.looks = 1
+    assert ablate.last_quarter(study, PART) is None
 
 
 @pytest.mark.parametrize("moved, words", [
-    (1.9, "have arrived"), (-2.1, "have not arrived"), (None, "not known"),
+    ((1.0, 0.1, 1.9), "curves have arrived"), ((-1.0, -1.9, -0.1), "curves have arrived"),
+    ((1.0, -0.5, 2.5), "may have not arrived: take more"), ((3, 2.1, 3.9), "curves have not"),
+    ((-3, -3.9, -2.1), "curves have not"), (None, "not known"),
 ])
 def test_whether_curves_have_arrived(moved, words):
-    assert words in ablate.arrival(moved)
+    """As far as the interval says so."""
+    row = moved and dict(mean=moved[0] / 100, interval=[x / 100 for x in moved[1:]])
+    assert words in ablate.arrival(row)
 
 
 def test_a_prompt_counts_by_the_pairs_that_its_arms_hold_out():
@@ -128,13 +175,16 @@ def test_figures_show_every_row(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(dots, "save", lambda figure, file: drawn.append(figure))
     rows = {name: dict(mean=0.5, interval=[0.4, 0.6], points=[0.45, 0.55]) for name in "abc"}
-    dots.plot_arms(rows, {"a minus b": dict(mean=0.01, interval=[-0.02, 0.04])}, 3.0, tmp_path)
-    left, right = drawn[0].axes
+    difference = {"a minus b": dict(mean=0.01, interval=[-0.02, 0.04])}
+    wide = {"easy minus hard": dict(mean=0.4, interval=[0.3, 0.5])}
+    dots.plot_arms(rows, [difference, wide], 3.0, tmp_path)
+    left, right, other = drawn[0].axes
+    assert other.get_xlim()[1] > 50
     assert [label.get_text() for label in left.get_yticklabels()] == list("abc")
     assert [len(line.get_xdata()) for line in left.lines] == [2, 2, 1] * 3
     assert list(right.lines[1].get_xdata()) == [-2, 4]
     low, high = right.get_xlim()
-    assert low < -4 < 4 < high
+    assert -10 < low < -4 < 4 < high < 10
     for ax in (left, right):
         drawn[0].canvas.draw()
         assert all(tick == round(tick) for tick in ax.get_xticks())
@@ -193,6 +243,71 @@ def test_probes_find_what_is_there_and_nothing_else():
     signal = torch.nn.functional.one_hot(y, 50)
     assert inside.ridge(noise, y, 300) < 0.55
     assert inside.ridge(noise + 4 * signal, y, 300) > 0.95
+
+
+@pytest.mark.parametrize("n_feature", [20, 500])
+def test_both_forms_of_a_probe_are_least_squares(n_feature):
+    """As written down: squared errors and the penalty's squares, as one system of equations."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (400,), generator=g)
+    x = torch.randn(400, n_feature, generator=g) + torch.nn.functional.one_hot(y, n_feature)
+    scaled = (x - x[:300].mean(0)) / (x[:300].std(0) + 1e-6)
+    scaled = torch.cat([scaled, torch.ones(400, 1)], 1).double()
+    penalty = 0.01 * scaled[:300].square().sum(1).mean()
+    equations = torch.cat([scaled[:300], penalty.sqrt() * torch.eye(n_feature + 1)])
+    answers = torch.cat([torch.eye(3)[y[:300]], torch.zeros(n_feature + 1, 3)]).double()
+    guesses = (scaled[300:] @ torch.linalg.lstsq(equations, answers).solution).argmax(1)
+    found = inside.ridge(x, y, 300)
+    assert found == pytest.approx((guesses == y[300:]).float().mean().item())
+    assert 0.4 < found < 0.95
+
+
+def test_a_probe_finds_in_which_query_and_depth_a_fact_is(monkeypatch):
+    """Colour in query 1 at depth 2, and nothing else; where a prompt does not say, it is left
+    out."""
+    monkeypatch.setattr(inside, "FITTED", 300)
+    g = torch.Generator().manual_seed(0)
+    colours = [None if i % 7 == 0 else "rgb"[i % 3] for i in range(420)]
+    states = torch.randn(3, 420, 2, 8, generator=g)
+    for i, colour in enumerate(colours):
+        if colour:
+            states[2, i, 1, "rgb".index(colour)] += 9
+    found = inside.probed(states, colours)
+    assert found["alone"][2][1] == found["together"][2] == 1
+    others = [found["alone"][depth][query] for depth in range(3) for query in range(2)
+              if (depth, query) != (2, 1)]
+    assert max(*others, *found["together"][:2]) < 0.6 and 0.2 < found["chance"] < 0.5
+
+
+def test_probes_are_of_three_mllms_by_the_same_fresh_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr(inside, "FITTED", 60)
+    monkeypatch.setattr(inside, "TESTED", 20)
+    read = []
+
+    def states(model, texts):
+        read.append((model.ladder.queries.detach(), model.mllm.embed_tokens.weight.detach()))
+        return torch.randn(3, 80, 4, 5, generator=torch.Generator().manual_seed(len(read)))
+
+    monkeypatch.setattr(inside, "probe_states", states)
+    other = TBAC.load(TOY_FOLDER)
+    with torch.no_grad():
+        other.mllm.embed_tokens.weight.mul_(2)
+    other.save(tmp_path / "captions")
+    words = ["probes", "--out", str(tmp_path), "--captions", str(tmp_path / "captions")]
+    table = inside.probes(ablate.options(words))["table"]
+    queries, embedded = zip(*read)
+    assert all(torch.equal(queries[0], own) for own in queries)
+    fresh = TBAC.load(TOY_FOLDER)
+    assert torch.equal(embedded[1], fresh.mllm.embed_tokens.weight.float())
+    assert torch.equal(embedded[0], 2 * embedded[1]) and not torch.equal(*embedded[1:])
+    fresh.ladder.float().init_weights(torch.Generator().manual_seed(0))
+    assert torch.equal(queries[0], fresh.ladder.queries)
+    assert all(row.keys() == plan.MLLMS.keys() for row in table.values())
+    lines = inside.probe_rows(table)
+    assert len(lines) == 2 + 3 * 6 and len({line.count("|") for line in lines}) == 1
+    picture = np.array(Image.open(tmp_path / "probes.png").convert("RGB"))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+    assert inside.probes(ablate.options(words[:3]))["table"]["count"].keys() == {"facts", "random"}
 
 
 @pytest.mark.parametrize("queries", [range(2), range(6, 8)])

@@ -1,10 +1,8 @@
 """Runs that are trained together: they learn what single runs learn, go on where they were stopped,
 and are scored as lab.evaluate scores."""
 import dataclasses
-import functools
 import itertools
 import random
-import types
 
 import pytest
 import torch
@@ -81,15 +79,6 @@ def test_a_dit_comes_with_the_autoencoder_that_it_has_learnt_with(tmp_path, mllm
     assert same == (mllm == "facts")
 
 
-def test_examples_are_those_of_train_where_no_more_is_held_out():
-    ours, theirs = (
-        [make(random.Random(i), i, 64) for i in range(60)]
-        for make in (functools.partial(trials.draw_example, held_out=world.HELD_OUT),
-                     train.draw_example))
-    assert [e.prompt for e in ours] == [e.prompt for e in theirs]
-    assert all(a.target.tobytes() == b.target.tobytes() for a, b in zip(ours, theirs))
-
-
 # --------------------------------------------------------------------------------------- training
 
 def test_a_stacked_run_is_a_single_run(tmp_path):
@@ -104,8 +93,8 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
     found = torch.stack([group.step(inputs)[0] for inputs in given])            # (steps, N)
     examples = iter(trials.Group(runs, args).reader)
     batches = [list(itertools.islice(examples, 3)) for _ in range(3)]
-    settings = types.SimpleNamespace(steps=200, betas=(0.9, 0.999), weight_decay=0.01,
-                                     **trials.LEARNING)
+    words = ["--steps", "200", "--wiring", "ladder", "--out", str(tmp_path / "single")]
+    settings = train.options(words)
     for i, run in enumerate(runs):
         model = single(group, run)
         params = {name: p for name, p in model.named_parameters()
@@ -120,7 +109,7 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
             loss = model.loss(pixels, prompts, t=train.shifted(t, run.arm.shift), eps=eps)
             loss.backward()
             assert relative(found[step, i], loss.detach()) < 1e-5
-            clip_grad_norm_(params.values(), trials.CLIP)
+            clip_grad_norm_(params.values(), settings.clip)
             optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
             optimizer.param_groups[1]["lr"] = learning_rate(step, settings)
             optimizer.step()
@@ -142,7 +131,7 @@ def test_each_model_is_clipped_by_its_own_norm():
         own = [torch.nn.Parameter(p[i].detach().clone()) for p in params]
         for p, of_all in zip(own, params):
             p.grad = of_all.grad[i].clone()
-        want.append((clip_grad_norm_(own, trials.CLIP), [p.grad for p in own]))
+        want.append((clip_grad_norm_(own, trials.RECIPE.clip), [p.grad for p in own]))
     norms = trials.clip_each(params)
     for i, (norm, grads) in enumerate(want):
         assert norms[i] == pytest.approx(norm.item())
@@ -275,20 +264,34 @@ def test_scores_are_those_of_evaluate(tmp_path):
 
 # -------------------------------------------------------------------------------------- examples
 
+def drawn_scenes(n, **held_out):
+    rng = random.Random(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "render", lambda scene, size: scene)
+        return [train.draw_example(rng, i, 64, **held_out).target for i in range(n)]
+
+
 @pytest.mark.parametrize("n", [2, 6, 12])
 def test_held_out_pairs_stand_alone_only(n):
+    """And there are as many things as where fewer are held out: 30, 45, 15 and 10 of 100 scenes
+    have one to four, and a few more have three in a row."""
     held_out = plan.pairs_held_out(n)
     assert len(held_out) == n and held_out >= world.HELD_OUT
     assert n == 2 or held_out > plan.pairs_held_out(n // 2)
-    rng = random.Random(0)
+    scenes = drawn_scenes(900, held_out=held_out)
     alone, beside = set(), set()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "render", lambda scene, size: scene)
-        for i in range(1500):
-            things = trials.draw_example(rng, i, 64, held_out).target.things
-            (alone if len(things) == 1 else beside).update((t.colour, t.shape) for t in things)
+    for things in (scene.things for scene in scenes):
+        (alone if len(things) == 1 else beside).update((t.colour, t.shape) for t in things)
     assert len(alone) == 24
     assert beside == {(c, s) for c in world.COLOURS for s in world.SHAPES} - held_out
+    found = [sum(len(scene.things) == k for scene in scenes) / 900 for k in (1, 2, 3, 4)]
+    expected = [0.96 * share for share in (0.3, 0.45, 0.15, 0.1)]
+    expected[2] += 0.04
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_what_the_world_holds_out_is_what_training_does():
+    assert drawn_scenes(60) == drawn_scenes(60, held_out=plan.pairs_held_out(2))
 
 
 def test_half_of_the_pairs_leave_every_colour_and_shape():
