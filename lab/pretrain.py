@@ -586,15 +586,29 @@ class SceneEncoder(nn.Module):
         return [(t.x, t.y) for t in things] + [(0, 0)] * (5 - len(things))
 
 
+# Where a thing is whose place is not told.
+ANYWHERE = dict(x=0, y=0)
+
+
+def as_told(scene, rng: random.Random, args):
+    """A scene as the DiT hears of it: nothing now and then, which guidance needs; every second time
+    without places. Captions seldom tell these, so the DiT learns to arrange things by itself."""
+    if rng.random() < args.cond_drop:
+        return None
+    if rng.random() < 0.5:
+        things = tuple(dataclasses.replace(thing, **ANYWHERE) for thing in scene.things)
+        return dataclasses.replace(scene, things=things)
+    return scene
+
+
 def dit_loss(model: TBAC, aux_head: SceneEncoder, rows: list, args):
-    """Flow matching on what the scene holds, the same for every block; some rows are told nothing,
-    which guidance needs."""
+    """Flow matching on what is told of the scene, the same for every block."""
     scenes, rngs = zip(*rows)
     pictures = [world.render(scene, args.size) for scene in scenes]
     with torch.no_grad():
         pixels = to_pixels(pictures, args.device, getattr(torch, args.dtype))
         x0 = model.dcae.encode(pixels).float()                         # (B, C, h, w)
-    told = [None if rng.random() < args.cond_drop else scene for scene, rng in rows]
+    told = [as_told(scene, rng, args) for scene, rng in rows]
     rungs = aux_head(told).expand(model.config.dit.n_layer, -1, -1, -1)
     t, eps = noise(rngs, x0.shape[1:], args.device)
     x_t, v = flow_matching(x0, t, eps)

@@ -560,6 +560,19 @@ def test_names_of_what_each_vision_token_shows():
     assert rows[10]["spot"] == "bottom right" and rows[10]["size"] == "large"
 
 
+def test_places_are_told_every_second_time():
+    """And now and then nothing is; all else stays."""
+    rng = random.Random(0)
+    scene = world.sample_scene(rng, 3)
+    args = pretrain.options(["--stage", "dit", "--cond-drop", "0.1"])
+    told = [pretrain.as_told(scene, rng, args) for _ in range(2000)]
+    assert 150 < told.count(None) < 250 and 800 < told.count(scene) < 1000
+    unplaced, = {case for case in told if case not in (None, scene)}
+    assert [t.label for t in unplaced.things] == [t.label for t in scene.things]
+    assert {(t.x, t.y) for t in unplaced.things} == {(0, 0)}
+    assert unplaced.background == scene.background
+
+
 def test_summary_tokens_tell_each_thing_in_turn():
     """What the text says, and no exact place; with a picture, column by column, and in eighths of
     the side."""
