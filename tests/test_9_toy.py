@@ -7,7 +7,7 @@ import torch
 
 import sample
 from engine.pictures import to_pixels
-from lab import evaluate
+from lab import evaluate, make
 from sample import TOY_FOLDER
 from tbac import TBAC
 from toy import grader, language, world
@@ -25,7 +25,11 @@ def model():
 def test_it_fits_in_16_megabytes_and_says_how_it_was_made():
     assert sum(f.stat().st_size for f in TOY_FOLDER.iterdir()) < 16 * 2 ** 20
     record = json.loads((TOY_FOLDER / "record.json").read_text())
-    assert {"commands", "seed", "hardware", "scores"} <= record.keys()
+    assert not record["dry_run"] and "+" not in record["commit"]
+    for stage in make.RECIPE:
+        said = record["stages"][stage.name]
+        assert said["steps"] == stage.preset()["steps"] and said["cpu_minutes"] > 0
+        assert (TOY_FOLDER / f"{stage.name}-sheet-{said['steps']:08d}.png").is_file()
 
 
 def test_the_autoencoder_keeps_colours(model):
