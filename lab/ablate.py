@@ -362,7 +362,7 @@ def add_folders(add) -> None:
 
 def add_plan(add) -> None:
     """What the plan says, for those who try something else."""
-    add("--seeds", type=MANY, help="runs of each model (default: the plan's, 16 or 5)")
+    add("--seeds", type=MANY, help="runs of each model (default: the plan's, 8 or 5)")
     add("--steps", type=command.count(1, MAX_TRAINING_STEPS), default=plan.STEPS,
         help=f"of training (default: {plan.STEPS})")
     add("--batch", type=MANY, default=plan.BATCH,
@@ -388,8 +388,8 @@ def add_machine(add, gpu: bool) -> None:
     add("--minutes", type=command.real(0, 1e6), help="stop after these, to go on later")
     add("--device", type=command.device, default="cuda" if gpu else "cpu",
         help="(default: a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32",
-        help="to compute in, the weights are float32 (default: bfloat16, CPU float32)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
+        help="to compute in, the weights are float32 (default: bfloat16)")
 
 
 def refuse_missing(p, args) -> None:

@@ -117,7 +117,7 @@ MLLM_ARMS, MLLM_PAIRS = table("MLLM {}", "mllm", MLLMS)
 CONNECTOR_ARMS, CONNECTOR_PAIRS = table("connector {}", "connector", CONNECTORS)
 
 PARTS = {
-    "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=16,
+    "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=8,
                     order=DIFFICULTY),
     "wirings": Part("which states, in which order?", {wiring: Arm(wiring) for wiring in WIRINGS},
                     tuple((wiring, "final") for wiring in WIRINGS if wiring != "final")),
