@@ -567,6 +567,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         help="pictures per prompt, when drawing (default: 4, as in GenEval)")
     add("--seed", type=command.SEED, default=0, help="of the noise (default: 0)")
     add("--steps", type=command.count(1, MAX_STEPS), default=20, help="(default: 20)")
+    add("--solver", choices=sample.SOLVERS, default="dpm++", help="(default: dpm++)")
     add("--guidance", type=command.FACTOR, default=4.5, help="(default: 4.5)")
     add("--image-guidance", type=command.FACTOR, help="(default: the model's)")
     add("--batch", type=command.count(1, 10_000), default=32,
@@ -596,7 +597,7 @@ def main(argv: list[str] | None = None) -> None:
             args.image_guidance = model.config.image_guidance
         scores, failures = benchmark(
             model, args.tasks, args.n, args.pictures, args.batch, args.seed, steps=args.steps,
-            guidance=args.guidance, image_guidance=args.image_guidance,
+            solver=args.solver, guidance=args.guidance, image_guidance=args.image_guidance,
         )
         rows = summary(scores | ceilings(model, args.n, args.batch))
         for task in dict.fromkeys(key[0] for key in rows):
