@@ -6,7 +6,7 @@ pictures from the shipped model.
 
 ladder   ladder-light.svg, ladder-dark.svg: the paper's Fig. 2 with the names and shapes of this
          code
-samples  samples.png: twelve prompts, and the first picture that the model draws for each
+samples  samples.png: sixteen prompts, and the first picture that the model draws for each
 edits    edits.png: one edit of every kind, source -> instruction -> result
 explain  explain.png: what `sample.py "..." --explain --compare "..."` writes as a page, as headless
          Chromium shows it
@@ -396,6 +396,11 @@ PROMPTS = {
         "two yellow circles and a purple square",
         "a purple triangle left of a green circle",
         "an orange cross above a blue square"),
+    "as people speak": (
+        "RED CIRCLE LEFT OF BLUE SQUARE",
+        "green triangle, yellow box",
+        "a red ball next to a huge blue block",
+        "can you draw two tiny orange plus signs please?"),
 }
 # action -> what there is, what is asked for
 EDITS = {
@@ -420,6 +425,18 @@ EDITS = {
         Scene((Thing("square", "red", "large", 0.5, 0.76),
                Thing("circle", "yellow", "small", 0.5, 0.2))),
         "make the background black"),
+    "resize": (
+        Scene((Thing("triangle", "orange", "small", 0.24, 0.5),
+               Thing("cross", "purple", "medium", 0.7, 0.5))),
+        "make the triangle bigger"),
+    "swap": (
+        Scene((Thing("circle", "red", "medium", 0.24, 0.5),
+               Thing("square", "green", "medium", 0.76, 0.5))),
+        "swap the circle and the square"),
+    "recolour all": (
+        Scene((Thing("triangle", "yellow", "medium", 0.24, 0.24),
+               Thing("cross", "red", "medium", 0.76, 0.76)), "grey"),
+        "make everything blue"),
 }
 
 
@@ -430,7 +447,7 @@ def first_picture(model, prompt, images=()):
 
 
 def draw_samples(args):
-    """Three rows of four prompts."""
+    """Rows of four prompts."""
     model = fast.enable(TBAC.load(args.model))
     side, gap, row_height = 183, 12, 250
     p = Page(row_height * len(PROMPTS) + 12)

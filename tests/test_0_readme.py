@@ -19,6 +19,7 @@ from lab import ablate, evaluate, figures, make, plan, pretrain, tables, trials
 from sample import TOY_FOLDER
 from tbac import TBACConfig
 from tests.conftest import ROOT
+from toy import language
 
 PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md", "toy/README.md",
          "toy/weights/README.md"]
@@ -169,6 +170,10 @@ def test_the_studies_are_of_the_shipped_weights():
     names = ("settings", "probes", "rungs", "overfit")
     found = {study(name)["options"]["weights"] for name in names}
     assert found == {trials.digest(TOY_FOLDER)}, "of other weights than those shipped"
+
+
+def test_the_figure_of_edits_shows_each_kind():
+    assert set(figures.EDITS) == set(language.EDITS)
 
 
 # ---------------------------------------------------------------------------- names, links, words
