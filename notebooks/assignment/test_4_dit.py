@@ -147,6 +147,8 @@ def test_4f_mix_ffn(adapters, case):
                       "Yours is of the x that came in.",
     no_residual="Each of the three is added to x. Yours replaces it.",
     cross_first="Self-attention first, then cross-attention, then the feed-forward.",
+    heads_of_cross="The self-attention has D / head_dim heads. Yours has n_head of them, which is "
+                   "the cross-attention's number.",
 )
 def test_4g_adaln_block(adapters, case):
     keys, values = case["keys"], case["values"]

@@ -248,11 +248,10 @@ def windows(order=(0, 2, 1, 3, 4), at_start=False, all_valid=False, square=True,
         pad = (0, 0, right_, 0, down, 0) if at_start else (0, 0, 0, right_, 0, down)
         x = F.pad(x.view(h, w, -1), pad)
         valid = F.pad(torch.ones(h, w, 1), pad)
-        valid = split(valid)[..., 0].bool()
-        return split(x), torch.ones_like(valid) if all_valid else valid
+        valid = split(valid, side)[..., 0].bool()
+        return split(x, side), torch.ones_like(valid) if all_valid else valid
 
-    def split(x):
-        side = 2
+    def split(x, side):
         if not square:
             return x.reshape(-1, side * side, x.shape[-1])
         x = x.unflatten(1, (-1, side)).unflatten(0, (-1, side))
@@ -418,8 +417,9 @@ def ffn(swap=False, first=F.silu, gate=F.silu, turned=False, mixed_in=False, mix
 
 def block(order=(0, 1, 2, 3, 4, 5), table=1, one=1, gates=(True, True), norm=True, residual=1,
           parts_in_order=("attended", "crossed", "fed"), cross_modulated=False, cross_normed=False,
-          cross_gated=False, norm_again=True):
+          cross_gated=False, norm_again=True, heads_of_cross=False):
     def of(x, modulation, keys, values, size, weights, head_dim, n_head):
+        head_dim = x.shape[2] // n_head if heads_of_cross else head_dim
         six = (table * weights["scale_shift_table"] + modulation).chunk(6, 1)
         shift1, scale1, gate1, shift2, scale2, gate2 = (six[i] for i in order)
         parts = {name: right.of_prefix(weights, f"{name}.") for name in ("attn", "cross", "ffn")}
@@ -505,6 +505,7 @@ DIT = {
         "no_residual": block(residual=0),
         "cross_first": block(parts_in_order=("crossed", "attended", "fed")),
         "cross_last": block(parts_in_order=("attended", "fed", "crossed")),
+        "heads_of_cross": block(heads_of_cross=True),
     },
 }
 
@@ -797,6 +798,17 @@ def changed(name, change):
     return {name: lambda *args: change(getattr(right, name)(*args))}
 
 
+def rounded_for_two(x, h, w, side):
+    """(n + 1) // side windows along n units: right for side 2 alone."""
+    rows, columns = (h + 1) // side * side, (w + 1) // side * side
+
+    def cut(x):
+        x = F.pad(x.view(h, w, -1), (0, 0, 0, columns - w, 0, rows - h))
+        return right.to_windows(x.flatten(0, 1), rows, columns, side)[0]
+
+    return cut(x), cut(torch.ones(h * w, 1))[..., 0].bool()
+
+
 def with_valid(change):
     return changed("to_windows", lambda made: (made[0], change(made[1])))
 
@@ -836,6 +848,8 @@ REFUSED = {
         r"valid, 4 x 6: not right.\n  Its shape is \(6, 2, 2\)": with_valid(
             lambda valid: valid.unflatten(1, (2, 2))),
         r"two tensors, windows and valid; got Tensor": changed("to_windows", lambda made: made[0]),
+        r"windows, 4 x 5, side 3: not right.\n  Its shape is \(2, 9, 5\), expected \(4, 9, 5\)":
+            dict(to_windows=rounded_for_two),
     },
     "4d_timestep_embedding": {
         "divides by n / 2 - 1": dict(timestep_embedding=last_frequency_by_exp),
