@@ -1,7 +1,7 @@
 """Part 1: between data and noise."""
 import torch
 
-from notebooks.assignment.grading import problem, two
+from notebooks.assignment.grading import check_times, problem, two
 
 
 @problem(
@@ -23,6 +23,7 @@ def test_1a_flow_matching(adapters, case):
 
 def network(x, time):
     """Something that depends on both, and has the shape of a velocity."""
+    check_times(time, x, "1b loss")
     return torch.sin(x + time.view(-1, 1, 1, 1) / 250)
 
 

@@ -142,6 +142,7 @@ def test_4f_mix_ffn(adapters, case):
     cross_modulated="Cross-attention reads x as it stands, without norm and modulation (as in "
                     "SANA).",
     cross_gated="Cross-attention is added as it is, without a gate.",
+    norm_eps="The LayerNorm's eps is 1e-6. Yours is 1e-5, which is PyTorch's default.",
     no_norm="Each modulation follows a LayerNorm (eps 1e-6, without weights).",
     norm_of_the_first="The feed-forward's LayerNorm is of x as the two attentions have left it. "
                       "Yours is of the x that came in.",

@@ -417,7 +417,7 @@ def ffn(swap=False, first=F.silu, gate=F.silu, turned=False, mixed_in=False, mix
 
 def block(order=(0, 1, 2, 3, 4, 5), table=1, one=1, gates=(True, True), norm=True, residual=1,
           parts_in_order=("attended", "crossed", "fed"), cross_modulated=False, cross_normed=False,
-          cross_gated=False, norm_again=True, heads_of_cross=False):
+          cross_gated=False, norm_again=True, heads_of_cross=False, eps=1e-6):
     def of(x, modulation, keys, values, size, weights, head_dim, n_head):
         head_dim = x.shape[2] // n_head if heads_of_cross else head_dim
         six = (table * weights["scale_shift_table"] + modulation).chunk(6, 1)
@@ -425,7 +425,7 @@ def block(order=(0, 1, 2, 3, 4, 5), table=1, one=1, gates=(True, True), norm=Tru
         parts = {name: right.of_prefix(weights, f"{name}.") for name in ("attn", "cross", "ffn")}
 
         def modulated(x, shift, scale):
-            y = F.layer_norm(x, x.shape[2:], eps=1e-6) if norm else x
+            y = F.layer_norm(x, x.shape[2:], eps=eps) if norm else x
             return y * (one + scale) + shift
 
         def attended(x):
@@ -500,6 +500,7 @@ DIT = {
         "cross_normed": block(cross_normed=True),
         "cross_modulated": block(cross_modulated=True),
         "cross_gated": block(cross_gated=True),
+        "norm_eps": block(eps=1e-5),
         "no_norm": block(norm=False),
         "norm_of_the_first": block(norm_again=False),
         "no_residual": block(residual=0),
@@ -798,6 +799,10 @@ def changed(name, change):
     return {name: lambda *args: change(getattr(right, name)(*args))}
 
 
+def loss_of_a_picture_of_times(velocity, x0, t, eps):
+    return right.loss(lambda x, time: velocity(x, time[:, None, None, None]), x0, t, eps)
+
+
 def rounded_for_two(x, h, w, side):
     """(n + 1) // side windows along n units: right for side 2 alone."""
     rows, columns = (h + 1) // side * side, (w + 1) // side * side
@@ -825,6 +830,7 @@ REFUSED = {
         r"two tensors, x_t and v; got NoneType. Is there": changed("flow_matching", lambda y: None),
         r"two tensors, x_t and v; got tuple of 1": changed("flow_matching", lambda y: y[:1]),
     },
+    "1b_loss": {r"one for each row, \(B,\)": dict(loss=loss_of_a_picture_of_times)},
     "1c_schedule": {
         r"should be float64. Yours are torch.float32": schedule(dtype=torch.float32),
     },

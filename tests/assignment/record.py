@@ -124,9 +124,10 @@ def dit_inputs() -> dict:
     parts += [draw.linear("attn.out", 12, 12), under("cross", draw.cross(12))]
     parts += [under("ffn", draw.ffn(12, 8)), {"scale_shift_table": draw(6, 12, scale=0.5)}]
     weights = {name: tensor for part in parts for name, tensor in part.items()}
-    # Three heads of 4 in the linear attention, two of 6 in the cross-attention.
-    block = dict(x=2 + draw(2, 6, 12), modulation=draw(2, 6, 12), keys=draw(2, 2, 5, 6),
-                 values=draw(2, 2, 5, 6), weights=weights)
+    # Three heads of 4 in the linear attention, two of 6 in the cross-attention. The x is so small
+    # that the norm's eps shows.
+    block = dict(x=0.2 + draw(2, 6, 12, scale=0.1), modulation=draw(2, 6, 12),
+                 keys=draw(2, 2, 5, 6), values=draw(2, 2, 5, 6), weights=weights)
     return {
         "4a_attention_n_by_n": attention[0],
         "4b_linear_attention": attention[1],
