@@ -134,6 +134,13 @@ def two(value, what: str, names: str) -> tuple[Tensor, Tensor]:
                 f"{length(value)}.{hint}")
 
 
+def check_times(time, x: Tensor, what: str) -> None:
+    """For what the network is fed."""
+    __tracebackhide__ = True
+    if not isinstance(time, Tensor) or time.shape != x.shape[:1]:
+        raise Wrong(f"{what}: the network is fed a tensor of times, one for each row, (B,).")
+
+
 def length(value) -> str:
     return f" of {len(value)}" if isinstance(value, list | tuple) else ""
 

@@ -1,15 +1,15 @@
 """Part 1: between data and noise."""
 import torch
 
-from notebooks.assignment.grading import problem, two
+from notebooks.assignment.grading import check_times, problem, two
 
 
 @problem(
     4,
     ends_swapped="t = 0 is data and t = 1 is noise. Yours starts at the noise: t x0 + (1 - t) eps.",
     velocity_reversed="v points from data to noise: eps - x0. Yours is x0 - eps.",
-    noise_as_target="v is the derivative of x_t by t, which is eps - x0. Yours is eps alone, the "
-                    "target of DDPM.",
+    noise_as_target="v is the derivative of x_t with respect to t, which is eps - x0. Yours is eps "
+                    "alone, the target of DDPM.",
     pair_swapped="x_t first, then v. Yours come the other way round.",
     time_on_the_last_axis="Each row of the batch has its own t. Yours went along the last axis, "
                           "which happens to be as long as the batch: give t the shape "
@@ -23,6 +23,7 @@ def test_1a_flow_matching(adapters, case):
 
 def network(x, time):
     """Something that depends on both, and has the shape of a velocity."""
+    check_times(time, x, "1b loss")
     return torch.sin(x + time.view(-1, 1, 1, 1) / 250)
 
 

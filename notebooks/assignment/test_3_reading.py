@@ -51,6 +51,10 @@ def test_3b_two_pictures(adapters, case):
     }
 
 
+# h, w, side. The last one refuses a number of windows that is right for side 2 alone.
+PICTURES = {"4 x 6": (4, 6, 2), "3 x 5": (3, 5, 2), "4 x 5, side 3": (4, 5, 3)}
+
+
 @problem(
     4,
     runs_of_units="A window is a square: `side` units of each of `side` rows. Yours takes "
@@ -69,12 +73,12 @@ def test_3b_two_pictures(adapters, case):
 )
 def test_3c_to_windows(adapters, case):
     found = {}
-    for name, (h, w) in {"4 x 6": (4, 6), "3 x 5": (3, 5)}.items():
-        made = adapters.to_windows(case[name], h, w, 2)
+    for name, (h, w, side) in PICTURES.items():
+        made = adapters.to_windows(case[name], h, w, side)
         windows, valid = two(made, f"3c to_windows, {name}", "windows and valid")
-        n = math.ceil(h / 2) * math.ceil(w / 2)
-        check_shape(windows, (n, 4, 5), f"3c to_windows, windows, {name}")
-        check_shape(valid, (n, 4), f"3c to_windows, valid, {name}")
+        n = math.ceil(h / side) * math.ceil(w / side)
+        check_shape(windows, (n, side ** 2, 5), f"3c to_windows, windows, {name}")
+        check_shape(valid, (n, side ** 2), f"3c to_windows, valid, {name}")
         found[f"valid, {name}"] = valid
         # What fills an edge window is up to you.
         found[f"windows, {name}"] = windows.masked_fill(~valid.bool()[:, :, None], 0)
@@ -97,7 +101,5 @@ def test_3c_to_windows(adapters, case):
                         "left and the top.",
 )
 def test_3d_from_windows(adapters, case):
-    return {
-        "4 x 6": adapters.from_windows(case["windows of 4 x 6"], 4, 6, 2),
-        "3 x 5": adapters.from_windows(case["windows of 3 x 5"], 3, 5, 2),
-    }
+    return {name: adapters.from_windows(case[f"windows of {name}"], h, w, side)
+            for name, (h, w, side) in PICTURES.items()}

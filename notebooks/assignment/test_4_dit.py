@@ -142,11 +142,14 @@ def test_4f_mix_ffn(adapters, case):
     cross_modulated="Cross-attention reads x as it stands, without norm and modulation (as in "
                     "SANA).",
     cross_gated="Cross-attention is added as it is, without a gate.",
+    norm_eps="The LayerNorm's eps is 1e-6. Yours is 1e-5, which is PyTorch's default.",
     no_norm="Each modulation follows a LayerNorm (eps 1e-6, without weights).",
     norm_of_the_first="The feed-forward's LayerNorm is of x as the two attentions have left it. "
                       "Yours is of the x that came in.",
     no_residual="Each of the three is added to x. Yours replaces it.",
     cross_first="Self-attention first, then cross-attention, then the feed-forward.",
+    heads_of_cross="The self-attention has D / head_dim heads. Yours has n_head of them, which is "
+                   "the cross-attention's number.",
 )
 def test_4g_adaln_block(adapters, case):
     keys, values = case["keys"], case["values"]

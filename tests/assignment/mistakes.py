@@ -248,11 +248,10 @@ def windows(order=(0, 2, 1, 3, 4), at_start=False, all_valid=False, square=True,
         pad = (0, 0, right_, 0, down, 0) if at_start else (0, 0, 0, right_, 0, down)
         x = F.pad(x.view(h, w, -1), pad)
         valid = F.pad(torch.ones(h, w, 1), pad)
-        valid = split(valid)[..., 0].bool()
-        return split(x), torch.ones_like(valid) if all_valid else valid
+        valid = split(valid, side)[..., 0].bool()
+        return split(x, side), torch.ones_like(valid) if all_valid else valid
 
-    def split(x):
-        side = 2
+    def split(x, side):
         if not square:
             return x.reshape(-1, side * side, x.shape[-1])
         x = x.unflatten(1, (-1, side)).unflatten(0, (-1, side))
@@ -418,14 +417,15 @@ def ffn(swap=False, first=F.silu, gate=F.silu, turned=False, mixed_in=False, mix
 
 def block(order=(0, 1, 2, 3, 4, 5), table=1, one=1, gates=(True, True), norm=True, residual=1,
           parts_in_order=("attended", "crossed", "fed"), cross_modulated=False, cross_normed=False,
-          cross_gated=False, norm_again=True):
+          cross_gated=False, norm_again=True, heads_of_cross=False, eps=1e-6):
     def of(x, modulation, keys, values, size, weights, head_dim, n_head):
+        head_dim = x.shape[2] // n_head if heads_of_cross else head_dim
         six = (table * weights["scale_shift_table"] + modulation).chunk(6, 1)
         shift1, scale1, gate1, shift2, scale2, gate2 = (six[i] for i in order)
         parts = {name: right.of_prefix(weights, f"{name}.") for name in ("attn", "cross", "ffn")}
 
         def modulated(x, shift, scale):
-            y = F.layer_norm(x, x.shape[2:], eps=1e-6) if norm else x
+            y = F.layer_norm(x, x.shape[2:], eps=eps) if norm else x
             return y * (one + scale) + shift
 
         def attended(x):
@@ -500,11 +500,13 @@ DIT = {
         "cross_normed": block(cross_normed=True),
         "cross_modulated": block(cross_modulated=True),
         "cross_gated": block(cross_gated=True),
+        "norm_eps": block(eps=1e-5),
         "no_norm": block(norm=False),
         "norm_of_the_first": block(norm_again=False),
         "no_residual": block(residual=0),
         "cross_first": block(parts_in_order=("crossed", "attended", "fed")),
         "cross_last": block(parts_in_order=("attended", "fed", "crossed")),
+        "heads_of_cross": block(heads_of_cross=True),
     },
 }
 
@@ -797,6 +799,21 @@ def changed(name, change):
     return {name: lambda *args: change(getattr(right, name)(*args))}
 
 
+def loss_of_a_picture_of_times(velocity, x0, t, eps):
+    return right.loss(lambda x, time: velocity(x, time[:, None, None, None]), x0, t, eps)
+
+
+def rounded_for_two(x, h, w, side):
+    """(n + 1) // side windows along n units: right for side 2 alone."""
+    rows, columns = (h + 1) // side * side, (w + 1) // side * side
+
+    def cut(x):
+        x = F.pad(x.view(h, w, -1), (0, 0, 0, columns - w, 0, rows - h))
+        return right.to_windows(x.flatten(0, 1), rows, columns, side)[0]
+
+    return cut(x), cut(torch.ones(h * w, 1))[..., 0].bool()
+
+
 def with_valid(change):
     return changed("to_windows", lambda made: (made[0], change(made[1])))
 
@@ -813,6 +830,7 @@ REFUSED = {
         r"two tensors, x_t and v; got NoneType. Is there": changed("flow_matching", lambda y: None),
         r"two tensors, x_t and v; got tuple of 1": changed("flow_matching", lambda y: y[:1]),
     },
+    "1b_loss": {r"one for each row, \(B,\)": dict(loss=loss_of_a_picture_of_times)},
     "1c_schedule": {
         r"should be float64. Yours are torch.float32": schedule(dtype=torch.float32),
     },
@@ -836,6 +854,8 @@ REFUSED = {
         r"valid, 4 x 6: not right.\n  Its shape is \(6, 2, 2\)": with_valid(
             lambda valid: valid.unflatten(1, (2, 2))),
         r"two tensors, windows and valid; got Tensor": changed("to_windows", lambda made: made[0]),
+        r"windows, 4 x 5, side 3: not right.\n  Its shape is \(2, 9, 5\), expected \(4, 9, 5\)":
+            dict(to_windows=rounded_for_two),
     },
     "4d_timestep_embedding": {
         "divides by n / 2 - 1": dict(timestep_embedding=last_frequency_by_exp),

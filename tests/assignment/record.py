@@ -3,6 +3,7 @@ repository's own functions make of it, and what comes out of common mistakes.
 
     python -m tests.assignment.record
 """
+import math
 import types
 
 import torch
@@ -101,9 +102,12 @@ def sampling_inputs() -> dict:
 
 def reading_inputs() -> dict:
     draw = Draw(3)
-    windows = {f"windows of {h} x {w}": draw(n, 4, 5) for h, w, n in ((4, 6, 6), (3, 5, 6))}
-    return {"3a_one_picture": {}, "3b_two_pictures": {},
-            "3c_to_windows": {"4 x 6": draw(24, 5), "3 x 5": draw(15, 5)},
+    windows, pictures = {}, {}
+    for name, (h, w, side) in test_3_reading.PICTURES.items():
+        n = math.ceil(h / side) * math.ceil(w / side)
+        windows[f"windows of {name}"] = draw(n, side ** 2, 5)
+        pictures[name] = draw(h * w, 5)
+    return {"3a_one_picture": {}, "3b_two_pictures": {}, "3c_to_windows": pictures,
             "3d_from_windows": windows}
 
 
@@ -116,12 +120,14 @@ def dit_inputs() -> dict:
     ffn = dict(x=draw(2, 12, 8), weights=draw.ffn(8, 12))
     cross = dict(x=draw(2, 6, 12), rung=draw(2, 5, 12), weights=draw.cross(12))
     names = ("attn.q", "attn.k", "attn.v")
-    parts = [draw.linear(name, 8, 8, bias=False) for name in names]
-    parts += [draw.linear("attn.out", 8, 8), under("cross", draw.cross(8))]
-    parts += [under("ffn", draw.ffn(8, 12)), {"scale_shift_table": draw(6, 8, scale=0.5)}]
+    parts = [draw.linear(name, 12, 12, bias=False) for name in names]
+    parts += [draw.linear("attn.out", 12, 12), under("cross", draw.cross(12))]
+    parts += [under("ffn", draw.ffn(12, 8)), {"scale_shift_table": draw(6, 12, scale=0.5)}]
     weights = {name: tensor for part in parts for name, tensor in part.items()}
-    block = dict(x=2 + draw(2, 6, 8), modulation=draw(2, 6, 8), keys=draw(2, 2, 5, 4),
-                 values=draw(2, 2, 5, 4), weights=weights)
+    # Three heads of 4 in the linear attention, two of 6 in the cross-attention. The x is so small
+    # that the norm's eps shows.
+    block = dict(x=0.2 + draw(2, 6, 12, scale=0.1), modulation=draw(2, 6, 12),
+                 keys=draw(2, 2, 5, 6), values=draw(2, 2, 5, 6), weights=weights)
     return {
         "4a_attention_n_by_n": attention[0],
         "4b_linear_attention": attention[1],
