@@ -672,9 +672,9 @@ def matrices(A: dict) -> None:
         shown = ax.imshow(values, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
         ax.set_title(wiring)
         ax.set(xticks=range(values.shape[1]), yticks=range(len(values)))
-    fig.supxlabel("state t (the last one: the normed end)")
+    fig.supxlabel("state i (the last one: the normed end)")
     fig.supylabel("block j")
-    fig.colorbar(shown, ax=axes, label="$A_{jt}$", shrink=0.7)
+    fig.colorbar(shown, ax=axes, label="$A_{ji}$", shrink=0.7)
     plt.show()
 
 
