@@ -5,6 +5,7 @@ import base64
 import contextlib
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -627,6 +628,34 @@ def test_plain_python_without_model_code(file):
         # a magic would not parse
         for node in ast.walk(ast.parse(source(cell))):
             assert not isinstance(node, ast.ClassDef), f"a class: {node.name}"
+
+
+def imported(tree):
+    """{name in a notebook: what it is}"""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name] = importlib.import_module(alias.name)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                module = importlib.import_module(node.module)
+                names[alias.asname or alias.name] = getattr(module, alias.name)
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_what_a_notebook_takes_from_a_module_is_there(file):
+    """So that a function's new name shows before somebody runs the cells, which takes minutes."""
+    tree = ast.parse("\n".join(source(cell) for cell in cells(file)))
+    modules = {name: what for name, what in imported(tree).items() if inspect.ismodule(what)}
+    taken = [(node.value.id, node.attr) for node in ast.walk(tree)
+             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    gone = [f"{name}.{what}" for name, what in taken
+            if name in modules and not hasattr(modules[name], what)]
+    assert len(modules) > 3 and not gone, gone
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
