@@ -672,9 +672,9 @@ def matrices(A: dict) -> None:
         shown = ax.imshow(values, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
         ax.set_title(wiring)
         ax.set(xticks=range(values.shape[1]), yticks=range(len(values)))
-    fig.supxlabel("state t (the last one: the normed end)")
+    fig.supxlabel("state i (the last one: the normed end)")
     fig.supylabel("block j")
-    fig.colorbar(shown, ax=axes, label="$A_{jt}$", shrink=0.7)
+    fig.colorbar(shown, ax=axes, label="$A_{ji}$", shrink=0.7)
     plt.show()
 
 
@@ -832,12 +832,13 @@ def loss_by_time(times: Tensor, by_time: dict) -> None:
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
     first = next(iter(by_time.values()))
     for name, rows in by_time.items():
-        left.semilogy(times, rows.mean(1), "o-", ms=4, label=name)
+        left.semilogy(times, rows.mean(1), "o-", ms=4)
         more = rows - first
         bars = 2 * more.std(1) / more.shape[1] ** 0.5
-        right.errorbar(times, more.mean(1), bars, fmt="o-", ms=4, capsize=2)
+        right.errorbar(times, more.mean(1), bars, fmt="o-", ms=4, capsize=2, label=name)
     left.set(xlabel="t (1: noise)", ylabel="loss")
-    left.legend(loc="lower right", fontsize=10)
+    # Where no line can be: near t = 0 no prompt costs anything.
+    right.legend(loc="upper left", fontsize=10)
     right.set(xlabel="t (1: noise)", ylabel="loss above the right prompt's")
     plt.show()
 
