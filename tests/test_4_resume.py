@@ -57,6 +57,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, more):
     assert {n.split(".")[0] for n in a} == {"param", "ema", "exp_avg", "exp_avg_sq", "step"}
 
 
+@pytest.mark.slow
 def test_the_last_ones_stay_and_a_half_written_one_is_never_picked_up(tmp_path):
     done = run("train.py", *TOY, "--steps", 4, "--save-every", 1, "--keep", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

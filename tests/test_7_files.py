@@ -134,6 +134,7 @@ def test_without_arguments_it_explains_itself():
     assert "a red circle left of a blue square" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_picture_whatever_n_is(tiny_folder, tmp_path):
     one, two, three = (tmp_path / name for name in ("one.png", "two.png", "three.png"))
     assert draw(tiny_folder, "a dog", "--seed", 4, "--out", one).returncode == 0

@@ -194,6 +194,7 @@ def test_wrong_shape_and_wrong_background():
     assert all(score == (what == "category") for (_, what), score in found.items())
 
 
+@pytest.mark.slow
 def test_a_model_that_does_nothing_follows_nothing_and_changes_nothing_else():
     found = means("edit", lambda case: case.source, 48)
     for (_, what), score in found.items():

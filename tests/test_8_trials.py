@@ -81,6 +81,7 @@ def test_a_dit_comes_with_the_autoencoder_that_it_has_learnt_with(tmp_path, mllm
 
 # --------------------------------------------------------------------------------------- training
 
+@pytest.mark.slow
 def test_a_stacked_run_is_a_single_run(tmp_path):
     """Three steps by TBAC.loss, train.py's optimizer and its rate: the same losses, and what is
     learnt is the same."""
@@ -156,7 +157,7 @@ def after(n):
     return lambda: next(asked) == n
 
 
-@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("ahead", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_was_stopped_goes_on_bit_by_bit(tmp_path, monkeypatch, ahead):
     """Where inputs are made ahead, as on a GPU, other prompts are padded together: within
     rounding."""

@@ -59,6 +59,7 @@ def test_it_takes_less_than_two_minutes(full):
     assert seconds < 120
 
 
+@pytest.mark.slow
 def test_who_has_written_nothing_is_told_what_to_write():
     done = graded()
     assert done.returncode == 1
@@ -89,6 +90,7 @@ def flow_matching(x0, t, eps):
 """
 
 
+@pytest.mark.slow
 def test_what_a_student_sees(tmp_path):
     """In another folder, files beside the adapters: a wrong answer has its message and no
     traceback, an error has the student's own line."""
