@@ -110,13 +110,17 @@ def answers() -> str:
                          "words": "questions about scenes in words"})
 
 
+def cpu_minutes(record: dict) -> float:
+    """Of all stages."""
+    return sum(stage["cpu_minutes"] for stage in record["stages"].values())
+
+
 def recipe() -> str:
     """A row for each stage."""
-    stages = read_json(RECORD)["stages"]
+    record = read_json(RECORD)
     rows = [[name, str(stage["steps"]), str(stage["batch"]), f"{stage['minutes']:.0f}",
-             f"{stage['cpu_minutes']:.0f}"] for name, stage in stages.items()]
-    whole = sum(stage["cpu_minutes"] for stage in stages.values())
-    rows.append(["**all**", "", "", "", f"{whole:.0f}"])
+             f"{stage['cpu_minutes']:.0f}"] for name, stage in record["stages"].items()]
+    rows.append(["**all**", "", "", "", f"{cpu_minutes(record):.0f}"])
     return table(["stage", "steps", "batch", "minutes", "CPU minutes"], rows)
 
 
@@ -129,9 +133,8 @@ def seeds() -> list[dict]:
 def board() -> str:
     """This recipe's row: of its seeds, the slower one's minutes and the lower score."""
     records = seeds()
-    minutes = max(sum(stage["cpu_minutes"] for stage in record["stages"].values())
-                  for record in records) / 2
-    lowest = min((record["scores"]["scores"]["draw"]["mean of 6"]["category, seen"]
+    minutes = max(map(cpu_minutes, records)) / 2
+    lowest = min((mean(record["scores"]["scores"]["draw"])["category, seen"]
                   for record in records), key=lambda score: score["mean"])
     row = [f"{minutes:.0f}", percent(lowest), f"{len(records)}", "the recipe above",
            records[0]["commit"]]
