@@ -66,8 +66,8 @@ RECIPE = (
     Stage("mllm", "lab.pretrain", 0.7, "vit"),
     Stage("dcae", "lab.pretrain", 0.57),
     Stage("dit", "lab.pretrain", 0.72, "dcae"),
-    Stage("t2i", "train", 0.42, "dit", "mllm", ("--shift", "3", "--take", "mllm={out}/mllm")),
-    Stage("edit", "train", 0.42, "t2i", words=("--shift", "3")),
+    Stage("t2i", "train", 0.7, "dit", "mllm", ("--shift", "3", "--take", "mllm={out}/mllm")),
+    Stage("edit", "train", 0.7, "t2i", words=("--shift", "3")),
 )
 # Steps of each stage in a dry run, and the benchmark's options.
 DRY_STEPS = 2
