@@ -56,7 +56,7 @@ PAPER = dict(lr=1e-4, warmup=5000, weight_decay=0.05, clip=0.5, ema=0.0, size=51
 PRESETS = {
     "toy": {
         "t2i": TOY | dict(steps=2000, data=["toy"]),
-        "edit": TOY | dict(steps=7000, data=["toy=0.5", "toy-edit=0.5"]),
+        "edit": TOY | dict(steps=3000, data=["toy=0.5", "toy-edit=0.5"]),
         "mix": TOY | dict(steps=6000, data=["toy=0.5", "toy-edit=0.5"]),
     },
     "paper": {
