@@ -41,7 +41,7 @@ from engine.device import machine
 from engine.distributed import StopSignal
 from engine.files import prepare_folder
 from engine.limits import MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
-from lab import dots, evaluate, inside, plan, statistics, trials
+from lab import dots, inside, plan, statistics, tables, trials
 from lab.make import commit
 from lab.plan import PARTS, Part
 from lab.statistics import Estimate
@@ -220,47 +220,6 @@ def correct(found: dict[str, dict]) -> None:
 
 # ----------------------------------------------------------------------------------------- shown
 
-def points(test: dict) -> str:
-    """A comparison, as two cells of a table, in points: "+3 [-2, +8] | 0.210"."""
-    numbers = [100 * x for x in (test["mean"], *test["interval"])]
-    change = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*numbers)
-    return f"{change} | {test['p']:.3f}" if test["p"] >= 0.001 else f"{change} | < 0.001"
-
-
-def arrival(moved: dict | None) -> str:
-    """Have the curves arrived? In words. Only an interval that holds nothing larger says so."""
-    if moved is None:
-        return "scored at the end only: whether the curves have arrived is not known"
-    mean, low, high = (100 * x for x in (moved["mean"], *moved["interval"]))
-    said = f"last quarter of the steps: {mean:+.1f} [{low:+.1f}, {high:+.1f}] points, the curves"
-    if low > -plan.STILL and high < plan.STILL:
-        return f"{said} have arrived"
-    moves = low > plan.STILL or high < -plan.STILL
-    return f"{said} {'have' if moves else 'may have'} not arrived: take more --steps"
-
-
-def print_tests(title: str, tests: dict) -> None:
-    print(f"\n| {title} | points | p | Holm | |\n|---|---|---|---|---|")
-    for label, test in tests.items():
-        holm = f"{test['holm']['p']:.3f}" if "holm" in test else ""
-        print(f"| {label} | {points(test)} | {holm} | {test['verdict']} |")
-
-
-def print_part(name: str, content: dict) -> None:
-    print(f"\n## {name}: {content['question']}")
-    for pairs, scored in content["scored"].items():
-        table = scored["table"]
-        columns = list(next(iter(table.values())))
-        print(f"\n| {pairs} |", " | ".join(columns), "|")
-        print("|---" * (len(columns) + 1) + "|")
-        for label, row in table.items():
-            print(f"| {label} |", " | ".join(evaluate.percent(row[c]) for c in columns), "|")
-        print_tests(pairs, scored["compared"])
-    if content["contrasts"]:
-        print_tests("the same models, other prompts", content["contrasts"])
-    print(f"\n{arrival(content['last_quarter'])}")
-
-
 def plot_part(name: str, content: dict, out: pathlib.Path) -> None:
     """Arms and differences; and for each arm its categories, in order of difficulty."""
     scores, differences, categories = {}, {}, {}
@@ -307,7 +266,7 @@ def train(args, names: list[str]) -> None:
     found = {name: analyse(args, name) for name in done}
     correct(found)
     for name, content in found.items():
-        print_part(name, content)
+        print(f"\n## {name}: {content['question']}\n\n{tables.part(content)}")
         plot_part(name, content, args.out)
         write_json(args.out / f"{name}.json", origin(args) | content)
     if not finished:

@@ -26,7 +26,7 @@ import sample
 import train
 from engine import fast, mixer
 from engine.log import read_log
-from lab import dots, evaluate, plan, statistics, trials
+from lab import dots, evaluate, plan, statistics, tables, trials
 from lab.dots import save
 from ladder import tap_layers
 from tbac import TBAC
@@ -262,7 +262,7 @@ def probes(args):
         states = probe_states(model, texts)                            # (depths, prompts, Q, M)
         for fact in tqdm(table, name):
             table[fact] |= {name: probed(states, [said[fact] for said in facts])}
-    print("\n".join(probe_rows(table)))
+    print(tables.probes_by_state(table))
     plot_probes(table, model.config, args.out / "probes.png")
     return dict(table=table)
 
@@ -309,18 +309,6 @@ def ridge(x, y, cut):
         weights = fitted.T @ torch.linalg.solve(gram + penalty * torch.eye(cut), wanted)
     guesses = (x[cut:] @ weights).argmax(1)
     return (guesses == y[cut:]).float().mean().item()
-
-
-def probe_rows(table: dict) -> list[str]:
-    """The probes of all queries together, in percent: the lines of a table."""
-    lines = []
-    for fact, by_mllm in table.items():
-        for name, row in by_mllm.items():
-            cells = [f"{100 * value:.0f}" for value in (row["chance"], *row["together"])]
-            lines.append(f"| {fact} | `{name}` | {' | '.join(cells)} |")
-    depths = range(len(row["together"]))
-    head = f"| fact | MLLM | chance | {' | '.join(f'state {i}' for i in depths)} |"
-    return [head, "|---" * (3 + len(depths)) + "|", *lines]
 
 
 def plot_probes(table: dict, config, file) -> None:

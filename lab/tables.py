@@ -9,7 +9,7 @@ import pathlib
 
 from engine.command import Parser, one_line_errors
 from engine.files import read_json, write_text
-from lab import inside
+from lab import plan
 from lab.evaluate import GENEVAL, OTHER, percent
 from sample import TOY_FOLDER
 
@@ -194,8 +194,18 @@ def hundredths(*values: float) -> list[str]:
     return [f"{100 * value:.0f}" for value in values]
 
 
+def probes_by_state(found: dict) -> str:
+    """Of all queries together, in percent."""
+    rows = []
+    for fact, by_mllm in found.items():
+        for name, row in by_mllm.items():
+            rows.append([fact, f"`{name}`", *hundredths(row["chance"], *row["together"])])
+    states = [f"state {i}" for i in range(len(row["together"]))]
+    return table(["fact", "MLLM", "chance", *states], rows)
+
+
 def probes() -> str:
-    return "\n".join(inside.probe_rows(study("probes")["table"]))
+    return probes_by_state(study("probes")["table"])
 
 
 def probes_in_short() -> str:
@@ -259,6 +269,56 @@ def overfit_by_time() -> str:
     bins = [f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)]
     losses = [f"{loss:.3f}" for loss in study("overfit")["by_t"]]
     return table(["t", *bins], [["loss, steps 101 to 200", *losses]])
+
+
+# ------------------------------------------------------------------------- the study that trains
+
+def points(test: dict) -> str:
+    """A difference and its interval, in points: "+3 [-2, +8]"."""
+    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * x for x in (test["mean"],
+                                                                   *test["interval"])))
+
+
+def chance(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def by_arm(title: str, found: dict) -> str:
+    """found: {label: {category or mean: its score}}"""
+    columns = list(next(iter(found.values())))
+    rows = [[label, *cells(row, *columns)] for label, row in found.items()]
+    return table([title, *columns], rows)
+
+
+def tests(title: str, found: dict) -> str:
+    """found: {what is compared: the test}"""
+    rows = []
+    for label, test in found.items():
+        holm = chance(test["holm"]["p"]) if "holm" in test else ""
+        rows.append([label, points(test), chance(test["p"]), holm, test["verdict"]])
+    return table([title, "points", "p", "Holm", ""], rows)
+
+
+def arrival(moved: dict | None) -> str:
+    """Have the curves arrived? In words. Only an interval that holds nothing larger says so."""
+    if moved is None:
+        return "scored at the end only: whether the curves have arrived is not known"
+    mean, low, high = (100 * x for x in (moved["mean"], *moved["interval"]))
+    said = f"last quarter of the steps: {mean:+.1f} [{low:+.1f}, {high:+.1f}] points, the curves"
+    if low > -plan.STILL and high < plan.STILL:
+        return f"{said} have arrived"
+    moves = low > plan.STILL or high < -plan.STILL
+    return f"{said} {'have' if moves else 'may have'} not arrived: take more --steps"
+
+
+def part(content: dict) -> str:
+    """All of a part: what its arms score, how they differ, whether they have arrived."""
+    found = []
+    for pairs, scored in content["scored"].items():
+        found += [by_arm(pairs, scored["table"]), tests(pairs, scored["compared"])]
+    if content["contrasts"]:
+        found.append(tests("the same models, other prompts", content["contrasts"]))
+    return "\n\n".join([*found, arrival(content["last_quarter"])])
 
 
 # ------------------------------------------------------------------------------------- the pages

@@ -125,6 +125,10 @@ def score_of(row):
     return evaluate.percent(row["mean of 6"])
 
 
+def compared(test):
+    return f"{tables.points(test)} | {tables.chance(test['p'])}"
+
+
 def test_the_study_is_the_one_that_was_run():
     """The tables of wirings and queries, cell by cell, from the files that `lab.ablate` wrote."""
     table = study("wirings")["table"]
@@ -133,17 +137,17 @@ def test_the_study_is_the_one_that_was_run():
         line = f"| {kind} | " + " | ".join(evaluate.percent(row[c]) for c in shown)
         assert line in STUDY, line
         if test := row.get("minus final"):
-            assert f"{line} | {ablate.points(test)} |" in STUDY, ablate.points(test)
+            assert f"{line} | {compared(test)} |" in STUDY, compared(test)
     assert len(table) == 10 and all(row["seeds"] == 3 for row in table.values())
     table = study("wirings-shipped")["table"]
     for kind, row in table.items():
-        against = ablate.points(row["minus final"]) if kind != "final" else " | "
+        against = compared(row["minus final"]) if kind != "final" else " | "
         line = f"\n| {kind} | {score_of(row)} | {against} |\n"
         assert line in STUDY, line
     table = study("queries")["table"]
     for n in plan.QUERIES:
         ladder, final = (table[f"{wiring}, {n} queries"] for wiring in ("ladder", "final"))
-        against = ablate.points(ladder["minus final"])
+        against = compared(ladder["minus final"])
         line = f"\n| {n} | {score_of(ladder)} | {score_of(final)} | {against} |\n"
         assert line in STUDY, line
     assert len(table) == 8 and all(row["seeds"] == 3 for row in table.values())

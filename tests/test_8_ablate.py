@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lab import ablate, dots, evaluate, inside, plan, statistics, trials
+from lab import ablate, dots, evaluate, inside, plan, statistics, tables, trials
 from sample import TOY_FOLDER
 from tbac import TBAC
 from tests.conftest import relative, run
@@ -45,7 +45,7 @@ def study(monkeypatch):
     return types.SimpleNamespace(steps=4, seeds=None, n=4, n_early=1, looks=4)
 
 
-def test_the_tables_are_of_the_last_step_and_paired(study, capsys):
+def test_the_tables_are_of_the_last_step_and_paired(study):
     found = {name: ablate.analyse(study, name) for name in ("primary", "wirings")}
     ablate.correct(found)
     scored = found["primary"]["scored"]["seen"]
@@ -67,8 +67,8 @@ def test_the_tables_are_of_the_last_step_and_paired(study, capsys):
     other = found["wirings"]["scored"]["seen"]["compared"]["ladder minus final"]
     of = 1 + 4 + 4 + 6 + 9 + 4 + 1 + 2
     assert "holm" not in test and other["holm"] == dict(p=min(1, of * other["p"]), of=of)
-    ablate.print_part("primary", found["primary"])
-    assert f"| ladder minus final | {ablate.points(test)} |" in capsys.readouterr().out
+    shown = tables.part(found["primary"])
+    assert f"| ladder minus final | {tables.points(test)} | {tables.chance(test['p'])} |" in shown
 
 
 @pytest.mark.parametrize("ours, theirs, words", [
@@ -151,7 +151,7 @@ def test_the_last_quarter_is_that_of_all_prompts(study):
 def test_whether_curves_have_arrived(moved, words):
     """As far as the interval says so."""
     row = moved and dict(mean=moved[0] / 100, interval=[x / 100 for x in moved[1:]])
-    assert words in ablate.arrival(row)
+    assert words in tables.arrival(row)
 
 
 def test_a_prompt_counts_by_the_pairs_that_its_arms_hold_out():
@@ -303,7 +303,7 @@ def test_probes_are_of_three_mllms_by_the_same_fresh_queries(tmp_path, monkeypat
     fresh.ladder.float().init_weights(torch.Generator().manual_seed(0))
     assert torch.equal(queries[0], fresh.ladder.queries)
     assert all(row.keys() == plan.MLLMS.keys() for row in table.values())
-    lines = inside.probe_rows(table)
+    lines = tables.probes_by_state(table).splitlines()
     assert len(lines) == 2 + 3 * 6 and len({line.count("|") for line in lines}) == 1
     picture = np.array(Image.open(tmp_path / "probes.png").convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
