@@ -1,4 +1,5 @@
-"""Writes the tables of README.md and docs/ from the files that hold what was made and measured.
+"""Writes the tables of README.md, docs/ and the toy's two cards from the files that hold what was
+made and measured.
 
     python -m lab.tables
 
