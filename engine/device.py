@@ -26,8 +26,8 @@ def usable(own: torch.dtype, device) -> torch.dtype:
 
 def set_threads(model) -> None:
     """One thread for a small model on a CPU. Its products take microseconds, and threads that wait
-    for each other at the end of each cost more than they save as soon as another program runs:
-    bench/README.md has the seconds. Whoever sets OMP_NUM_THREADS is obeyed."""
+    for each other at the end of each cost more than they save as soon as another program runs.
+    Whoever sets OMP_NUM_THREADS is obeyed."""
     small = sum(p.numel() for p in model.parameters()) < SMALL
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
