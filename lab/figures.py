@@ -12,8 +12,8 @@ explain  explain.png: what `sample.py "..." --explain --compare "..."` writes as
          Chromium shows it
 live     live.png: the page of `sample.py --serve`, after it has been used
 
-Every figure is WIDTH pixels wide when shown. Dimension key of the shapes: B batch, S tokens of the
-prompt; all others are numbers of the released model.
+What is drawn here is WIDTH pixels wide; the pages show some of it smaller. Dimension key of the
+shapes: B batch, S tokens of the prompt; all others are numbers of the released model.
 """
 import inspect
 import io
