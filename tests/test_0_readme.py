@@ -214,10 +214,12 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES)
+# The handout is none of PAGES: the code that it shows is the students'.
+@pytest.mark.parametrize("page", [*PAGES, "notebooks/assignment/handout.md"])
 def test_links_and_files_exist(page):
     folder = (ROOT / page).parent
-    found = re.findall(r"\]\(([^)]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", TEXT[page])
+    text = (ROOT / page).read_text()
+    found = re.findall(r"\]\(([^)]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", text)
     inside = [link for link in (a or b for a, b in found) if not link.startswith("http")]
     lost = []
     for link in inside:
@@ -229,9 +231,21 @@ def test_links_and_files_exist(page):
     mentioned = r"(?<![\w/.-])((?:tests|assets|bench|notebooks|docs|engine|toy|lab)/[\w/-]+" \
                 r"(?:\.\w+)?)"
     # What a command writes need not be there.
-    text = re.sub(r"--out \S+", "", TEXT[page])
+    text = re.sub(r"--out \S+", "", text)
     lost += [name for name in re.findall(mentioned, text) if not (ROOT / name).exists()]
     assert inside and not lost, lost
+
+
+def test_each_promise_has_its_tests():
+    """The files that stand in its row, and in them a test for each name behind a file."""
+    rows = re.findall(r"`((?:fuzz/)?test_\w+\.py)`(?:: ([\w, ]*\w))?", TEXT["docs/promises.md"])
+    lost = []
+    for file, said in rows:
+        tests = names(TREES[f"tests/{file}"].body)
+        for word in filter(None, said.split(", ")):
+            if not any(word in test for test in tests):
+                lost.append(f"{file}: {word}")
+    assert len(rows) > 20 and not lost, lost
 
 
 def test_the_notebooks_point_at_what_exists():
