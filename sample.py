@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import command, explain, explain_html, fast, limits, mixer, page
+from engine import command, explain, explain_html, fast, limits, mixer, page, words
 from engine.device import set_threads
 from engine.files import write_text
 from engine.live import Live
@@ -423,6 +423,7 @@ def main() -> None:
             fast.enable(model)
         if args.image_guidance is None:
             args.image_guidance = model.config.image_guidance
+        words.listen(args.model, args.prompt, args.ask, args.negative, args.compare)
         if args.serve:
             page.serve(live(args, model), args.host, args.port)
         elif args.ask is not None:

@@ -5,6 +5,7 @@ import contextlib
 import pathlib
 import re
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -100,7 +101,9 @@ def size(value: str):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What a user can cause ends a command with one line and status 1, Ctrl-C with status 130."""
+    """What a user can cause ends a command with one line and status 1, Ctrl-C with status 130. A
+    warning is a line, too."""
+    before, warnings.showwarning = warnings.showwarning, show_warning
     try:
         yield
     except KeyboardInterrupt:
@@ -111,6 +114,12 @@ def one_line_errors():
         if message is None:
             raise
         raise SystemExit(f"error: {message}") from None
+    finally:
+        warnings.showwarning = before
+
+
+def show_warning(message, *where) -> None:
+    print(f"warning: {whole_lines(message)}", file=sys.stderr)
 
 
 def message_of(e: Exception) -> str | None:

@@ -71,6 +71,8 @@ MAX_PAGE_WRITE_SECONDS = 10
 
 # Of a JSON file, such as config.json or an index of weights. (tokenizer.json has its own.)
 MAX_JSON_BYTES = 16 * 1024 * 1024
+# Of words.txt, one word a line.
+MAX_WORDS_BYTES = MAX_JSON_BYTES
 MAX_TOKENIZER_BYTES = 128 * 1024 * 1024
 # Of the header of a safetensors file: its tensors' names, kinds and shapes.
 MAX_HEADER_BYTES = MAX_JSON_BYTES

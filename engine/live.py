@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from engine import words
 from engine.checks import Kind, check_keys, number, one_of, or_null, several, whole
 from engine.explain_html import address, content_of, data_address, ladder_of
 from engine.jobs import Event
@@ -147,6 +148,7 @@ class Live:
 
     def drawing(self, request: dict) -> Iterator[Event]:
         start = time.perf_counter()
+        words.listen(self.args.model, request["prompt"], request["negative"], request["other"])
         images = picture_in(request["image"])
         choice = request["choice"] and torch.tensor(request["choice"])
         previews, steps = Previews(self.model), request["steps"]
@@ -158,6 +160,7 @@ class Live:
         yield "picture", dict(picture=content, seconds=time.perf_counter() - start)
 
     def answering(self, request: dict) -> Iterator[Event]:
+        words.listen(self.args.model, request["question"])
         images = picture_in(request["image"])
         yield "answer", dict(text=self.model.ask(request["question"], images))
 

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
+from engine import words as words_of
 from engine.files import write_shards
 from engine.pictures import open_image
 from tbac import TBAC
@@ -107,6 +108,29 @@ def test_a_long_prompt_is_cut_with_a_warning_and_an_empty_one_is_fine(model):
     want = model.encode([model.mllm.tokenizer.decode(ids)])
     assert relative(found.detach(), want.detach()) < 1e-5
     assert model.encode([""]).shape == (4, 1, 8, 48)
+
+
+def listen(folder, monkeypatch, capsys, *words):
+    """What sample.py says on stderr, but for its progress."""
+    out = str(folder / "out.png")
+    monkeypatch.setattr("sys.argv", ["sample.py", "--model", str(folder), "--out", out, *words])
+    sample.main()
+    return [line for line in capsys.readouterr().err.splitlines() if "heard" in line]
+
+
+def test_words_that_a_model_has_never_heard_are_named(copy, monkeypatch, capsys):
+    """If its folder says which it knows; it draws and answers all the same."""
+    words = ("a red Corgi’s corgi", "--negative", "dog", "--steps", "1")
+    assert listen(copy, monkeypatch, capsys, *words) == []
+    (copy / "words.txt").write_text("a\nred\nare\nthere\n")
+    assert listen(copy, monkeypatch, capsys, *words) == [
+        "warning: never heard: corgi's, corgi, dog"]
+    assert (copy / "out.png").exists()
+    assert listen(copy, monkeypatch, capsys, "--ask", "are there 2?") == ["warning: never heard: 2"]
+    assert listen(copy, monkeypatch, capsys, "reds", "--steps", "1") == []
+    many = " ".join(f"{letter}x" for letter in "bcdefghijklmnopqrstuv")
+    with pytest.warns(UserWarning, match=r"bx, cx.* mx and 9 others$"):
+        words_of.listen(copy, many)
 
 
 def test_prompts_and_images_must_fit(model):

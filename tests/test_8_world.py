@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from conftest import run
 from engine.pictures import contact_sheet
+from engine.words import never_heard
 from toy import grader, language, world
 from toy.world import Scene, Thing
 
@@ -536,11 +537,11 @@ def test_words_are_closed(trained, others):
 
 def test_what_was_never_heard():
     words = language.words()
-    assert language.never_heard("Draw 2 CORGIS, please: a corgi's ball!", words) == [
+    assert never_heard("Draw 2 CORGIS, please: a corgi's ball!", words) == [
         "corgis", "corgi's"]
-    assert language.never_heard("7 red circles & a plus-sign?", words) == ["7"]
-    assert language.never_heard("", words) == []
-    assert language.never_heard("dogs", {"dog"}) == language.never_heard("dog", {"dogs"}) == []
+    assert never_heard("7 red circles & a plus-sign?", words) == ["7"]
+    assert never_heard("", words) == []
+    assert never_heard("dogs", {"dog"}) == never_heard("dog", {"dogs"}) == []
 
 
 @pytest.mark.parametrize("text", [
@@ -558,7 +559,7 @@ def test_what_was_never_heard():
     "a red circle between a blue square and a green cross", "move the ball up",
 ])
 def test_what_a_newcomer_types_is_in_reach(text, in_reach):
-    assert language.never_heard(text, language.words()) == []
+    assert never_heard(text, language.words()) == []
     assert frame(text) in in_reach
 
 

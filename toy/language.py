@@ -8,7 +8,7 @@ that are never trained on. Left out: free language.
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -1216,16 +1216,6 @@ def words() -> frozenset[str]:
     texts += [*NEVER_THERE, *map(plural, NEVER_THERE)]
     texts += [LITTLE_WORDS]
     return frozenset(SPOKEN.findall(" ".join(texts)))
-
-
-def never_heard(prompt: str, known: Collection[str]) -> list[str]:
-    """The words of a prompt that are not among the known ones, once each, in its order.
-
-    A known word with or without a final s is known.
-    """
-    singular = {word.removesuffix("s") for word in known}
-    said = dict.fromkeys(SPOKEN.findall(prompt.lower()))
-    return [w for w in said if w not in known and w.removesuffix("s") not in singular]
 
 
 def corpus(n: int, seed: int) -> list[str]:
