@@ -356,8 +356,7 @@ def refuse_missing(p, args) -> None:
     if not args.dit:
         p.error("--dit FOLDER: the DiT that the runs start from, runs/toy/dit made by "
                 "`python -m lab.make --out runs/toy --stop-after dit`")
-    mllms = {arm.mllm for name in args.parts for arm in PARTS[name].arms.values()}
-    if "captions" in mllms and not args.captions:
+    if not args.captions:
         p.error("--captions FOLDER: the MLLM without facts at depth, made by `python -m "
                 "lab.pretrain --stage mllm --aux --model runs/toy/vit --out runs/toy/captions`")
 

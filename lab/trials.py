@@ -80,12 +80,12 @@ def cases(args) -> list:
 
 def folder_of(args) -> pathlib.Path:
     """Where runs are kept: named after all that their scores depend on beside arm, seed and the
-    code, whose commit each of them names."""
+    code, whose commit each of them names; and after when they are scored, by how many prompts."""
     prompts = "\n".join(case.prompt for case in cases(args))
     words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
-    weights = digest(*filter(None, (args.model, args.captions, args.dit)))
+    weights = digest(args.model, args.captions, args.dit)
     settings = f"{args.steps}x{args.batch}-{args.draw_steps}-{args.dtype}"
-    return args.out / f"runs-{weights}-{words}-{settings}"
+    return args.out / f"runs-{weights}-{words}-{settings}-{args.looks}x{args.n_early}"
 
 
 def result(args, run: Run) -> dict:

@@ -395,11 +395,11 @@ def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
         return trials.folder_of(ablate.options(words))
 
     given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"],
-             ["--dtype", "bfloat16"])
+             ["--dtype", "bfloat16"], ["--looks", "7"], ["--n-early", "7"])
     other = tmp_path / "other"
     TBAC.load(TOY_FOLDER).save(other, torch.bfloat16)
     found = {folder(), *(folder(*argv) for argv in given), folder("--dit", str(other))}
-    assert len(found) == 7 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
+    assert len(found) == 9 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
 
 
 @pytest.mark.slow
