@@ -387,8 +387,9 @@ def early(args) -> list:
 
 
 def scored_at(args) -> list[int]:
-    """The steps after which models are scored, the last one included."""
-    return sorted({round(args.steps * (i + 1) / args.looks) for i in range(args.looks)})
+    """The steps after which models are scored, the last one included; all where they are fewer."""
+    looks = min(args.looks, args.steps)
+    return [round(args.steps * (i + 1) / looks) for i in range(looks)]
 
 
 def three_quarters(args) -> int | None:

@@ -143,6 +143,13 @@ def test_the_last_quarter_is_that_of_all_prompts(study):
     assert ablate.last_quarter(study, PART) is None
 
 
+@pytest.mark.parametrize("steps, looks, found", [
+    (3000, 4, [750, 1500, 2250, 3000]), (7, 2, [4, 7]), (2, 4, [1, 2]), (1, 4, [1]),
+])
+def test_models_are_scored_after_steps_that_there_are(steps, looks, found):
+    assert trials.scored_at(types.SimpleNamespace(steps=steps, looks=looks)) == found
+
+
 @pytest.mark.parametrize("moved, words", [
     ((1.0, 0.1, 1.9), "curves have arrived"), ((-1.0, -1.9, -0.1), "curves have arrived"),
     ((1.0, -0.5, 2.5), "may have not arrived: take more"), ((3, 2.1, 3.9), "curves have not"),
