@@ -24,9 +24,9 @@ was when the same command is given again.
 
 These look at --model as it is (lab/inside.py).
 
-A study writes STUDY.json into --out, and all but settings a picture beside it. How far its tables
-can be trusted depends on the number of seeds and steps; both stand in the JSON file, with commit
-(of each run its own) and machine.
+A study writes STUDY.json into --out, and all but settings and overfit a picture beside it. How far
+its tables can be trusted depends on the number of seeds and steps; both stand in the JSON file,
+with commit (of each run its own) and machine.
 """
 import itertools
 import pathlib
