@@ -258,10 +258,9 @@ def probes(args):
             print("without --captions FOLDER that MLLM is left out")
             continue
         model = fast.enable(trials.with_mllm(args, name))
-        model.ladder.init_weights(torch.Generator().manual_seed(0))
         states = probe_states(model, texts)                            # (depths, prompts, Q, M)
         for fact in tqdm(table, name):
-            table[fact] |= {name: probed(states, [said[fact] for said in facts])}
+            table[fact][name] = probed(states, [said[fact] for said in facts])
     print(tables.probes_by_state(table))
     plot_probes(table, model.config, args.out / "probes.png")
     return dict(table=table)

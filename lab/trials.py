@@ -101,12 +101,14 @@ def is_finished(args, run: Run) -> bool:
 # --------------------------------------------------------------------------- models of one group
 
 def with_mllm(args, name: str) -> TBAC:
-    """The model of a folder that has this MLLM of the plan's."""
+    """The model of a folder that has this MLLM of the plan's, and a fresh ladder. Drawn on the CPU,
+    so that every device has the same."""
     folders = {"facts": args.model, "captions": args.captions, "random": args.model}
-    model = TBAC.load(folders[name], args.device, torch.float32)
+    model = TBAC.load(folders[name], "cpu", torch.float32)
     if name == "random":
-        model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
-    return model
+        model.mllm.init_weights(torch.Generator().manual_seed(0))
+    model.ladder.init_weights(torch.Generator().manual_seed(0))
+    return model.to(args.device)
 
 
 def base_model(args, mllm: str) -> TBAC:
