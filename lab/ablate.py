@@ -236,10 +236,9 @@ def plot_part(name: str, content: dict, out: pathlib.Path) -> None:
     panels = [differences, content["contrasts"]] if content["contrasts"] else [differences]
     dots.plot_arms(scores, panels, plan.SMALLEST, out / f"{name}.png")
     if len(PARTS[name].arms) == 2:
-        order = sorted(categories, key=lambda c: -np.mean([r["mean"] for r in
-                                                           categories[c].values()]))
-        dots.plot_series({category: categories[category] for category in order},
-                         out / f"{name}-categories.png", "right, %")
+        by_score = sorted(categories.items(), reverse=True,
+                          key=lambda item: np.mean([row["mean"] for row in item[1].values()]))
+        dots.plot_series(dict(by_score), out / f"{name}-categories.png", "right, %")
 
 
 # ----------------------------------------------------------------------------------- the studies

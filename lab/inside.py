@@ -27,7 +27,6 @@ import train
 from engine import fast, mixer
 from engine.log import read_log
 from lab import dots, evaluate, plan, statistics, tables, trials
-from lab.dots import save
 from ladder import tap_layers
 from tbac import TBAC
 from toy import grader, language, world
@@ -197,13 +196,13 @@ def heat_map(ax, rows: dict[str, list[float]]):
 def plot_rungs(lost, file):
     """lost: {way: [of each rung {category: points}]}. Heat maps: ways side by side, pairs seen in
     training above those never seen."""
-    tables = {how: {pairs: rows_of(of_rungs, pairs) for pairs in evaluate.PAIRS.values()}
-              for how, of_rungs in lost.items()}
-    lengths = [len(rows) for rows in next(iter(tables.values())).values()]
+    maps = {how: {pairs: rows_of(of_rungs, pairs) for pairs in evaluate.PAIRS.values()}
+            for how, of_rungs in lost.items()}
+    lengths = [len(rows) for rows in next(iter(maps.values())).values()]
     figure, axes = plt.subplots(len(lengths), len(lost), figsize=(8, 2.2 + 0.3 * sum(lengths)),
                                 height_ratios=lengths, layout="constrained", sharex="col",
                                 sharey="row", squeeze=False)
-    for column, (how, of_pairs) in zip(axes.T, tables.items()):
+    for column, (how, of_pairs) in zip(axes.T, maps.items()):
         for ax, rows in zip(column, of_pairs.values()):
             shown = heat_map(ax, rows)
         column[0].set_title(textwrap.fill(f"by {REPLACED_BY[how]}", 20), fontsize=12)
@@ -213,8 +212,7 @@ def plot_rungs(lost, file):
     figure.suptitle("Each prompt's rung replaced", fontsize=12)
     figure.colorbar(shown, ax=axes, location="bottom", shrink=0.6, aspect=40,
                     label="points gained (+) or lost (-)")
-    save(figure, file)
-    plt.close(figure)
+    dots.save(figure, file)
 
 
 # ---------------------------------------------------------------------------------------- probes
@@ -329,8 +327,7 @@ def plot_probes(table: dict, config, file) -> None:
         ax.set_ylabel(f"{name}\nstate", fontsize=12)
     figure.supxlabel("query, by itself", fontsize=12)
     figure.colorbar(shown, ax=axes, label="right, from chance (0) to all (1)", shrink=0.7)
-    save(figure, file)
-    plt.close(figure)
+    dots.save(figure, file)
 
 
 # ----------------------------------------------------------------------------------------- slots

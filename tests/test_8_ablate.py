@@ -204,7 +204,7 @@ def test_figures_show_every_row(tmp_path, monkeypatch):
 def test_the_heat_maps_of_rungs_show_every_category(tmp_path, monkeypatch):
     """By the names of the tables, seen and never seen apart, the mean of six above."""
     drawn = []
-    monkeypatch.setattr(inside, "save", lambda figure, file: drawn.append(figure))
+    monkeypatch.setattr(dots, "save", lambda figure, file: drawn.append(figure))
     never = [name for name in evaluate.GENEVAL if name not in evaluate.ALONE]
     names = [*(f"{name}, seen" for name in evaluate.GENEVAL),
              *(f"{name}, never seen" for name in never)]
