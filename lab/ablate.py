@@ -43,7 +43,7 @@ from engine.files import prepare_folder
 from engine.limits import MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
 from lab import dots, inside, plan, statistics, tables, trials
 from lab.make import commit
-from lab.plan import PARTS, Part
+from lab.plan import PARTS, Arm, Part
 from lab.statistics import Estimate
 from lab.trials import digest, write_json
 from sample import TOY_FOLDER
@@ -63,6 +63,11 @@ def chosen(cases: list, pairs: str, n_held_out: int) -> list[int]:
     return found
 
 
+def results(args, part: Part, arm: Arm) -> list[dict]:
+    """Of each seed, what is known of its run."""
+    return [trials.result(args, run) for run in part.runs(args.seeds) if run.arm == arm]
+
+
 def scores_of(args, part: Part, pairs: str, step: int | None = None) -> tuple[dict, np.ndarray]:
     """At a step (default: the last) -> {label: 0 or 1 of each (seed, prompt)}, the prompts'
     categories."""
@@ -70,9 +75,8 @@ def scores_of(args, part: Part, pairs: str, step: int | None = None) -> tuple[di
     places = chosen(cases, pairs, max(arm.held_out for arm in part.arms.values()))
     found = {}
     for label, arm in part.arms.items():
-        results = [trials.result(args, plan.Run(arm, seed)) for seed in
-                   range(args.seeds or part.seeds)]
-        rows = [list(map(int, row["scores"][str(step or args.steps)])) for row in results]
+        rows = [list(map(int, one["scores"][str(step or args.steps)]))
+                for one in results(args, part, arm)]
         found[label] = np.array(rows, float)[:, places]
     return found, np.array([cases[i].category for i in places])
 
@@ -129,8 +133,8 @@ def curve_of(args, part: Part) -> dict:
     found = {}
     for label, arm in part.arms.items():
         curve = found.setdefault(label, {})
-        for seed in range(args.seeds or part.seeds):
-            for step, row in trials.result(args, plan.Run(arm, seed))["scores"].items():
+        for one in results(args, part, arm):
+            for step, row in one["scores"].items():
                 row = row if len(row) == len(early) else [row[i] for i in places]
                 curve.setdefault(int(step), []).append(float(np.mean(list(map(int, row)))))
     return found
