@@ -45,7 +45,7 @@ from lab import dots, inside, plan, statistics, tables, trials
 from lab.make import commit
 from lab.plan import PARTS, Arm, Part
 from lab.statistics import Estimate
-from lab.trials import digest, write_json
+from lab.trials import weights_digest, write_json
 from sample import TOY_FOLDER
 from train import pairs_beside
 
@@ -370,7 +370,7 @@ def origin(args) -> dict:
     for folder in ("model", "captions", "dit", "out"):
         said[folder] = pathlib.Path(said[folder] or "").name
     given = {"weights": args.model, "captions weights": args.captions, "dit weights": args.dit}
-    said |= {name: digest(folder) for name, folder in given.items() if folder}
+    said |= {name: weights_digest(folder) for name, folder in given.items() if folder}
     return dict(options=said, commit=commit(), machine=machine(args.device))
 
 

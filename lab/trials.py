@@ -59,7 +59,7 @@ AHEAD = {"cpu": 1, "cuda": 4}
 # ------------------------------------------------------------------------------- what is written
 
 @functools.cache
-def digest(*folders) -> str:
+def weights_digest(*folders) -> str:
     """Eight letters that stand for all weights in some folders."""
     found = hashlib.sha256()
     for file in itertools.chain(*map(weight_files, folders)):
@@ -83,7 +83,7 @@ def folder_of(args) -> pathlib.Path:
     code, whose commit each of them names; and after when they are scored, by how many prompts."""
     prompts = "\n".join(case.prompt for case in cases(args))
     words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
-    weights = digest(args.model, args.captions, args.dit)
+    weights = weights_digest(args.model, args.captions, args.dit)
     settings = f"{args.steps}x{args.batch}-{args.draw_steps}-{args.dtype}"
     return args.out / f"runs-{weights}-{words}-{settings}-{args.looks}x{args.n_early}"
 
