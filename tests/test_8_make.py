@@ -5,10 +5,10 @@ import types
 import pytest
 
 import train
-from conftest import run
 from engine.files import digest
 from lab import curves, make, pretrain
 from tbac import TBAC
+from tests.conftest import run
 
 
 def arguments(*words):

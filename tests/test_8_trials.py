@@ -18,7 +18,6 @@ from sample import TOY_FOLDER
 from tbac import TBAC
 from tests.conftest import relative
 from toy import world
-from train import learning_rate
 
 ARMS = (plan.Arm(), plan.Arm("final", shift=3.0))
 
@@ -38,11 +37,10 @@ def few_prompts(monkeypatch):
     monkeypatch.setattr(trials, "cases", lambda args: few)
 
 
-def single(group, run):
+def single(run):
     """The model of one run by itself, as train.py would build it."""
     model = TBAC.load(TOY_FOLDER)
-    c, arm = model.config, run.arm
-    model.config = dataclasses.replace(c, wiring=arm.wiring)
+    model.config = dataclasses.replace(model.config, wiring=run.arm.wiring)
     model.ladder = model.config.build_ladder()
     model.ladder.init_weights(torch.Generator().manual_seed(run.seed))
     return fast.enable(model)
@@ -97,7 +95,7 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
     words = ["--steps", "200", "--wiring", "ladder", "--out", str(tmp_path / "single")]
     settings = train.options(words)
     for i, run in enumerate(runs):
-        model = single(group, run)
+        model = single(run)
         params = {name: p for name, p in model.named_parameters()
                   if name.startswith(("ladder.", "dit."))}
         optimizer = train.adamw(params, settings)
@@ -111,8 +109,8 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
             loss.backward()
             assert relative(found[step, i], loss.detach()) < 1e-5
             clip_grad_norm_(params.values(), settings.clip)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
-            optimizer.param_groups[1]["lr"] = learning_rate(step, settings)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = train.learning_rate(step, settings)
             optimizer.step()
             optimizer.zero_grad()
         for name, p in params.items():

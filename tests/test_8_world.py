@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from conftest import run
 from engine.pictures import contact_sheet
+from tests.conftest import run
 from toy import grader, language, world
 from toy.world import Scene, Thing
 
