@@ -176,7 +176,8 @@ class Stack:
         self.n = len(learners)
         # Only the layers below the last state that one of them taps.
         self.n_layer = max(max(learner.ladder.taps) for learner in learners)
-        self.config, self.mllm = config, mllm
+        self.config = config
+        self.mllm = mllm
         self.shape = copy.deepcopy(learners[0]).to("meta")
         self.captured = None
 

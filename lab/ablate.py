@@ -260,13 +260,15 @@ class Clock:
         return late or self.signal.number is not None
 
 
+def is_complete(args, part: Part) -> bool:
+    return all(trials.is_finished(args, run) for run in part.runs(args.seeds))
+
+
 def train(args, names: list[str]) -> None:
     """Trains what is missing of these parts, then analyses those that are complete."""
     runs = [run for name in names for run in PARTS[name].runs(args.seeds)]
     finished = trials.train_all(runs, args, Clock(args.minutes))
-    done = [name for name in names if all(trials.is_finished(args, run)
-                                          for run in PARTS[name].runs(args.seeds))]
-    found = {name: analyse(args, name) for name in done}
+    found = {name: analyse(args, name) for name in names if is_complete(args, PARTS[name])}
     correct(found)
     for name, content in found.items():
         print(f"\n## {name}: {content['question']}\n\n{tables.part(content)}")

@@ -120,7 +120,8 @@ def holm(p: dict, of: int | None = None) -> dict:
     """Holm's correction: {name: p} -> {name: p that all of them together may be judged by}. of: how
     many there are, if more than these (which then count as the largest)."""
     of = of or len(p)
-    corrected, largest = {}, 0.0
+    corrected = {}
+    largest = 0.0
     for i, name in enumerate(sorted(p, key=p.get)):
         largest = max(largest, min(1.0, (of - i) * p[name]))
         corrected[name] = largest

@@ -127,7 +127,8 @@ def base_model(args, mllm: str) -> TBAC:
 
 def learner(model: TBAC, run: Run) -> Learner:
     """A fresh ladder by the run's arm and seed, and a copy of the DiT."""
-    c, arm = model.config, run.arm
+    c = model.config
+    arm = run.arm
     ladder = Ladder(arm.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer,
                     arm.wiring, arm.connector)
     ladder.init_weights(torch.Generator().manual_seed(run.seed))
@@ -198,7 +199,8 @@ class Group:
     """All runs that share their examples, from their weights to their files."""
 
     def __init__(self, runs: list[Run], args):
-        self.runs, self.args = runs, args
+        self.runs = runs
+        self.args = args
         self.commit = commit()
         mllm, n_held_out = runs[0].examples
         self.model = base_model(args, mllm)
@@ -240,7 +242,7 @@ class Group:
             for _ in range(ahead):
                 rows.append(list(itertools.islice(examples, self.args.batch)))
                 offsets.append(self.reader.offset)
-            # Of no stream: nothing.
+            # Where there is no stream, this does nothing.
             with torch.cuda.stream(stream):
                 steps = self.inputs(first, rows, offsets)
             for inputs in steps:
@@ -252,7 +254,9 @@ class Group:
     def inputs(self, first: int, rows: list[list], offsets: list[int]) -> list[Inputs]:
         """What all models share, and each seed's times and noise, of some steps from `first` on.
         rows: the numbered examples of each."""
-        model, device, batch = self.model, self.args.device, self.args.batch
+        model = self.model
+        device = self.args.device
+        batch = self.args.batch
         every = [(step, *row) for step, own in enumerate(rows, first) for row in own]
         prompts = [train.drop_condition(example, random.Random(f"{step} {number}"), COND_DROP)[0]
                    for step, number, example in every]
@@ -312,7 +316,8 @@ class Group:
     def score(self, stack: Stack, prompts: list, grade: Callable) -> Tensor:
         """-> (N, prompts), 1 where the picture is right. Noise as in lab.evaluate: a seed of its
         own for each prompt, the same for all models."""
-        config, device = self.model.config, self.args.device
+        config = self.model.config
+        device = self.args.device
         at_once = max(1, AT_ONCE[device.split(":")[0]] // stack.n)
         found = []
         for i in range(0, len(prompts), at_once):
