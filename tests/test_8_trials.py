@@ -243,7 +243,8 @@ def test_runs_that_end_together_are_finished_together(tmp_path):
 # ----------------------------------------------------------------------------------------- scores
 
 def test_scores_are_those_of_evaluate(tmp_path):
-    """The shipped model, twice in a stack, by the same pictures as lab.evaluate draws."""
+    """The shipped model, in a stack with one that paints noise, by the same pictures as
+    lab.evaluate draws."""
     args = options(tmp_path, "--draw-steps", 4)
     group = trials.Group([plan.Run(plan.Arm(mllm="facts"), seed) for seed in (0, 1)], args)
     toy = TBAC.load(TOY_FOLDER)
@@ -252,13 +253,13 @@ def test_scores_are_those_of_evaluate(tmp_path):
             if name.startswith(("ladder.", "dit.")):
                 of_stack = group.state.params[f"0.{name}"]
                 of_stack.copy_(p.view(of_stack[0].shape))
-                group.state.ema[f"0.{name}"].copy_(of_stack)
+        group.state.params["0.dit.proj_out.weight"][1] = 0
     prompts = evaluate.first(4, evaluate.draw_case, "position", False)
     found = group.score(group.stacks[0][0], prompts, map)
     scores, _ = evaluate.score("draw", prompts, 1, lambda rows: evaluate.paint(
         toy, rows, 0, 32, steps=4))
     want = scores["draw", "position", "category", "seen"]
-    assert found.tolist() == [want, want]
+    assert any(want) and found.tolist() == [want, [0] * 4]
 
 
 # -------------------------------------------------------------------------------------- examples
