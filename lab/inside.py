@@ -41,7 +41,7 @@ FITTED = 1200
 TESTED = 400
 
 
-def load(folder, device="cpu"):
+def load(folder, device):
     return fast.enable(TBAC.load(folder, device))
 
 
