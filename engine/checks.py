@@ -236,7 +236,7 @@ def upgraded(found: dict, since: int) -> dict:
     """A config of format `since` as one of this format."""
     for number, keys in ADDED.items():
         if since < number:
-            found = found | {key: found.get(key, value) for key, value in keys.items()}
+            found = keys | found
     return found
 
 

@@ -176,7 +176,8 @@ class Stack:
         self.n = len(learners)
         # Only the layers below the last state that one of them taps.
         self.n_layer = max(max(learner.ladder.taps) for learner in learners)
-        self.config, self.mllm = config, mllm
+        self.config = config
+        self.mllm = mllm
         self.shape = copy.deepcopy(learners[0]).to("meta")
         self.captured = None
 
@@ -241,8 +242,8 @@ class Stack:
     def conditioning(self, prompts: list[str]) -> tuple[Tensor, int]:
         """As `sample.encode_for_guidance`, for all models: rungs (N, L, 2 B, Q, caption_dim), those
         of the null prompt first; and 2, the rows that guidance compares."""
-        distinct = read_prefix(self.mllm, ["", *prompts], self.config.max_prompt, self.n_layer)
-        rungs = self.each("rungs", self.states(distinct))
+        prefix = read_prefix(self.mllm, ["", *prompts], self.config.max_prompt, self.n_layer)
+        rungs = self.each("rungs", self.states(prefix))
         B = len(prompts)
         return rungs[:, :, [0] * B + list(range(1, B + 1))], 2
 

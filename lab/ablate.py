@@ -24,9 +24,9 @@ was when the same command is given again.
 
 These look at --model as it is (lab/inside.py).
 
-A study writes STUDY.json into --out, and all but settings a picture beside it. How far its tables
-can be trusted depends on the number of seeds and steps; both stand in the JSON file, with commit
-(of each run its own) and machine.
+A study writes STUDY.json into --out, and all but settings and overfit a picture beside it. How far
+its tables can be trusted depends on the number of seeds and steps; both stand in the JSON file,
+with commit (of each run its own) and machine.
 """
 import itertools
 import pathlib
@@ -43,9 +43,9 @@ from engine.files import prepare_folder
 from engine.limits import MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
 from lab import dots, inside, plan, statistics, tables, trials
 from lab.make import commit
-from lab.plan import PARTS, Part
+from lab.plan import PARTS, Arm, Part
 from lab.statistics import Estimate
-from lab.trials import digest, write_json
+from lab.trials import weights_digest, write_json
 from sample import TOY_FOLDER
 from train import pairs_beside
 
@@ -63,6 +63,11 @@ def chosen(cases: list, pairs: str, n_held_out: int) -> list[int]:
     return found
 
 
+def results(args, part: Part, arm: Arm) -> list[dict]:
+    """Of each seed, what is known of its run."""
+    return [trials.result(args, run) for run in part.runs(args.seeds) if run.arm == arm]
+
+
 def scores_of(args, part: Part, pairs: str, step: int | None = None) -> tuple[dict, np.ndarray]:
     """At a step (default: the last) -> {label: 0 or 1 of each (seed, prompt)}, the prompts'
     categories."""
@@ -70,9 +75,8 @@ def scores_of(args, part: Part, pairs: str, step: int | None = None) -> tuple[di
     places = chosen(cases, pairs, max(arm.held_out for arm in part.arms.values()))
     found = {}
     for label, arm in part.arms.items():
-        results = [trials.result(args, plan.Run(arm, seed)) for seed in
-                   range(args.seeds or part.seeds)]
-        rows = [list(map(int, row["scores"][str(step or args.steps)])) for row in results]
+        rows = [list(map(int, one["scores"][str(step or args.steps)]))
+                for one in results(args, part, arm)]
         found[label] = np.array(rows, float)[:, places]
     return found, np.array([cases[i].category for i in places])
 
@@ -129,8 +133,8 @@ def curve_of(args, part: Part) -> dict:
     found = {}
     for label, arm in part.arms.items():
         curve = found.setdefault(label, {})
-        for seed in range(args.seeds or part.seeds):
-            for step, row in trials.result(args, plan.Run(arm, seed))["scores"].items():
+        for one in results(args, part, arm):
+            for step, row in one["scores"].items():
                 row = row if len(row) == len(early) else [row[i] for i in places]
                 curve.setdefault(int(step), []).append(float(np.mean(list(map(int, row)))))
     return found
@@ -236,10 +240,9 @@ def plot_part(name: str, content: dict, out: pathlib.Path) -> None:
     panels = [differences, content["contrasts"]] if content["contrasts"] else [differences]
     dots.plot_arms(scores, panels, plan.SMALLEST, out / f"{name}.png")
     if len(PARTS[name].arms) == 2:
-        order = sorted(categories, key=lambda c: -np.mean([r["mean"] for r in
-                                                           categories[c].values()]))
-        dots.plot_series({category: categories[category] for category in order},
-                         out / f"{name}-categories.png", "right, %")
+        by_score = sorted(categories.items(), reverse=True,
+                          key=lambda item: np.mean([row["mean"] for row in item[1].values()]))
+        dots.plot_series(dict(by_score), out / f"{name}-categories.png", "right, %")
 
 
 # ----------------------------------------------------------------------------------- the studies
@@ -257,13 +260,15 @@ class Clock:
         return late or self.signal.number is not None
 
 
+def is_complete(args, part: Part) -> bool:
+    return all(trials.is_finished(args, run) for run in part.runs(args.seeds))
+
+
 def train(args, names: list[str]) -> None:
     """Trains what is missing of these parts, then analyses those that are complete."""
     runs = [run for name in names for run in PARTS[name].runs(args.seeds)]
     finished = trials.train_all(runs, args, Clock(args.minutes))
-    done = [name for name in names if all(trials.is_finished(args, run)
-                                          for run in PARTS[name].runs(args.seeds))]
-    found = {name: analyse(args, name) for name in done}
+    found = {name: analyse(args, name) for name in names if is_complete(args, PARTS[name])}
     correct(found)
     for name, content in found.items():
         print(f"\n## {name}: {content['question']}\n\n{tables.part(content)}")
@@ -356,8 +361,7 @@ def refuse_missing(p, args) -> None:
     if not args.dit:
         p.error("--dit FOLDER: the DiT that the runs start from, runs/toy/dit made by "
                 "`python -m lab.make --out runs/toy --stop-after dit`")
-    mllms = {arm.mllm for name in args.parts for arm in PARTS[name].arms.values()}
-    if "captions" in mllms and not args.captions:
+    if not args.captions:
         p.error("--captions FOLDER: the MLLM without facts at depth, made by `python -m "
                 "lab.pretrain --stage mllm --aux --model runs/toy/vit --out runs/toy/captions`")
 
@@ -368,7 +372,7 @@ def origin(args) -> dict:
     for folder in ("model", "captions", "dit", "out"):
         said[folder] = pathlib.Path(said[folder] or "").name
     given = {"weights": args.model, "captions weights": args.captions, "dit weights": args.dit}
-    said |= {name: digest(folder) for name, folder in given.items() if folder}
+    said |= {name: weights_digest(folder) for name, folder in given.items() if folder}
     return dict(options=said, commit=commit(), machine=machine(args.device))
 
 

@@ -29,10 +29,12 @@ def write(runs: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
 
 def thinned(rows: list[dict], n: int = POINTS) -> dict:
     """A log -> {step, loss, norm, lr: n means over equal parts; by_t: in ten bins of time}"""
-    found = {name: means([row[name] for row in rows], n) for name in ("loss", "norm", "lr")}
+    found = dict(step=last_steps(rows, n))
+    for name in ("loss", "norm", "lr"):
+        found[name] = means([row[name] for row in rows], n)
     if rows[-1].get("by_t"):
         found["by_t"] = means([row["by_t"] for row in rows], n // 4)
-    return dict(step=last_steps(rows, n)) | found
+    return found
 
 
 def last_steps(rows: list[dict], n: int) -> list[int]:

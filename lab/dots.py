@@ -10,9 +10,10 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:
 
 
 def save(figure, file) -> None:
-    """A PNG that is there is whole."""
+    """A PNG that is there is whole. The figure is closed."""
     with new_file(file) as f:
         figure.savefig(f, format="png", dpi=DPI)
+    plt.close(figure)
 
 
 def dot(ax, y: float, row: dict, colour: str, label: str | None = None, below=0.0) -> None:
@@ -25,7 +26,7 @@ def dot(ax, y: float, row: dict, colour: str, label: str | None = None, below=0.
     ax.plot(100 * row["mean"], y, "o", color=colour, ms=7, label=label)
 
 
-def rows_of(ax, names, x_label: str) -> None:
+def label_rows(ax, names, x_label: str) -> None:
     """The first row on top."""
     ax.set_yticks(range(len(names)), names, fontsize=11)
     ax.set_ylim(len(names) - 0.4, -0.6)
@@ -45,11 +46,10 @@ def plot_arms(scores: dict, panels: list[dict], smallest: float, file) -> None:
                                 layout="constrained", height_ratios=[rows + 0.6 for rows in n])
     for y, row in enumerate(scores.values()):
         dot(axes[0], y, row, COLOURS[0], below=0.25)
-    rows_of(axes[0], list(scores), "right, %: mean of GenEval's categories")
+    label_rows(axes[0], list(scores), "right, %: mean of GenEval's categories")
     for ax, differences in zip(axes[1:], panels):
         plot_differences(ax, differences, smallest)
     save(figure, file)
-    plt.close(figure)
 
 
 def plot_differences(ax, differences: dict, smallest: float) -> None:
@@ -57,7 +57,7 @@ def plot_differences(ax, differences: dict, smallest: float) -> None:
     ax.axvline(0, color="0.5", lw=1)
     for y, row in enumerate(differences.values()):
         dot(ax, y, row, COLOURS[1])
-    rows_of(ax, list(differences), "difference, points (grey: too small to matter)")
+    label_rows(ax, list(differences), "difference, points (grey: too small to matter)")
     widest = max(abs(100 * x) for row in differences.values() for x in row["interval"])
     reach = 1.15 * max(widest, 2 * smallest)
     ax.set_xlim(-reach, reach)
@@ -73,9 +73,8 @@ def plot_series(rows: dict, file, x_label: str) -> None:
         for i, (name, found) in enumerate(row.items()):
             offset = 0.18 * (i - (len(row) - 1) / 2)
             dot(ax, y + offset, found, COLOURS[series.index(name)], name if y == 0 else None)
-    rows_of(ax, list(rows), x_label)
+    label_rows(ax, list(rows), x_label)
     ax.set_xlim(-3, 103)
     ax.legend(loc="lower left", fontsize=10, ncols=len(series), bbox_to_anchor=(0, 1),
               frameon=False)
     save(figure, file)
-    plt.close(figure)

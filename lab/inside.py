@@ -27,7 +27,6 @@ import train
 from engine import fast, mixer
 from engine.log import read_log
 from lab import dots, evaluate, plan, statistics, tables, trials
-from lab.dots import save
 from ladder import tap_layers
 from tbac import TBAC
 from toy import grader, language, world
@@ -42,7 +41,7 @@ FITTED = 1200
 TESTED = 400
 
 
-def load(folder, device="cpu"):
+def load(folder, device):
     return fast.enable(TBAC.load(folder, device))
 
 
@@ -172,8 +171,10 @@ def rows_of(of_rungs: list[dict], pairs: str) -> dict[str, list[float]]:
     """[of each rung {"category, pairs": points}] -> {category: points of each rung}, for those of
     the pairs that are named; above them the mean of six, if they have all."""
     ending = f", {pairs}"
-    names = [name for name in of_rungs[0] if name.endswith(ending)]
-    rows = {name.removesuffix(ending): [rung[name] for rung in of_rungs] for name in names}
+    rows = {}
+    for name in of_rungs[0]:
+        if name.endswith(ending):
+            rows[name.removesuffix(ending)] = [rung[name] for rung in of_rungs]
     if rows.keys() >= set(evaluate.GENEVAL):
         rows = {"mean of six": np.mean([rows[name] for name in evaluate.GENEVAL], 0)} | rows
     return rows
@@ -197,13 +198,14 @@ def heat_map(ax, rows: dict[str, list[float]]):
 def plot_rungs(lost, file):
     """lost: {way: [of each rung {category: points}]}. Heat maps: ways side by side, pairs seen in
     training above those never seen."""
-    tables = {how: {pairs: rows_of(of_rungs, pairs) for pairs in evaluate.PAIRS.values()}
-              for how, of_rungs in lost.items()}
-    lengths = [len(rows) for rows in next(iter(tables.values())).values()]
+    maps = {}
+    for how, of_rungs in lost.items():
+        maps[how] = {pairs: rows_of(of_rungs, pairs) for pairs in evaluate.PAIRS.values()}
+    lengths = [len(rows) for rows in next(iter(maps.values())).values()]
     figure, axes = plt.subplots(len(lengths), len(lost), figsize=(8, 2.2 + 0.3 * sum(lengths)),
                                 height_ratios=lengths, layout="constrained", sharex="col",
                                 sharey="row", squeeze=False)
-    for column, (how, of_pairs) in zip(axes.T, tables.items()):
+    for column, (how, of_pairs) in zip(axes.T, maps.items()):
         for ax, rows in zip(column, of_pairs.values()):
             shown = heat_map(ax, rows)
         column[0].set_title(textwrap.fill(f"by {REPLACED_BY[how]}", 20), fontsize=12)
@@ -213,8 +215,7 @@ def plot_rungs(lost, file):
     figure.suptitle("Each prompt's rung replaced", fontsize=12)
     figure.colorbar(shown, ax=axes, location="bottom", shrink=0.6, aspect=40,
                     label="points gained (+) or lost (-)")
-    save(figure, file)
-    plt.close(figure)
+    dots.save(figure, file)
 
 
 # ---------------------------------------------------------------------------------------- probes
@@ -258,10 +259,9 @@ def probes(args):
             print("without --captions FOLDER that MLLM is left out")
             continue
         model = fast.enable(trials.with_mllm(args, name))
-        model.ladder.init_weights(torch.Generator().manual_seed(0))
         states = probe_states(model, texts)                            # (depths, prompts, Q, M)
         for fact in tqdm(table, name):
-            table[fact] |= {name: probed(states, [said[fact] for said in facts])}
+            table[fact][name] = probed(states, [said[fact] for said in facts])
     print(tables.probes_by_state(table))
     plot_probes(table, model.config, args.out / "probes.png")
     return dict(table=table)
@@ -320,7 +320,8 @@ def plot_probes(table: dict, config, file) -> None:
     for (fact, by_mllm), column in zip(table.items(), axes.T):
         column[0].set_title(f"{fact}\n(0: {by_mllm[names[0]]['chance']:.0%})", fontsize=12)
         for name, ax in zip(names, column):
-            values, chance = np.array(by_mllm[name]["alone"]), by_mllm[name]["chance"]
+            values = np.array(by_mllm[name]["alone"])
+            chance = by_mllm[name]["chance"]
             shown = ax.imshow((values - chance) / (1 - chance), vmin=0, vmax=1, cmap="viridis",
                               aspect="auto", origin="lower", interpolation="nearest")
             ax.axhspan(taps[0] - 0.5, taps[-1] + 0.5, fill=False, ec="white", lw=1.5)
@@ -330,8 +331,7 @@ def plot_probes(table: dict, config, file) -> None:
         ax.set_ylabel(f"{name}\nstate", fontsize=12)
     figure.supxlabel("query, by itself", fontsize=12)
     figure.colorbar(shown, ax=axes, label="right, from chance (0) to all (1)", shrink=0.7)
-    save(figure, file)
-    plt.close(figure)
+    dots.save(figure, file)
 
 
 # ----------------------------------------------------------------------------------------- slots
@@ -372,9 +372,12 @@ THINGS = ("its first", "its second", "the other's first", "the other's second")
 
 def things_there(pictures, asked) -> dict[str, list[bool]]:
     """{which of the four things: is it in the picture?}"""
-    names = [{thing.name for thing in grader.grade(picture).things} for picture in pictures]
-    return {what: [four[i].name in found for four, found in zip(asked, names)]
-            for i, what in enumerate(THINGS)}
+    found = {what: [] for what in THINGS}
+    for picture, four in zip(pictures, asked):
+        names = {thing.name for thing in grader.grade(picture).things}
+        for what, thing in zip(THINGS, four):
+            found[what].append(thing.name in names)
+    return found
 
 
 def surgeries(n_layer: int, n_query: int) -> dict[str, tuple[str, range, range]]:
@@ -405,9 +408,10 @@ def slots(args):
     for name, (what, queries, depths) in tqdm(todo.items(), "slots"):
         changed = with_slot(own, donors[what], queries, depths)
         found[name] = things_there(painted(model, changed, null, args), asked)
-    rows = {name: {what: measured(np.array(there, float)) for what, there in row.items()}
-            for name, row in found.items()}
-    for name, row in rows.items():
+    rows = {}
+    for name, of_things in found.items():
+        row = {what: measured(there) for what, there in of_things.items()}
+        rows[name] = row
         print(f"| {name} | " + " | ".join(map(evaluate.percent, row.values())) + " |")
     # Of single rungs there are too many.
     shown = {name: row for name, row in rows.items() if ", rung" not in name}
@@ -421,9 +425,11 @@ def layout(picture, things) -> dict[str, float]:
     """Where the first of two things is, whether it is further to the left than the second, and how
     many things there are at all; NaN where it cannot be told."""
     found = grader.grade(picture).things
-    first, second = ([t for t in found if t.name == thing.name][:1] for thing in things)
-    x, y = (first[0].x, first[0].y) if first else (np.nan, np.nan)
-    left = float(first[0].x < second[0].x) if first and second else np.nan
+    # Of several of one name the first.
+    by_name = {thing.name: thing for thing in reversed(found)}
+    first, second = (by_name.get(thing.name) for thing in things)
+    x, y = (first.x, first.y) if first else (np.nan, np.nan)
+    left = float(first.x < second.x) if first and second else np.nan
     return {"first, across": x, "first, up and down": y, "first is left": left,
             "number": float(len(found))}
 
@@ -437,7 +443,8 @@ def noise(args):
     asked = [four[:2] for four in pairs_of_things(args.n)]
     texts = [language.listing(things) for things in asked]
     generator = torch.Generator().manual_seed(0)
-    table = []
+    # What: [of each noise [of each prompt]]
+    table = {}
     for _ in tqdm(range(NOISES), "noises"):
         eps = torch.randn(1, *sample.latent_shape(model.config), generator=generator)
         pictures = []
@@ -445,16 +452,15 @@ def noise(args):
             part = texts[i:i + 32]
             pictures += sample.generate(model, part, eps=eps.expand(len(part), -1, -1, -1),
                                         steps=args.draw_steps)
-        table.append([layout(*pair) for pair in zip(pictures, asked)])
-    rows = {}
-    for what in table[0][0]:
-        values = np.array([[found[what] for found in row] for row in table])   # (noises, prompts)
-        rows[what] = noise_shares(values)
+        layouts = [layout(*pair) for pair in zip(pictures, asked)]
+        for what in layouts[0]:
+            table.setdefault(what, []).append([found[what] for found in layouts])
+    rows = {what: noise_shares(np.array(values)) for what, values in table.items()}
+    shown = {}
     for what, row in rows.items():
-        cells = [evaluate.percent(row[part]) for part in PARTS_OF_VARIANCE.values()]
+        shown[what] = {part: row[part] for part in PARTS_OF_VARIANCE.values()}
+        cells = map(evaluate.percent, shown[what].values())
         print(f"| {what} | {' | '.join(cells)} | {row['known']} |")
-    shown = {what: {part: row[part] for part in PARTS_OF_VARIANCE.values()}
-             for what, row in rows.items()}
     dots.plot_series(shown, args.out / "noise.png", "share of the variance, %")
     return dict(table=rows)
 

@@ -101,7 +101,8 @@ def both(**settings) -> dict[str, Arm]:
 
 def table(label: str, setting: str, values) -> tuple[dict[str, Arm], tuple]:
     """ladder and final for each value of one setting -> arms, and ladder against final at each."""
-    arms, compared = {}, []
+    arms = {}
+    compared = []
     for value in values:
         pair = {f"{wiring}, {label.format(value)}": arm
                 for wiring, arm in both(**{setting: value}).items()}

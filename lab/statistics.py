@@ -120,7 +120,8 @@ def holm(p: dict, of: int | None = None) -> dict:
     """Holm's correction: {name: p} -> {name: p that all of them together may be judged by}. of: how
     many there are, if more than these (which then count as the largest)."""
     of = of or len(p)
-    corrected, largest = {}, 0.0
+    corrected = {}
+    largest = 0.0
     for i, name in enumerate(sorted(p, key=p.get)):
         largest = max(largest, min(1.0, (of - i) * p[name]))
         corrected[name] = largest
@@ -137,7 +138,7 @@ def verdict(found: Estimate, smallest: float, p: float | None = None) -> str:
     return "open"
 
 
-def pairs(table: np.ndarray) -> np.ndarray:
+def products(table: np.ndarray) -> np.ndarray:
     """Sums of the products of two cells of a table (A, B): a cell and itself, two of one row, two
     of one column, two that share neither."""
     own = (table ** 2).sum()
@@ -157,11 +158,11 @@ def shares(values: np.ndarray) -> dict[str, float]:
     nothing = dict.fromkeys(("rows", "columns", "rest"), float("nan"))
     if known.sum() < 2:
         return nothing
-    count = pairs(known.astype(float))
+    count = products(known.astype(float))
     if count.min() <= 0:
         return nothing
     centred = np.where(known, values - values[known].mean(), 0.0)
-    own, row, column, neither = pairs(centred) / count
+    own, row, column, neither = products(centred) / count
     parts = dict(rows=max(0.0, row - neither), columns=max(0.0, column - neither),
                  rest=max(0.0, own - row - column + neither))
     total = sum(parts.values())

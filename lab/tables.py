@@ -245,8 +245,10 @@ def solvers() -> str:
 def image_guidance() -> str:
     found = study("settings")["edits"]
     factors = [f"{float(name.split()[-1]):g}" for name in found]
-    rows = [[EDITED[what].removeprefix("the "), *(percent(row[what]) for row in found.values())]
-            for what in ("unchanged", "followed")]
+    rows = []
+    for what in ("unchanged", "followed"):
+        numbers = [percent(row[what]) for row in found.values()]
+        rows.append([EDITED[what].removeprefix("the "), *numbers])
     return table(["image guidance", *factors], rows)
 
 

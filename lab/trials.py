@@ -59,7 +59,7 @@ AHEAD = {"cpu": 1, "cuda": 4}
 # ------------------------------------------------------------------------------- what is written
 
 @functools.cache
-def digest(*folders) -> str:
+def weights_digest(*folders) -> str:
     """Eight letters that stand for all weights in some folders."""
     found = hashlib.sha256()
     for file in itertools.chain(*map(weight_files, folders)):
@@ -80,12 +80,12 @@ def cases(args) -> list:
 
 def folder_of(args) -> pathlib.Path:
     """Where runs are kept: named after all that their scores depend on beside arm, seed and the
-    code, whose commit each of them names."""
+    code, whose commit each of them names; and after when they are scored, by how many prompts."""
     prompts = "\n".join(case.prompt for case in cases(args))
     words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
-    weights = digest(*filter(None, (args.model, args.captions, args.dit)))
+    weights = weights_digest(args.model, args.captions, args.dit)
     settings = f"{args.steps}x{args.batch}-{args.draw_steps}-{args.dtype}"
-    return args.out / f"runs-{weights}-{words}-{settings}"
+    return args.out / f"runs-{weights}-{words}-{settings}-{args.looks}x{args.n_early}"
 
 
 def result(args, run: Run) -> dict:
@@ -101,12 +101,14 @@ def is_finished(args, run: Run) -> bool:
 # --------------------------------------------------------------------------- models of one group
 
 def with_mllm(args, name: str) -> TBAC:
-    """The model of a folder that has this MLLM of the plan's."""
+    """The model of a folder that has this MLLM of the plan's, and a fresh ladder. Drawn on the CPU,
+    so that every device has the same."""
     folders = {"facts": args.model, "captions": args.captions, "random": args.model}
-    model = TBAC.load(folders[name], args.device, torch.float32)
+    model = TBAC.load(folders[name], "cpu", torch.float32)
     if name == "random":
-        model.mllm.init_weights(torch.Generator(args.device).manual_seed(0))
-    return model
+        model.mllm.init_weights(torch.Generator().manual_seed(0))
+    model.ladder.init_weights(torch.Generator().manual_seed(0))
+    return model.to(args.device)
 
 
 def base_model(args, mllm: str) -> TBAC:
@@ -125,7 +127,8 @@ def base_model(args, mllm: str) -> TBAC:
 
 def learner(model: TBAC, run: Run) -> Learner:
     """A fresh ladder by the run's arm and seed, and a copy of the DiT."""
-    c, arm = model.config, run.arm
+    c = model.config
+    arm = run.arm
     ladder = Ladder(arm.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer,
                     arm.wiring, arm.connector)
     ladder.init_weights(torch.Generator().manual_seed(run.seed))
@@ -196,7 +199,8 @@ class Group:
     """All runs that share their examples, from their weights to their files."""
 
     def __init__(self, runs: list[Run], args):
-        self.runs, self.args = runs, args
+        self.runs = runs
+        self.args = args
         self.commit = commit()
         mllm, n_held_out = runs[0].examples
         self.model = base_model(args, mllm)
@@ -238,7 +242,7 @@ class Group:
             for _ in range(ahead):
                 rows.append(list(itertools.islice(examples, self.args.batch)))
                 offsets.append(self.reader.offset)
-            # Of no stream: nothing.
+            # Where there is no stream, this does nothing.
             with torch.cuda.stream(stream):
                 steps = self.inputs(first, rows, offsets)
             for inputs in steps:
@@ -250,7 +254,9 @@ class Group:
     def inputs(self, first: int, rows: list[list], offsets: list[int]) -> list[Inputs]:
         """What all models share, and each seed's times and noise, of some steps from `first` on.
         rows: the numbered examples of each."""
-        model, device, batch = self.model, self.args.device, self.args.batch
+        model = self.model
+        device = self.args.device
+        batch = self.args.batch
         every = [(step, *row) for step, own in enumerate(rows, first) for row in own]
         prompts = [train.drop_condition(example, random.Random(f"{step} {number}"), COND_DROP)[0]
                    for step, number, example in every]
@@ -310,7 +316,8 @@ class Group:
     def score(self, stack: Stack, prompts: list, grade: Callable) -> Tensor:
         """-> (N, prompts), 1 where the picture is right. Noise as in lab.evaluate: a seed of its
         own for each prompt, the same for all models."""
-        config, device = self.model.config, self.args.device
+        config = self.model.config
+        device = self.args.device
         at_once = max(1, AT_ONCE[device.split(":")[0]] // stack.n)
         found = []
         for i in range(0, len(prompts), at_once):
@@ -387,8 +394,9 @@ def early(args) -> list:
 
 
 def scored_at(args) -> list[int]:
-    """The steps after which models are scored, the last one included."""
-    return sorted({round(args.steps * (i + 1) / args.looks) for i in range(args.looks)})
+    """The steps after which models are scored, the last one included; all where they are fewer."""
+    looks = min(args.looks, args.steps)
+    return [round(args.steps * (i + 1) / looks) for i in range(looks)]
 
 
 def three_quarters(args) -> int | None:

@@ -88,12 +88,12 @@ def loss_curve(losses: list, every: int, level: float, name: str) -> None:
     plt.show()
 
 
-def journeys(ways: dict, n_line: int = 40) -> None:
-    """{title: all stops, (n, 2) each} -> starts, ends, and the way of the first points, all on one
-    scale."""
+def journeys(ways: dict) -> None:
+    """{title: all stops, (n, 2) each} -> starts, ends, and the way of the first 40 points, all on
+    one scale."""
     fig, axes = plt.subplots(1, len(ways), figsize=(8, 3.4), sharex=True, sharey=True)
     for ax, (title, stops) in zip(axes, ways.items()):
-        ax.plot(*torch.stack(stops)[:, :n_line].unbind(2), color="black", lw=0.6, zorder=2)
+        ax.plot(*torch.stack(stops)[:, :40].unbind(2), color="black", lw=0.6, zorder=2)
         ax.scatter(*stops[0].T, s=2, color="tab:red", alpha=0.2, label="start")
         ax.scatter(*stops[-1].T, s=2, color="tab:blue", label="end", zorder=3)
         ax.set(title=title, aspect="equal", xlim=(-6, 6), ylim=(-6, 6))
@@ -289,13 +289,17 @@ def token_boxes(tokenizer, ids: list) -> list:
     return boxes
 
 
-def in_lines(boxes: list, width: float = 92) -> list:
-    """Boxes of words, broken into lines of `width` letters: [[(x, size, word, colour)]]"""
+# Letters that a line of token boxes holds.
+LETTERS = 92
+
+
+def in_lines(boxes: list) -> list:
+    """Boxes of words, broken into lines: [[(x, size, word, colour)]]"""
     rows = [[]]
     x = 0
     for word, colour in boxes:
         size = len(word) + 1
-        if x + size > width:
+        if x + size > LETTERS:
             rows.append([])
             x = 0
         rows[-1].append((x, size, word, colour))
@@ -303,14 +307,14 @@ def in_lines(boxes: list, width: float = 92) -> list:
     return rows
 
 
-def draw_strip(ax, rows: list, width: float = 92) -> None:
+def draw_strip(ax, rows: list) -> None:
     """Words in coloured boxes, line under line."""
     for y, row in enumerate(rows):
         for x, size, word, colour in row:
             ax.add_patch(Rectangle((x, y + 0.08), size - 0.25, 0.84, facecolor=colour))
             ax.text(x + size / 2 - 0.12, y + 0.5, word, ha="center", va="center",
                     family="monospace", fontsize=9.5)
-    ax.set(xlim=(0, width), ylim=(len(rows), 0))
+    ax.set(xlim=(0, LETTERS), ylim=(len(rows), 0))
     ax.axis("off")
 
 
@@ -639,15 +643,14 @@ def query_maps(picture: Image.Image, maps: Tensor) -> None:
     plt.show()
 
 
-def learned_batch(losses: list, level: float, rows: dict, every: int = 10) -> None:
-    """The loss of each step and its mean, beside the predicted start; {label: pictures}, a row of
-    drawings for each label."""
+def learned_batch(losses: list, level: float, rows: dict) -> None:
+    """The loss of each step and the mean of ten, beside the predicted start; {label: pictures}, a
+    row of drawings for each label."""
     n = len(losses)
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), width_ratios=(1.1, 1))
-    smooth = torch.tensor(losses).unfold(0, every, every).mean(1)
+    smooth = torch.tensor(losses).unfold(0, 10, 10).mean(1)
     left.semilogy(range(1, n + 1), losses, color="tab:blue", alpha=0.3, label="each step")
-    left.semilogy(range(every, n + 1, every), smooth, color="tab:blue",
-                  label=f"mean of {every} steps")
+    left.semilogy(range(10, n + 1, 10), smooth, color="tab:blue", label="mean of 10 steps")
     left.axhline(level, color="black", ls="--", label="predicted start")
     left.set(xlabel="training step", ylabel="loss")
     left.grid(alpha=0.3)
@@ -792,24 +795,24 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def stages(losses: dict, right: dict) -> None:
     """{task: {stage: losses (n,)}} and {task: {stage: which pictures are right}}, with intervals:
     of the change of the loss since the stage before, and of the share."""
-    fig, (left, middle) = plt.subplots(1, 2, figsize=(8, 3.4))
+    fig, (loss, share) = plt.subplots(1, 2, figsize=(8, 3.4))
     for k, (task, by_stage) in enumerate(losses.items()):
         places = np.arange(len(by_stage)) + 0.12 * k
         rows = list(by_stage.values())
         changes = [b - a for a, b in zip(rows, rows[1:])]
         bars = [0, *(2 * change.std().item() / len(change) ** 0.5 for change in changes)]
-        left.errorbar(places, [row.mean().item() for row in rows], bars, fmt="o-", capsize=3)
+        loss.errorbar(places, [row.mean().item() for row in rows], bars, fmt="o-", capsize=3)
         counts = [(sum(found), len(found)) for found in right[task].values()]
         shares = np.array([100 * r / n for r, n in counts])
         low, high = 100 * np.array([wilson(*count) for count in counts]).T
-        middle.errorbar(places, shares, [shares - low, high - shares], fmt="o-", capsize=3,
-                        label=task)
-    for ax in (left, middle):
+        share.errorbar(places, shares, [shares - low, high - shares], fmt="o-", capsize=3,
+                       label=task)
+    for ax in (loss, share):
         ax.set_xticks(range(len(by_stage)), list(by_stage))
         ax.set_xlabel("after stage")
-    left.set(title="held-out loss\n(bar: of the change)", ylim=(0, None))
-    middle.set(title="pictures right, %\n(bar: 95 % interval)", ylim=(-2, 102))
-    middle.legend()
+    loss.set(title="held-out loss\n(bar: of the change)", ylim=(0, None))
+    share.set(title="pictures right, %\n(bar: 95 % interval)", ylim=(-2, 102))
+    share.legend()
     plt.show()
 
 
@@ -1068,7 +1071,8 @@ def memory(rows: dict) -> None:
     for gpu in (8, 16, 24, 40):
         ax.axvline(gpu, color="black", ls=":")
         ax.text(gpu, -0.85, f"{gpu} GB", ha="center", fontsize=10)
-    ax.set(xlabel="GB ($10^9$ bytes); dotted: GPUs", xlim=(0, 44), ylim=(3.6, -0.8))
+    ax.set(xlabel="GB ($10^9$ bytes); dotted: GPUs", xlim=(0, 44))
+    ax.set_ylim(len(rows) - 0.4, -0.8)
     ax.set_yticks(range(len(rows)), list(rows))
     ax.legend(loc="upper right", fontsize=10)
     plt.show()

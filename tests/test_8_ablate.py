@@ -143,6 +143,13 @@ def test_the_last_quarter_is_that_of_all_prompts(study):
     assert ablate.last_quarter(study, PART) is None
 
 
+@pytest.mark.parametrize("steps, looks, found", [
+    (3000, 4, [750, 1500, 2250, 3000]), (7, 2, [4, 7]), (2, 4, [1, 2]), (1, 4, [1]),
+])
+def test_models_are_scored_after_steps_that_there_are(steps, looks, found):
+    assert trials.scored_at(types.SimpleNamespace(steps=steps, looks=looks)) == found
+
+
 @pytest.mark.parametrize("moved, words", [
     ((1.0, 0.1, 1.9), "curves have arrived"), ((-1.0, -1.9, -0.1), "curves have arrived"),
     ((1.0, -0.5, 2.5), "may have not arrived: take more"), ((3, 2.1, 3.9), "curves have not"),
@@ -197,7 +204,7 @@ def test_figures_show_every_row(tmp_path, monkeypatch):
 def test_the_heat_maps_of_rungs_show_every_category(tmp_path, monkeypatch):
     """By the names of the tables, seen and never seen apart, the mean of six above."""
     drawn = []
-    monkeypatch.setattr(inside, "save", lambda figure, file: drawn.append(figure))
+    monkeypatch.setattr(dots, "save", lambda figure, file: drawn.append(figure))
     never = [name for name in evaluate.GENEVAL if name not in evaluate.ALONE]
     names = [*(f"{name}, seen" for name in evaluate.GENEVAL),
              *(f"{name}, never seen" for name in never)]
@@ -307,7 +314,10 @@ def test_probes_are_of_three_mllms_by_the_same_fresh_queries(tmp_path, monkeypat
     assert len(lines) == 2 + 3 * 6 and len({line.count("|") for line in lines}) == 1
     picture = np.array(Image.open(tmp_path / "probes.png").convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
-    assert inside.probes(ablate.options(words[:3]))["table"]["count"].keys() == {"facts", "random"}
+    # What is drawn is drawn on the CPU, wherever it is needed.
+    args = ablate.options(words[:3])
+    args.device = "meta"
+    assert inside.probes(args)["table"]["count"].keys() == {"facts", "random"}
 
 
 @pytest.mark.parametrize("queries", [range(2), range(6, 8)])
@@ -395,11 +405,11 @@ def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
         return trials.folder_of(ablate.options(words))
 
     given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"],
-             ["--dtype", "bfloat16"])
+             ["--dtype", "bfloat16"], ["--looks", "7"], ["--n-early", "7"])
     other = tmp_path / "other"
     TBAC.load(TOY_FOLDER).save(other, torch.bfloat16)
     found = {folder(), *(folder(*argv) for argv in given), folder("--dit", str(other))}
-    assert len(found) == 7 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
+    assert len(found) == 9 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
 
 
 @pytest.mark.slow

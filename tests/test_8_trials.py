@@ -18,7 +18,6 @@ from sample import TOY_FOLDER
 from tbac import TBAC
 from tests.conftest import relative
 from toy import world
-from train import learning_rate
 
 ARMS = (plan.Arm(), plan.Arm("final", shift=3.0))
 
@@ -38,11 +37,10 @@ def few_prompts(monkeypatch):
     monkeypatch.setattr(trials, "cases", lambda args: few)
 
 
-def single(group, run):
+def single(run):
     """The model of one run by itself, as train.py would build it."""
     model = TBAC.load(TOY_FOLDER)
-    c, arm = model.config, run.arm
-    model.config = dataclasses.replace(c, wiring=arm.wiring)
+    model.config = dataclasses.replace(model.config, wiring=run.arm.wiring)
     model.ladder = model.config.build_ladder()
     model.ladder.init_weights(torch.Generator().manual_seed(run.seed))
     return fast.enable(model)
@@ -97,7 +95,7 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
     words = ["--steps", "200", "--wiring", "ladder", "--out", str(tmp_path / "single")]
     settings = train.options(words)
     for i, run in enumerate(runs):
-        model = single(group, run)
+        model = single(run)
         params = {name: p for name, p in model.named_parameters()
                   if name.startswith(("ladder.", "dit."))}
         optimizer = train.adamw(params, settings)
@@ -111,8 +109,8 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
             loss.backward()
             assert relative(found[step, i], loss.detach()) < 1e-5
             clip_grad_norm_(params.values(), settings.clip)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
-            optimizer.param_groups[1]["lr"] = learning_rate(step, settings)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = train.learning_rate(step, settings)
             optimizer.step()
             optimizer.zero_grad()
         for name, p in params.items():
@@ -245,7 +243,8 @@ def test_runs_that_end_together_are_finished_together(tmp_path):
 # ----------------------------------------------------------------------------------------- scores
 
 def test_scores_are_those_of_evaluate(tmp_path):
-    """The shipped model, twice in a stack, by the same pictures as lab.evaluate draws."""
+    """The shipped model, in a stack with one that paints noise, by the same pictures as
+    lab.evaluate draws."""
     args = options(tmp_path, "--draw-steps", 4)
     group = trials.Group([plan.Run(plan.Arm(mllm="facts"), seed) for seed in (0, 1)], args)
     toy = TBAC.load(TOY_FOLDER)
@@ -254,13 +253,13 @@ def test_scores_are_those_of_evaluate(tmp_path):
             if name.startswith(("ladder.", "dit.")):
                 of_stack = group.state.params[f"0.{name}"]
                 of_stack.copy_(p.view(of_stack[0].shape))
-                group.state.ema[f"0.{name}"].copy_(of_stack)
+        group.state.params["0.dit.proj_out.weight"][1] = 0
     prompts = evaluate.first(4, evaluate.draw_case, "position", False)
     found = group.score(group.stacks[0][0], prompts, map)
     scores, _ = evaluate.score("draw", prompts, 1, lambda rows: evaluate.paint(
         toy, rows, 0, 32, steps=4))
     want = scores["draw", "position", "category", "seen"]
-    assert found.tolist() == [want, want]
+    assert any(want) and found.tolist() == [want, [0] * 4]
 
 
 # -------------------------------------------------------------------------------------- examples

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from conftest import run
 from engine.pictures import contact_sheet
 from engine.words import never_heard
+from tests.conftest import run
 from toy import grader, language, world
 from toy.world import Scene, Thing
 
@@ -495,10 +495,11 @@ def test_a_given_kind_draws_no_other_kind():
 # ---- words and wordings
 
 def test_half_of_the_texts_are_plain(trained):
-    """In lower case, without synonyms, in the frames that are marked so."""
+    """In lower case, without synonyms, in the frames that are marked so; and some of the others
+    happen to look like that."""
     for kind, texts in trained.items():
         as_before = [text for text in texts if text == canonical(text).replace("a o", "an o")]
-        assert 0.45 * len(texts) < len(as_before), kind
+        assert 0.45 < len(as_before) / len(texts) < 0.75, kind
         lengths = [len(text.split()) for text in texts]
         assert sum(lengths) / len(lengths) < 12
 
