@@ -143,8 +143,9 @@ def build(args) -> TBAC:
                    connector=args.connector or model.config.connector,
                    n_query=args.queries or model.config.n_query)
         model.config = dataclasses.replace(model.config, **new)
-        model.ladder = model.config.build_ladder().to(args.device)
-        model.ladder.init_weights(torch.Generator().manual_seed(args.seed))
+        ladder = model.config.build_ladder()
+        ladder.init_weights(torch.Generator().manual_seed(args.seed))
+        model.ladder = ladder.to(args.device)
     check_fit(model, args)
     # From now on it draws at the size that it learns at.
     model.config = dataclasses.replace(model.config, size=args.size)

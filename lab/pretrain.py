@@ -109,9 +109,11 @@ def build(args) -> TBAC:
         model = TBAC.load(args.model, args.device, dtype)
     else:
         generator = torch.Generator().manual_seed(args.seed)
-        model = TBAC(TOY, toy_tokenizer(args.out / "tokenizer.json")).to(args.device)
+        model = TBAC(TOY, toy_tokenizer(args.out / "tokenizer.json"))
         for part in (model.mllm, model.ladder, model.dit):
             part.init_weights(generator)
+        # Drawn on the CPU: every device starts from the same weights.
+        model = model.to(args.device)
     if args.stage == "dit":
         # From now on it draws at the size that it learns at.
         model.config = dataclasses.replace(model.config, size=args.size)

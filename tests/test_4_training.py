@@ -21,6 +21,7 @@ from engine.pictures import to_pixels
 from engine.state import Guard, checkpoints
 from engine.stream import first_examples
 from lab import pretrain
+from ladder import Ladder
 from sample import TOY_FOLDER
 from tbac import TBAC, flow_matching
 from tests.conftest import TINY, relative, run
@@ -651,3 +652,24 @@ def test_each_thing_keeps_its_place_in_the_list_through_an_edit():
     labels = list(summary.shown(gone, world.Scene((right,)), exact=True))
     assert (labels[0]["colour"], labels[0]["changed"]) == ("nothing", True)
     assert (labels[4]["colour"], labels[4]["side"]) == ("red", "none")
+
+
+@pytest.mark.parametrize("stage", ["t2i", "vit"])
+def test_fresh_weights_are_drawn_on_the_cpu(tmp_path, monkeypatch, stage):
+    """Then they go where they are needed: a GPU refuses a generator of the CPU."""
+    toy = TBAC.load(TOY_FOLDER)
+    init, devices = Ladder.init_weights, []
+
+    def noted(ladder, generator):
+        devices.append(ladder.queries.device.type)
+        init(ladder, generator)
+
+    monkeypatch.setattr(Ladder, "init_weights", noted)
+    monkeypatch.setattr(pretrain, "toy_tokenizer", lambda file: toy.mllm.tokenizer)
+    monkeypatch.setattr(TBAC, "load", lambda folder, device, dtype: toy.to(device))
+    words = ["--stage", stage, "--out", str(tmp_path)]
+    more = ["--model", str(TOY_FOLDER), "--wiring", "mean"]
+    args = pretrain.options(words) if stage == "vit" else train.options(words + more)
+    args.device = "meta"
+    model = (pretrain if stage == "vit" else train).build(args)
+    assert devices == ["cpu"] and {p.device.type for p in model.parameters()} == {"meta"}
