@@ -128,6 +128,10 @@ def open_diary(args) -> dict:
     return diary
 
 
+def keep(diary: dict, args) -> None:
+    write_text(args.out / "make.json", json.dumps(diary, indent=1))
+
+
 # ---------------------------------------------------------------------------------- its processes
 
 def command(stage: Stage, args) -> list[str]:
@@ -228,7 +232,7 @@ class Processes:
                     raise ValueError(f"stage {stage.name} failed (status {process.returncode}):\n"
                                      + said[-2000:])
                 self.finished.add(stage.name)
-        write_text(self.args.out / "make.json", json.dumps(self.diary, indent=1))
+        keep(self.diary, self.args)
 
     def note(self, what: str, stage: Stage, minutes: float) -> None:
         noted = self.diary[what]
@@ -249,7 +253,7 @@ class Processes:
         for stage in self.stages:
             if stage.name in self.running:
                 self.ended(stage, wait=True)
-        write_text(self.args.out / "make.json", json.dumps(self.diary, indent=1))
+        keep(self.diary, self.args)
 
     def seconds_left(self) -> float:
         """By the steps that are left, at the speed of those in the log, else of the recipe."""
@@ -293,15 +297,17 @@ def duration(seconds: float) -> str:
 
 # ------------------------------------------------------------------------------- what is shipped
 
-def score(args) -> dict:
-    """Runs the benchmark, unless it was run. ValueError if it fails."""
+def score(args, diary: dict) -> dict:
+    """Runs the benchmark, unless this commit has. ValueError if it fails."""
     file = args.out / "scores" / "scores.json"
-    if not file.exists():
+    if diary.get("scored_by") != commit():
         words = [sys.executable, "-m", "lab.evaluate", "--model", str(args.out / "edit"),
                  "--out", str(file.parent), "--device", args.device]
         status = subprocess.run(words + list(DRY_SCORES if args.dry_run else ()), cwd=ROOT)
         if status.returncode:
             raise ValueError(f"the benchmark failed (status {status.returncode}): see above")
+        diary["scored_by"] = commit()
+        keep(diary, args)
     return read_json(file)
 
 
@@ -370,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
         Processes(args, diary).run()
         if args.stop_after:
             return
-        folder = ship(args, diary, score(args))
+        folder = ship(args, diary, score(args, diary))
         print(f"wrote {folder}")
 
 

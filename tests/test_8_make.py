@@ -112,4 +112,11 @@ def test_a_dry_run_makes_all_of_it_and_goes_on_where_it_was(tmp_path):
     assert again.returncode == 0, again.stderr
     other, = json.loads((folder / "record.json").read_text())["other_seeds"]
     assert other["scores"] == record["scores"] and other["commit"] == record["commit"]
+    # Scores that another commit has measured are measured again.
+    diary = json.loads((out / "make.json").read_text())
+    (out / "make.json").write_text(json.dumps(diary | dict(scored_by="0000000")))
+    (out / "scores" / "scores.json").write_text("{}")
+    last = run("-m", "lab.make", "--out", out, "--dry-run")
+    assert last.returncode == 0, last.stderr
+    assert json.loads((folder / "record.json").read_text())["scores"]["scores"]
     assert TBAC.load(folder).ask("what colour is the circle?", max_new_tokens=1) is not None
