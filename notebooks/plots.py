@@ -933,11 +933,12 @@ PNG = "data:image/png;base64,"
 
 
 def smaller(part: str) -> str:
-    """What follows PNG in a page, up to the next one: the picture in 64 colours."""
+    """What follows PNG in a page, up to the next one: the picture in 128 colours."""
     data, end = part.split('"', 1)
     image = Image.open(io.BytesIO(base64.b64decode(data.replace("\\\n", ""))))
     out = io.BytesIO()
-    image.convert("RGB").quantize(64).save(out, "png", optimize=True)
+    # A median cut alone blends what is small, such as a red circle, with the colours beside it.
+    image.convert("RGB").quantize(128, kmeans=2).save(out, "png", optimize=True)
     return base64.b64encode(out.getvalue()).decode() + '"' + end
 
 
@@ -977,7 +978,8 @@ def surgery(there: dict) -> None:
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set(title=what, xlabel="it is there, % of the pictures", xlim=(-3, 103))
         ax.grid(alpha=0.3)
-        ax.legend(loc="center left" if what == "mute" else "center right", fontsize=10)
+        # Below the axes: beside the dots, no place is free in every model.
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=10)
     axes[0].invert_yaxis()
     plt.show()
 
@@ -1012,7 +1014,7 @@ def traced(back: np.ndarray, labels: list, ends: list) -> None:
     axes["map"].set_yticks(range(len(words)), words, fontsize=10)
     axes["map"].set_xticks(range(back.shape[1]), range(1, back.shape[1] + 1))
     axes["map"].set(xlabel="put right on entering layer", ylabel="the one state put right")
-    fig.colorbar(shown, ax=axes["map"], label="red that comes back")
+    fig.colorbar(shown, ax=axes["map"], extend="max", label="red that comes back")
     for name, picture in zip(("corrupted", "clean"), ends):
         axes[name].imshow(picture, interpolation="nearest")
         axes[name].set(title=name, xticks=[], yticks=[])
