@@ -30,6 +30,7 @@ def style(grid: bool = False) -> None:
         "font.size": 12,
         "figure.constrained_layout.use": True,
         "axes.grid": grid,
+        "axes.axisbelow": True,
         "grid.alpha": 0.3,
     })
 
