@@ -427,7 +427,7 @@ EDITS = {
         "make the background black"),
     "resize": (
         Scene((Thing("triangle", "orange", "small", 0.24, 0.5),
-               Thing("cross", "purple", "medium", 0.7, 0.5))),
+               Thing("cross", "purple", "medium", 0.74, 0.5))),
         "make the triangle bigger"),
     "swap": (
         Scene((Thing("circle", "red", "medium", 0.24, 0.5),
@@ -468,7 +468,6 @@ def draw_edits(args):
     n_row = math.ceil(len(EDITS) / 2)
     p = Page(row_height * n_row + 4)
     for i, (action, (scene, instruction)) in enumerate(EDITS.items()):
-        assert world.valid(scene), action
         x, y = 16 + i % 2 * strip, row_height * (n_row - i // 2 - 0.5) + 2
         source, result = x + side / 2, x + 370 - side / 2
         picture = world.render(scene, model.config.size)

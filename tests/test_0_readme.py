@@ -19,7 +19,7 @@ from lab import ablate, evaluate, figures, make, plan, pretrain, tables, trials
 from sample import TOY_FOLDER
 from tbac import TBACConfig
 from tests.conftest import ROOT
-from toy import language
+from toy import language, world
 
 PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md", "toy/README.md",
          "toy/weights/README.md"]
@@ -178,6 +178,7 @@ def test_the_studies_are_of_the_shipped_weights():
 
 def test_the_figure_of_edits_shows_each_kind():
     assert set(figures.EDITS) == set(language.EDITS)
+    assert all(world.valid(scene) for scene, _ in figures.EDITS.values())
 
 
 # ---------------------------------------------------------------------------- names, links, words
