@@ -5,7 +5,7 @@ rungs     one rung at a time replaced
 probes    what the queries' states tell, depth by depth, in each MLLM of the study
 slots     some of the queries muted, or taken from another prompt, by depth
 noise     how much of place and number is the starting noise's
-overfit   the loss when one batch is learnt by heart (this one trains, for half a minute)
+overfit   the loss when one batch is learnt by heart (this one trains, for a minute)
 """
 import contextlib
 import functools
