@@ -314,6 +314,7 @@ def score(args, diary: dict) -> dict:
 def ship(args, diary: dict, scores: dict) -> pathlib.Path:
     """The folder `weights`, made anew -> its place."""
     folder = args.out / "weights"
+    others = [beside(other) for other in args.beside]
     shutil.rmtree(folder, ignore_errors=True)
     TBAC.load(args.out / "edit").save(folder, torch.float16)
     write_text(folder / "words.txt", "\n".join(sorted(language.words())) + "\n")
@@ -321,7 +322,8 @@ def ship(args, diary: dict, scores: dict) -> pathlib.Path:
     for stage in RECIPE:
         for sheet in some(sorted((args.out / stage.name).glob("sheet-*.png")), 4):
             shutil.copyfile(sheet, folder / f"{stage.name}-{sheet.name}")
-    write_text(folder / "record.json", json.dumps(record(args, diary, scores, folder), indent=1))
+    found = record(args, diary, scores, folder) | dict(other_seeds=others)
+    write_text(folder / "record.json", json.dumps(found, indent=1))
     return folder
 
 
@@ -338,8 +340,7 @@ def record(args, diary: dict, scores: dict, folder: pathlib.Path) -> dict:
     return dict(
         command=f"python -m lab.make --seed {args.seed}", commit=diary["commit"], seed=args.seed,
         dry_run=args.dry_run, machine=machine(args.device), stages=stages,
-        sha256={file.name: digest(file) for file in weight_files(folder)}, scores=scores,
-        other_seeds=[beside(other) for other in args.beside])
+        sha256={file.name: digest(file) for file in weight_files(folder)}, scores=scores)
 
 
 def beside(folder: pathlib.Path) -> dict:

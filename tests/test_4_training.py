@@ -303,7 +303,7 @@ def test_an_epoch_has_all_of_each_source_unless_weights_say_otherwise(tmp_path):
 
 
 def test_learning_rate():
-    a = train.options(["--lr", "1", "--warmup", "10", "--steps", "110"])
+    a = train.options(["--lr", "1", "--min-lr-ratio", "0.1", "--warmup", "10", "--steps", "110"])
     rates = [train.learning_rate(i, a) for i in range(111)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and rates[10] == 1
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)

@@ -193,7 +193,7 @@ def test_what_stays_as_it_is():
 
 
 # |with 8 bits - without| / |without| of the toy, as measured.
-INT8_ERRORS = {"rungs": 0.0051, "velocity": 0.0016, "latents": 0.0063, "pixels": 0.0066}
+INT8_ERRORS = {"rungs": 0.0059, "velocity": 0.0015, "latents": 0.0089, "pixels": 0.0106}
 
 
 @torch.no_grad()
@@ -245,14 +245,19 @@ def test_the_commands_know_it(tmp_path):
 def plant(model, where):
     """Activations that Qwen2.5 has and a fresh toy has not: beyond 1e4 on the residual stream, or
     beyond 65504 inside of an MLP."""
-    layer = model.mllm.layers[2]
+    mlp = model.mllm.layers[2].mlp
+    seen = []
+    hook = mlp.down.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.no_grad():
+        model.encode([PROMPT])
+        hook.remove()
+        busiest = seen[0].abs().flatten(0, -2).amax(0).argmax()
         if where == "residual stream":
-            layer.mlp.down.weight[7] += 2000
+            mlp.down.weight[7] += 2000
         else:
-            layer.mlp.gate.weight[11] *= 300
-            layer.mlp.up.weight[11] *= 300
-            layer.mlp.down.weight[:, 11] *= 0.1
+            mlp.gate.weight[busiest] *= 300
+            mlp.up.weight[busiest] *= 300
+            mlp.down.weight[:, busiest] *= 0.1
 
 
 @contextlib.contextmanager
