@@ -61,13 +61,13 @@ def left(model):
             found.append(os.readlink(f"/proc/self/fd/{file}"))
     files = {name for name in found if "pipe:" not in name}
     hooks = {(m, hook) for m in model.modules() for hook in m._forward_pre_hooks}
-    return {t for t in threading.enumerate() if t.is_alive()} | files | hooks
+    return {t for t in threading.enumerate() if t.is_alive()} | files, hooks
 
 
 @contextlib.contextmanager
 def served(live):
     """A server at work in this process, of which nothing is left at the end."""
-    before = left(live.model)
+    before, hooks = left(live.model)
     with page.serving(live, "127.0.0.1", 0) as (server, line):
         worker = threading.Thread(target=line.run)
         worker.start()
@@ -78,7 +78,8 @@ def served(live):
             worker.join(SECONDS)
             assert not worker.is_alive()
     # What ended meanwhile may have been there before: a client of the last test.
-    assert left(live.model) <= before
+    after, hooks_after = left(live.model)
+    assert after <= before and hooks_after == hooks
 
 
 @pytest.fixture(scope="module")
