@@ -1,6 +1,6 @@
 """The benchmark on the toy world: does a model draw, change and say what it is asked for?
 
-    python -m lab.evaluate                              # the shipped weights; 8 minutes
+    python -m lab.evaluate                              # the shipped weights; 9 minutes
     python -m lab.evaluate --quick                      # under a minute, but rough
     python -m lab.evaluate --model runs/edit --out runs/scores
 
