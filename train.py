@@ -100,9 +100,7 @@ def draw_example(rng: random.Random, number: int, size: int,
 
 def edit_example(rng: random.Random, number: int, size: int) -> Example:
     """A scene, an instruction, and the scene as it should become."""
-    n_things = rng.choice((1, 1, 2, 2, 2, 3))
-    scene = world.sample_scene(rng, n_things)
-    instruction, target, _ = language.edit(scene, rng)
+    scene, instruction, target, _ = language.scene_to_edit(rng)
     return Example(instruction, (world.render(scene, size),), world.render(target, size))
 
 

@@ -313,8 +313,7 @@ def conversation(rng: random.Random, number: int, size: int) -> Conversation:
         turns = [("", language.describe(scene))]
         return Conversation(DRAW, scene, turns, after_edit(scene, scene), scene)
     # A picture and an instruction -> what it would give.
-    scene = world.sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
-    order, target, _ = language.edit(scene, rng)
+    scene, order, target, _ = language.scene_to_edit(rng)
     turns = [(order, language.describe(target))]
     return Conversation(DRAW, scene, turns, after_edit(scene, target), target)
 

@@ -346,6 +346,15 @@ def test_edits_change_only_what_they_say(other):
     assert min(seen[action] for action in language.EDITS) > 100
 
 
+def test_every_action_is_practised_equally_often():
+    rng = random.Random(0)
+    n = 1800
+    found = Counter(language.scene_to_edit(rng)[3] for _ in range(n))
+    mean = n / len(language.EDITS)
+    assert {*found} == {*language.EDITS}
+    assert all(abs(count - mean) < 4 * mean ** 0.5 for count in found.values()), found
+
+
 def test_edits_speak_of_the_thing_that_changes():
     """Words with 'the' that fit one thing only: the first such thing is it."""
     rng = random.Random(0)

@@ -9,6 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -943,6 +944,17 @@ def edit(
             if speaker.is_fit(instruction):
                 return instruction, target, name
     raise ValueError(f"cannot {action or 'edit'}: {describe(scene)}")
+
+
+def scene_to_edit(rng: random.Random) -> tuple[Scene, str, Scene, str]:
+    """-> (scene, instruction, target scene, action). The action is drawn first, then a
+    scene for it: of the actions that a given scene allows, swapping would be one in 25."""
+    action = rng.choice(EDITS)
+    while True:
+        scene = sample_scene(rng, rng.choice((1, 1, 2, 2, 2, 3)))
+        # not every scene allows every action
+        with suppress(ValueError):
+            return scene, *edit(scene, rng, action)
 
 
 def instruct(block: str, slots: dict[str, str], speaker: Speaker) -> str:
