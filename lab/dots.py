@@ -69,10 +69,13 @@ def plot_series(rows: dict, file, x_label: str) -> None:
     series = list(dict.fromkeys(name for row in rows.values() for name in row))
     figure, ax = plt.subplots(figsize=(8, 1.4 + (0.16 + 0.15 * len(series)) * len(rows)),
                               layout="constrained")
+    named = set()
     for y, row in enumerate(rows.values()):
         for i, (name, found) in enumerate(row.items()):
             offset = 0.18 * (i - (len(row) - 1) / 2)
-            dot(ax, y + offset, found, COLOURS[series.index(name)], name if y == 0 else None)
+            label = None if name in named else name
+            dot(ax, y + offset, found, COLOURS[series.index(name)], label)
+            named.add(name)
     label_rows(ax, list(rows), x_label)
     ax.set_xlim(-3, 103)
     ax.legend(loc="lower left", fontsize=10, ncols=len(series), bbox_to_anchor=(0, 1),

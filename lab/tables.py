@@ -187,7 +187,7 @@ def rungs() -> str:
     for j, row in enumerate(study("rungs")["points"]["another prompt"]):
         lost = [row[f"{category}, seen"] for category in GENEVAL]
         values = [sum(lost) / len(lost), *lost]
-        rows.append([str(j), *(f"{value:.0f}".replace("-0", "0") for value in values)])
+        rows.append([str(j), *(str(round(value)) for value in values)])
     return table(["rung", "mean of six", *GENEVAL], rows)
 
 
@@ -276,10 +276,15 @@ def overfit_by_time() -> str:
 
 # ------------------------------------------------------------------------- the study that trains
 
-def points(test: dict) -> str:
+def points(test: dict, digits: int = 0) -> str:
     """A difference and its interval, in points: "+3 [-2, +8]"."""
-    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * x for x in (test["mean"],
-                                                                   *test["interval"])))
+    mean, low, high = (signed(100 * x, digits) for x in (test["mean"], *test["interval"]))
+    return f"{mean} [{low}, {high}]"
+
+
+def signed(x: float, digits: int) -> str:
+    """Nothing is +0, on whichever side of nothing it was before it was rounded."""
+    return f"{round(x, digits) + 0.0:+.{digits}f}"
 
 
 def chance(p: float) -> str:
@@ -306,8 +311,8 @@ def arrival(moved: dict | None) -> str:
     """Have the curves arrived? In words. Only an interval that holds nothing larger says so."""
     if moved is None:
         return "scored at the end only: whether the curves have arrived is not known"
-    mean, low, high = (100 * x for x in (moved["mean"], *moved["interval"]))
-    said = f"last quarter of the steps: {mean:+.1f} [{low:+.1f}, {high:+.1f}] points, the curves"
+    low, high = (100 * x for x in moved["interval"])
+    said = f"last quarter of the steps: {points(moved, 1)} points, the curves"
     if low > -plan.STILL and high < plan.STILL:
         return f"{said} have arrived"
     moves = low > plan.STILL or high < -plan.STILL

@@ -161,6 +161,11 @@ def test_whether_curves_have_arrived(moved, words):
     assert words in tables.arrival(row)
 
 
+def test_a_difference_of_nothing_has_no_sign_of_its_own():
+    assert tables.points(dict(mean=-0.001, interval=[-0.021, 0.004])) == "+0 [-2, +0]"
+    assert tables.points(dict(mean=-0.0003, interval=[-0.021, 0.004]), 1) == "+0.0 [-2.1, +0.4]"
+
+
 def test_a_prompt_counts_by_the_pairs_that_its_arms_hold_out():
     """Of a seen pair that some arms hold out nobody can say whether it was seen."""
     def case(pairs, *names):
@@ -197,8 +202,10 @@ def test_figures_show_every_row(tmp_path, monkeypatch):
         assert all(tick == round(tick) for tick in ax.get_xticks())
         end = ax.xaxis.label.get_window_extent().x1
         assert end < drawn[0].bbox.x1, "the label is cut"
-    dots.plot_series({"x": rows, "y": rows}, tmp_path, "%")
-    assert len(drawn[1].axes[0].lines) == 2 * 3 * 3
+    dots.plot_series({"x": dict(a=rows["a"]), "y": rows}, tmp_path, "%")
+    ax, = drawn[1].axes
+    assert len(ax.lines) == 3 + 3 * 3
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list("abc")
 
 
 def test_the_heat_maps_of_rungs_show_every_category(tmp_path, monkeypatch):
