@@ -44,10 +44,8 @@ from tbac import TBAC, flow_matching
 from toy import grader
 
 # How arms learn, as the toy does in this stage: learning rate, warm-up, weight decay, clipping,
-# running mean. Steps, batch and the shift of the times are the plan's.
+# running mean, dropped texts. Steps, batch and the shift of the times are the plan's.
 RECIPE = types.SimpleNamespace(**train.PRESETS["toy"]["t2i"])
-# As by default in train.py.
-COND_DROP = 0.1
 # Seconds between checkpoints: of 30 models one has 2 GB.
 SAVE_EVERY = 180
 # Pictures that are drawn at once, by all models of a stack together.
@@ -258,7 +256,8 @@ class Group:
         device = self.args.device
         batch = self.args.batch
         every = [(step, *row) for step, own in enumerate(rows, first) for row in own]
-        prompts = [train.drop_condition(example, random.Random(f"{step} {number}"), COND_DROP)[0]
+        drop = functools.partial(train.drop_condition, p=RECIPE.cond_drop)
+        prompts = [drop(example, random.Random(f"{step} {number}"))[0]
                    for step, number, example in every]
         targets = [example.target for _, _, example in every]
         pixels = to_pixels(targets, device, getattr(torch, self.args.dtype))
