@@ -628,14 +628,14 @@ def chosen(times: tuple, among: Tensor, n_query: int) -> None:
 def query_maps(picture: Image.Image, maps: Tensor) -> None:
     """A picture, and how much of its attention each place gives to each query, maps (Q, h, w), on
     one scale, on which small shares can be told apart."""
-    fig = plt.figure(figsize=(8, 2.5))
-    left, right = fig.subfigures(1, 2, width_ratios=(1, 4.4))
+    fig = plt.figure(figsize=(8, 5.6))
+    left, right = fig.subfigures(1, 2, width_ratios=(1, 3))
     ax = left.subplots()
     ax.imshow(picture, interpolation="nearest")
     ax.set_title("the picture", fontsize=11)
     ax.set(xticks=[], yticks=[])
     scale = PowerNorm(0.4, 0, maps.max())
-    axes = right.subplots(2, len(maps) // 2)
+    axes = right.subplots(4, len(maps) // 4)
     for query, (ax, values) in enumerate(zip(axes.flat, maps)):
         shown = ax.imshow(values, norm=scale, cmap="viridis")
         ax.set_title(f"query {query}", fontsize=10)
