@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# After lab.make: puts the new toy in its place and makes again all that hangs on its weights, on
+# two cores in about half an hour. What pages and notebooks say of it is left to whoever reads them.
+#
+#     pip install nbclient nbformat ipykernel; apt-get install chromium
+#     bash lab/remake.sh runs/toy
+set -euo pipefail
+made=$(realpath "$1")
+cd "$(dirname "$0")/.."
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+
+find toy/weights -type f ! -name README.md -delete
+cp "$made"/weights/* toy/weights/
+
+one() {
+    python -m lab.ablate settings --out "$out/one"
+}
+other() {
+    for study in overfit rungs probes; do
+        python -m lab.ablate "$study" --out "$out/other"
+    done
+    python -m lab.figures samples edits explain live
+    python notebooks/run.py 2_latents 3_mllm 4_dit 5_ladder 6_training 7_inspect
+}
+# A thread each: two lanes on two cores.
+export OMP_NUM_THREADS=1
+one &
+other
+wait $!
+cp "$out"/one/*.json "$out"/other/*.{json,png} assets/study/
+python -m lab.tables
