@@ -13,7 +13,7 @@ one that attends to the last? docs/study.md says what is asked and what was fixe
 They train: stage t2i, several seeds of each model of lab/plan.py, all from the same DiT and
 autoencoder (those of --dit), many models at a time (lab/trials.py). What is finished is kept in
 --out. A study that was stopped, by Ctrl-C, by --minutes or by a power cut, goes on where it
-was when the same command is given again.
+was when the same command is given again. Given twice at once, in two shells, it uses two cores.
 
     python -m lab.ablate settings    guidance, steps and image guidance against score
     python -m lab.ablate rungs       one rung at a time replaced
@@ -345,6 +345,9 @@ def add_plan(add) -> None:
 def add_machine(add, gpu: bool) -> None:
     add("--width", type=MANY, default=40 if gpu else 1,
         help="models in one stack, as far as their shapes agree (default: 40, CPU 1)")
+    add("--together", type=MANY, default=1000 if gpu else 2,
+        help="models that learn from the same examples at once; on a CPU few, so that some are "
+        "finished soon (default: 1000, CPU 2)")
     add("--workers", type=command.count(0, MAX_WORKERS), default=4 if gpu else 0,
         help="processes that make examples (default: 4, CPU none)")
     add("--jobs", type=command.count(1, MAX_WORKERS), default=8 if gpu else 1,

@@ -8,6 +8,7 @@ and in the weights of the ladder. What is finished is kept, in RUN.json; what is
 its last checkpoint.
 """
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -33,6 +34,7 @@ from engine.data import Reader, Share, ignore_signals, noise
 from engine.device import set_threads
 from engine.files import read_json, weight_files, write_text
 from engine.pictures import to_pixels
+from engine.runs import lock
 from engine.sources import Generated
 from engine.stacked import Learner, Prefix, Stack, read_prefix, signature
 from engine.state import State, checkpoints, ema_weights, write_checkpoint
@@ -94,6 +96,12 @@ def result(args, run: Run) -> dict:
 
 def is_finished(args, run: Run) -> bool:
     return str(args.steps) in result(args, run)["scores"]
+
+
+def group_folder(runs: list[Run], args) -> pathlib.Path:
+    """Of runs that learn together, until they are finished."""
+    names = " ".join(run.name for run in runs)
+    return folder_of(args) / hashlib.sha256(names.encode()).hexdigest()[:8]
 
 
 # --------------------------------------------------------------------------- models of one group
@@ -206,8 +214,7 @@ class Group:
         params = {f"{i}.{name}": p for i, (stack, _) in enumerate(self.stacks)
                   for name, p in stack.params.items()}
         self.state = State(params, adamw, RECIPE.ema, getattr(torch, args.dtype))
-        names = " ".join(run.name for run in runs)
-        self.folder = folder_of(args) / hashlib.sha256(names.encode()).hexdigest()[:8]
+        self.folder = group_folder(runs, args)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
         make = functools.partial(train.draw_example, size=self.model.config.size,
@@ -414,16 +421,41 @@ def looks(args) -> dict[int, list]:
     return found
 
 
-def train_all(runs: list[Run], args, stop: Callable) -> bool:
-    """Trains and scores the runs that are not finished, group by group -> are all finished now?"""
-    groups = {}
+def groups_of(runs: list[Run], args) -> list[list[Run]]:
+    """The runs that are not finished, by those that learn together: from the same examples, at most
+    --together of them."""
+    by_examples = {}
     for run in dict.fromkeys(runs):
         if not is_finished(args, run):
-            groups.setdefault(run.examples, []).append(run)
+            by_examples.setdefault(run.examples, []).append(run)
+    groups = []
+    for own in by_examples.values():
+        groups += [own[i:i + args.together] for i in range(0, len(own), args.together)]
+    return groups
+
+
+@contextlib.contextmanager
+def claimed(folder: pathlib.Path):
+    """Yields whether this group is ours: another process, given the same command, may be at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(folder))
+        except ValueError:
+            ours = False
+        else:
+            ours = True
+        yield ours
+
+
+def train_all(runs: list[Run], args, stop: Callable) -> bool:
+    """Trains and scores the runs that are not finished, group by group, but those that another
+    process is training -> are all finished now?"""
+    groups = groups_of(runs, args)
     if not groups:
         return True
     when = looks(args)
-    n = sum(map(len, groups.values()))
+    n = sum(map(len, groups))
     # A fork would inherit locks of threads that it does not have.
     fresh = multiprocessing.get_context("spawn")
     # Ctrl-C reaches them, too: the models that they still grade are to be written.
@@ -431,4 +463,11 @@ def train_all(runs: list[Run], args, stop: Callable) -> bool:
     with (pool,
           tqdm(total=n * args.steps, unit="step", desc=f"{n} models", smoothing=0.05) as bar):
         grade = functools.partial(pool.map, chunksize=16) if args.jobs > 1 else map
-        return all(Group(own, args).train(when, grade, stop, bar) for own in groups.values())
+        for own in groups:
+            if stop():
+                break
+            with claimed(group_folder(own, args)) as ours:
+                # Another process may have finished it meanwhile.
+                if ours and not all(is_finished(args, run) for run in own):
+                    Group(own, args).train(when, grade, stop, bar)
+    return all(is_finished(args, run) for run in runs)

@@ -3,6 +3,8 @@ and are scored as lab.evaluate scores."""
 import dataclasses
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lab import ablate, evaluate, plan, trials
 from ladder import WIRINGS
 from sample import TOY_FOLDER
 from tbac import TBAC
-from tests.conftest import relative
+from tests.conftest import ROOT, relative
 from toy import world
 
 ARMS = (plan.Arm(), plan.Arm("final", shift=3.0))
@@ -192,6 +194,34 @@ def test_nothing_is_trained_twice(tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr(trials, "Group", lambda runs, args: built.append(runs))
     assert trials.train_all(runs, args, never) and not built
+
+
+HOLD = """
+import pathlib, sys
+from engine.runs import lock
+with lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_share_a_study(tmp_path):
+    """Each takes groups that the other does not work at."""
+    args = options(tmp_path, "--steps", 1, "--looks", 1, "--together", 2)
+    runs = plan.PARTS["primary"].runs(2)
+    first, second = trials.groups_of(runs, args)
+    assert [run.seed for run in first + second] == [0, 0, 1, 1]
+    held = trials.group_folder(first, args)
+    held.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, held]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert not trials.train_all(runs, args, never)
+        assert [trials.is_finished(args, run) for run in runs] == [False, False, True, True]
+        other.communicate()
+    assert trials.groups_of(runs, args) == [first]
+    assert trials.train_all(runs, args, never)
 
 
 def test_a_model_that_is_not_finite_is_named(tmp_path):
