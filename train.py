@@ -49,15 +49,15 @@ from toy import language, world
 # ------------------------------------------------------------------------------------- options
 
 TOY = dict(batch=48, lr=1e-3, warmup=200, weight_decay=0.01, clip=1.0, ema=0.999, size=64,
-           save_every=250, sheet_every=500, min_lr_ratio=0.02, cond_drop=0.05,
+           save_every=250, sheet_every=500, min_lr_ratio=0.02, cond_drop=0.1,
            model=str(TOY_FOLDER))
 # The values of the released YAML files; batch is per GPU.
 PAPER = dict(lr=1e-4, warmup=5000, weight_decay=0.05, clip=0.5, ema=0.0, size=512,
              save_every=1000, sheet_every=1000, workers=8, grad_checkpoint=True)
 PRESETS = {
     "toy": {
-        "t2i": TOY | dict(steps=600, data=["toy"]),
-        "edit": TOY | dict(steps=4000, lr=5e-4, data=["toy=0.4", "toy-edit=0.6"]),
+        "t2i": TOY | dict(steps=2000, data=["toy"]),
+        "edit": TOY | dict(steps=3000, data=["toy=0.5", "toy-edit=0.5"]),
         "mix": TOY | dict(steps=6000, data=["toy=0.5", "toy-edit=0.5"]),
     },
     "paper": {

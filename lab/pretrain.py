@@ -78,9 +78,9 @@ COMMON = dict(lr=2e-3, batch=32, warmup=100, weight_decay=0.01, clip=1.0, ema=0.
 PRESETS = {"toy": {
     "vit": COMMON | dict(steps=1500),
     # AdamW's default memory of squared gradients (0.999) learns more slowly here.
-    "mllm": COMMON | dict(steps=6800, betas=[0.9, 0.98]),
+    "mllm": COMMON | dict(steps=9000, betas=[0.9, 0.98]),
     "dcae": COMMON | dict(steps=2000),
-    "dit": COMMON | dict(steps=5300, batch=48, lr=3e-3),
+    "dit": COMMON | dict(steps=7000, batch=48, lr=1e-3),
 }}
 # What stage mllm learns besides captions and answers, see SummaryTokens and mark_words.
 AUX = ("summary", "pointing")
