@@ -49,15 +49,15 @@ from toy import language, world
 # ------------------------------------------------------------------------------------- options
 
 TOY = dict(batch=48, lr=1e-3, warmup=200, weight_decay=0.01, clip=1.0, ema=0.999, size=64,
-           save_every=250, sheet_every=500, min_lr_ratio=0.02, cond_drop=0.1,
+           save_every=250, sheet_every=500, min_lr_ratio=0.02, cond_drop=0.05,
            model=str(TOY_FOLDER))
 # The values of the released YAML files; batch is per GPU.
 PAPER = dict(lr=1e-4, warmup=5000, weight_decay=0.05, clip=0.5, ema=0.0, size=512,
              save_every=1000, sheet_every=1000, workers=8, grad_checkpoint=True)
 PRESETS = {
     "toy": {
-        "t2i": TOY | dict(steps=2000, data=["toy"]),
-        "edit": TOY | dict(steps=3000, data=["toy=0.5", "toy-edit=0.5"]),
+        "t2i": TOY | dict(steps=600, data=["toy"]),
+        "edit": TOY | dict(steps=3500, lr=5e-4, data=["toy=0.4", "toy-edit=0.6"]),
         "mix": TOY | dict(steps=6000, data=["toy=0.5", "toy-edit=0.5"]),
     },
     "paper": {
@@ -183,9 +183,8 @@ class Task:
     """What a stage trains. learns: parts of the model; loss(model, helper, rows, args) -> losses
     (B,) and times (B,) or None; makers: {word for --data: make(rng, number, size) -> example};
     build(args) -> model; helper(model, args) -> a module that the loss needs beside the model and
-    no saved model keeps: an auxiliary head, whose parameters learn along, or here the autoencoder's
-    latents. sheet(run): a page of pictures that shows how well it goes, or None; optimizer({name:
-    parameter}, args)."""
+    no saved model keeps, here the autoencoder's latents. sheet(run): a page of pictures that shows
+    how well it goes, or None; optimizer({name: parameter}, args)."""
     learns: tuple[str, ...]
     loss: Callable
     makers: dict[str, Callable]
@@ -315,7 +314,6 @@ class Run:
             distributed.shard(self.model, dtype)
             dtype = torch.float32
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        trained |= {f"aux_head.{name}": p for name, p in self.helper.named_parameters()}
         optimizer = functools.partial(self.task.optimizer, args=args)
         state = State(trained, optimizer, args.ema, dtype, self.model)
         return state, frozen

@@ -5,8 +5,8 @@
     mllm   the whole MLLM learns to caption, to answer, to say what an edit would give, and to sum
            up what it has read
     dcae   the autoencoder learns to reconstruct
-    dit    the DiT learns to draw from a list of things (a stand-in for the captions that SANA was
-           pretrained on)
+    dit    the DiT learns to draw what is said in the code of the other stages (a stand-in for the
+           captions that SANA was pretrained on)
 
     python -m lab.pretrain --stage vit  --out runs/vit
     python -m lab.pretrain --stage mllm --model runs/vit --out runs/mllm
@@ -14,15 +14,13 @@
     python -m lab.pretrain --stage dit  --model runs/dcae --out runs/dit
 
 `python -m lab.make` runs them all, and the paper's stages after them. Each stage has its own
-examples, a loss, and perhaps an auxiliary head that is thrown away at the end; the loop is
-train.py's. A stage without --model starts from a fresh toy. (The losses of vit and mllm are means
-over the rows of one process, and the noise of dcae is scaled by them: with more processes they
-differ a little.)
+examples and its own loss; the loop is train.py's. All but dcae share a language, AttributeCode. A
+stage without --model starts from a fresh toy. (The losses of vit and mllm are means over the rows
+of one process, and the noise of dcae is scaled by them: with more processes they differ a little.)
 
 Dimension key: B examples, R packed rows, U units, S tokens of a row, M MLLM width, N marked tokens.
 """
 import dataclasses
-import math
 import random
 
 import tokenizers
@@ -78,9 +76,9 @@ COMMON = dict(lr=2e-3, batch=32, warmup=100, weight_decay=0.01, clip=1.0, ema=0.
 PRESETS = {"toy": {
     "vit": COMMON | dict(steps=1500),
     # AdamW's default memory of squared gradients (0.999) learns more slowly here.
-    "mllm": COMMON | dict(steps=9000, betas=[0.9, 0.98]),
+    "mllm": COMMON | dict(steps=7400, betas=[0.9, 0.98]),
     "dcae": COMMON | dict(steps=2000),
-    "dit": COMMON | dict(steps=7000, batch=48, lr=1e-3),
+    "dit": COMMON | dict(steps=5800, batch=48, lr=3e-3),
 }}
 # What stage mllm learns besides captions and answers, see SummaryTokens and mark_words.
 AUX = ("summary", "pointing")
@@ -165,11 +163,10 @@ class Together:
 def muon(params: dict[str, nn.Parameter], args) -> Together:
     """Muon (kellerjordan.github.io/posts/muon) for the weight matrices, AdamW for the rest. An
     update of Muon is the momentum with all its singular values made equal, so that rare directions
-    are learnt as fast as common ones. Tables and heads are looked up, not multiplied through, and
-    stay with AdamW."""
+    are learnt as fast as common ones. The table of embeddings is looked up, not multiplied through,
+    and stays with AdamW."""
     def is_matrix(name: str, p: nn.Parameter) -> bool:
-        inner = not name.startswith("aux_head.") and "embed" not in name and "table" not in name
-        return inner and p.dim() == 2
+        return p.dim() == 2 and "embed" not in name
 
     matrices = [p for name, p in params.items() if is_matrix(name, p)]
     others = {name: p for name, p in params.items() if not is_matrix(name, p)}
@@ -182,10 +179,11 @@ def muon(params: dict[str, nn.Parameter], args) -> Together:
 
 # ------------------------------------------------------------------------ attributes of a thing
 
-class AttributeProbe(nn.Module):
-    """Hidden states tell the attributes of a thing: which colour, which shape, how large, ... Each
-    attribute has classes of its own, so that what is learnt of colours holds for all shapes, also
-    for a pair that was never seen beside another thing."""
+class AttributeCode(nn.Module):
+    """A language that all parts of the toy speak: what is known of a thing is the sum of a vector
+    for its colour, one for its shape, one for its size, ... They are drawn once, and nobody learns
+    them. The ViT and the MLLM learn to say them, the DiT to draw from them; so what is learnt of
+    colours holds for all shapes, also for a pair that was never seen beside another thing."""
 
     CLASSES = {
         "colour": [*world.COLOURS, "nothing"],
@@ -201,7 +199,11 @@ class AttributeProbe(nn.Module):
 
     def __init__(self, config: TBACConfig):
         super().__init__()
-        self.head = nn.Linear(config.mllm.dim, sum(map(len, self.CLASSES.values())))
+        generator = torch.Generator().manual_seed(0)
+        n_class = sum(map(len, self.CLASSES.values()))
+        code = torch.randn(n_class, config.mllm.dim, generator=generator)
+        # Scores of up to 2 sqrt(M): enough to be sure of one class among others.
+        self.register_buffer("code", 2 * F.normalize(code, dim=1))             # (classes, M)
 
     @staticmethod
     def of(thing, scene, exact: bool) -> dict:
@@ -223,11 +225,22 @@ class AttributeProbe(nn.Module):
                          for attribute, classes in self.CLASSES.items()])
         return torch.tensor(rows)
 
+    def encode(self, labels: list[list[dict]]) -> Tensor:
+        """B times N times {attribute: class} -> (B, N, M), a sum of vectors each, normed; 0 where
+        nothing is known."""
+        which = torch.stack([self.indices(row) for row in labels])     # (B, N, attributes)
+        # The class of what is not known is a column that is left out again.
+        hot = [F.one_hot(i.clamp(min=-1) + 1, len(classes) + 1)[..., 1:]
+               for i, classes in zip(which.unbind(-1), self.CLASSES.values())]
+        hot = torch.cat(hot, -1).to(self.code)                         # (B, N, classes)
+        said = hot @ self.code
+        return F.rms_norm(said, said.shape[-1:])
+
     def logits(self, hidden: Tensor) -> dict[str, Tensor]:
-        """hidden (..., M) -> of each attribute (..., classes)"""
-        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float()
+        """hidden (..., M) -> of each attribute (..., classes): what it says, if it speaks so"""
+        said = F.rms_norm(hidden.float(), hidden.shape[-1:])
         sizes = [len(classes) for classes in self.CLASSES.values()]
-        return dict(zip(self.CLASSES, logits.split(sizes, -1)))
+        return dict(zip(self.CLASSES, (said @ self.code.float().T).split(sizes, -1)))
 
     def forward(self, hidden: Tensor, labels: list[dict]) -> Tensor:
         """hidden (depths, N, M), labels: N times {attribute: class} -> the mean over attributes of
@@ -244,7 +257,7 @@ class AttributeProbe(nn.Module):
 
 # --------------------------------------------------------------------------------- stage vit
 
-class PatchNames(AttributeProbe):
+class PatchNames(AttributeCode):
     """The stand-in for the captions that Qwen2.5-VL's ViT was pretrained on: every vision token
     tells which thing it shows, where in the picture that is, and how large. From answers alone the
     ViT learns colours long before shapes and places."""
@@ -266,14 +279,14 @@ def sample_scene(rng: random.Random, number: int, size: int):
     return world.sample_scene(rng)
 
 
-def vit_loss(model: TBAC, aux_head: PatchNames, rows: list, args):
+def vit_loss(model: TBAC, code: PatchNames, rows: list, args):
     """Cross-entropy of what each unit shows."""
     c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
     pictures = [patchify(world.render(scene, args.size), c) for scene in scenes]
     h, w = (n // c.merge for n in pictures[0][1])
-    labels = [known for scene in scenes for known in aux_head.shown(scene, h, w)]   # B * U
+    labels = [known for scene in scenes for known in code.shown(scene, h, w)]       # B * U
     tokens = model.mllm.encode_images(pictures)                                     # (B * U, M)
-    return aux_head(tokens[None], labels).expand(len(rows)), None
+    return code(tokens[None], labels).expand(len(rows)), None
 
 
 # -------------------------------------------------------------------------------- stage mllm
@@ -336,7 +349,7 @@ def about_words(rng: random.Random) -> Conversation:
     return Conversation(ASK, None, [first, *turns])
 
 
-class SummaryTokens(AttributeProbe):
+class SummaryTokens(AttributeCode):
     """The assumption behind the toy: a large MLLM sums up what it has read in any token that
     follows, at many depths. A small one is taught to. After a prompt to draw come tokens without a
     meaning, random vectors, four for each thing in turn. Their states encode the attributes of that
@@ -366,6 +379,12 @@ class SummaryTokens(AttributeProbe):
         relation = world.relation(thing, others[0]) if others else None
         return dict(side=relation or "none")
 
+    def rungs(self, model: TBAC, told: list[list[dict]]) -> Tensor:
+        """What the DiT would hear if the MLLM told exactly this, and at all depths the same
+        -> (L, B, Q, caption_dim). (The toy's captions are as wide as its MLLM.)"""
+        said = self.encode(told).to(model.dit.proj_out.weight.dtype)
+        return said.expand(model.config.dit.n_layer, -1, -1, -1)
+
     def vectors(self, rng: random.Random, n: int, like: Tensor) -> Tensor:
         """(n, M), as small as queries are at their start."""
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
@@ -382,7 +401,7 @@ class Marked:
     pointing: list
 
 
-def tokenize_conversation(model: TBAC, aux_head: SummaryTokens, talk: Conversation,
+def tokenize_conversation(model: TBAC, code: SummaryTokens, talk: Conversation,
                           rng: random.Random, args) -> Marked:
     """Of the conversations that end in a drawing two thirds are followed by summary tokens in place
     of the answer."""
@@ -399,16 +418,16 @@ def tokenize_conversation(model: TBAC, aux_head: SummaryTokens, talk: Conversati
         if i and len(ids) + len(asked) + len(said) > PACKED_LENGTH:
             break
         if "pointing" in args.aux:
-            pointing += mark_words(tok, aux_head, talk.scene, question, text, len(ids))
+            pointing += mark_words(tok, code, talk.scene, question, text, len(ids))
         ids += asked + said
         # Every answer counts the same, however long.
         weight += [0.0] * len(asked) + [0.0 if summed_up else 1 / len(said)] * len(said)
     summary = []
     if summed_up:
-        labels = aux_head.shown(talk.drawn, talk.target, exact=bool(talk.scene))
+        labels = code.shown(talk.drawn, talk.target, exact=bool(talk.scene))
         summary = [(len(ids) + i, known) for i, known in enumerate(labels)]
-        ids += [tok.special["endoftext"]] * aux_head.n
-        weight += [0.0] * aux_head.n
+        ids += [tok.special["endoftext"]] * code.n
+        weight += [0.0] * code.n
     positions = mrope_positions(ids, tok.special["image_pad"], grids)
     return Marked(Prompt(ids, positions, pictures), weight, summary, pointing)
 
@@ -417,14 +436,14 @@ def next_turn(question: str) -> str:
     return f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def mark_words(tok: Tokenizer, aux_head, scene, question: str, text: str, offset: int) -> list:
+def mark_words(tok: Tokenizer, code, scene, question: str, text: str, offset: int) -> list:
     """Words that point at a thing in the picture tell its attributes (grounding, as Qwen2.5-VL
     learns it from boxes and points): marks at the tokens in which they end. "Make the circle red"
     needs to know which thing that is before any summary token can ask whether it is its own."""
     marks = []
     for end, thing in language.mentions(question, scene) if scene else ():
         before = len(tok.encode(text[:text.rindex(question) + end]))
-        marks.append((offset + before - 1, aux_head.of(thing, scene, exact=True)))
+        marks.append((offset + before - 1, code.of(thing, scene, exact=True)))
     return marks
 
 
@@ -476,12 +495,12 @@ def join(mllm: MLLM, rows: list[list[Marked]]) -> tuple[Batch, Tensor, list[Mark
     return batch, weight, joined
 
 
-def mllm_loss(model: TBAC, aux_head: SummaryTokens, rows: list, args):
+def mllm_loss(model: TBAC, code: SummaryTokens, rows: list, args):
     """Cross-entropy of the answers, several questions per picture, plus that of the attributes at
     the marked tokens. Every answer counts the same: the loss of "red" must not drown in that of
     descriptions, since it alone asks which colour belongs to which shape."""
     mllm = model.mllm
-    marked = [tokenize_conversation(model, aux_head, talk, rng, args) for talk, rng in rows]
+    marked = [tokenize_conversation(model, code, talk, rng, args) for talk, rng in rows]
     batch, weight, joined = join(mllm, pack(marked))
     S = batch.ids.shape[1]
     summary, summary_labels = places(joined, "summary", S)
@@ -489,7 +508,7 @@ def mllm_loss(model: TBAC, aux_head: SummaryTokens, rows: list, args):
 
     x = mllm.embed(batch).clone()                                      # (R, S, M)
     if summary_labels:
-        x[summary] = aux_head.vectors(rows[0][1], len(summary_labels), x)
+        x[summary] = code.vectors(rows[0][1], len(summary_labels), x)
     states = mllm(x, batch.positions, batch.attention_mask)            # of each depth (R, S, M)
 
     weight = weight[:, 1:]                                             # (R, S - 1), to predict
@@ -500,8 +519,8 @@ def mllm_loss(model: TBAC, aux_head: SummaryTokens, rows: list, args):
     loss = (losses * weight[counts]).sum() / weight.sum().clamp(min=1)
     for place, labels in ((summary, summary_labels), (pointing, pointing_labels)):
         if labels:
-            deep = torch.stack([state[place] for state in states[aux_head.DEPTH:]])
-            loss = loss + aux_head(deep, labels)
+            deep = torch.stack([state[place] for state in states[code.DEPTH:]])
+            loss = loss + code(deep, labels)
     return loss.expand(len(rows)), None
 
 
@@ -519,7 +538,7 @@ def places(joined: list[Marked], kind: str, S: int) -> tuple[tuple[list, list], 
 
 # -------------------------------------------------------------------------------- stage dcae
 
-def dcae_loss(model: TBAC, aux_head: nn.Module, rows: list, args):
+def dcae_loss(model: TBAC, code: nn.Module, rows: list, args):
     """L1 + L2 on pixels and L1 on their differences to the next pixel (edges); a little noise makes
     near latents mean near pictures."""
     def mean(x: Tensor) -> Tensor:
@@ -553,64 +572,28 @@ def unit_latents(run) -> None:
 
 # --------------------------------------------------------------------------------- stage dit
 
-class SceneEncoder(nn.Module):
-    """The stand-in for SANA's own text encoder: one vector per thing, with colour + shape + size +
-    place added up, and one for the background."""
-
-    def __init__(self, config: TBACConfig):
-        super().__init__()
-        width = config.dit.caption_dim
-        words = [*world.COLOURS, *world.SHAPES, *world.SIZES, *world.BACKGROUNDS, "nothing"]
-        self.index = {word: i for i, word in enumerate(words)}
-        self.table = nn.Embedding(len(words), width)
-        self.place = nn.Linear(16, width)
-
-    def forward(self, scenes: list) -> Tensor:
-        """Scenes, or None for one that is not told -> (B, 5, width)"""
-        device = self.table.weight.device
-        ids = torch.tensor([self.words(scene) for scene in scenes], device=device)  # (B, 5, 3)
-        xy = torch.tensor([self.places(scene) for scene in scenes], device=device)  # (B, 5, 2)
-        angle = xy[..., None] * math.pi * 2 ** torch.arange(4, device=device)       # (B, 5, 2, 4)
-        waves = torch.cat([angle.sin(), angle.cos()], -1).flatten(2)                # (B, 5, 16)
-        waves = waves.to(self.table.weight.dtype)
-        return self.table(ids).sum(2) + self.place(waves)
-
-    def words(self, scene) -> list[list[int]]:
-        things = scene.things if scene else ()
-        nothing = self.index["nothing"]
-        rows = [[self.index[word] for word in (t.colour, t.shape, t.size)] for t in things]
-        rows.append([self.index[scene.background] if scene else nothing] * 3)
-        return rows + [[nothing] * 3] * (5 - len(rows))
-
-    def places(self, scene) -> list[tuple]:
-        things = scene.things if scene else ()
-        return [(t.x, t.y) for t in things] + [(0, 0)] * (5 - len(things))
-
-
-# Where a thing is whose place is not told.
-ANYWHERE = dict(x=0, y=0)
-
-
-def as_told(scene, rng: random.Random, args):
-    """A scene as the DiT hears of it: nothing now and then, which guidance needs; every second time
-    without places. Captions seldom tell these, so the DiT learns to arrange things by itself."""
+def as_told(code: SummaryTokens, scene, rng: random.Random, args) -> list[dict]:
+    """A scene as the DiT hears of it: nothing now and then, which guidance needs; half of the time
+    all of it, as of a picture; a quarter with sides and spots; a quarter without. Captions seldom
+    tell these, so the DiT learns to arrange things by itself. That a thing was changed means
+    nothing to it."""
+    drawn = [(thing, rng.random() < 0.5) for thing in scene.things]
+    told = list(code.shown(drawn, scene, exact=rng.random() < 0.5))
     if rng.random() < args.cond_drop:
-        return None
-    if rng.random() < 0.5:
-        things = tuple(dataclasses.replace(thing, **ANYWHERE) for thing in scene.things)
-        return dataclasses.replace(scene, things=things)
-    return scene
+        return [{} for _ in told]
+    if "column" not in told[0] and rng.random() < 0.5:
+        return [{name: label[name] for name in label.keys() - {"spot", "side"}} for label in told]
+    return told
 
 
-def dit_loss(model: TBAC, aux_head: SceneEncoder, rows: list, args):
-    """Flow matching on what is told of the scene, the same for every block."""
+def dit_loss(model: TBAC, code: SummaryTokens, rows: list, args):
+    """Flow matching on what is told of the scene."""
     scenes, rngs = zip(*rows)
     pictures = [world.render(scene, args.size) for scene in scenes]
     with torch.no_grad():
         pixels = to_pixels(pictures, args.device, getattr(torch, args.dtype))
         x0 = model.dcae.encode(pixels).float()                         # (B, C, h, w)
-    told = [as_told(scene, rng, args) for scene, rng in rows]
-    rungs = aux_head(told).expand(model.config.dit.n_layer, -1, -1, -1)
+    rungs = code.rungs(model, [as_told(code, scene, rng, args) for scene, rng in rows])
     t, eps = noise(rngs, x0.shape[1:], args.device)
     x_t, v = flow_matching(x0, t, eps)
     error = model.velocity(x_t, t, rungs).float() - v
@@ -619,19 +602,19 @@ def dit_loss(model: TBAC, aux_head: SceneEncoder, rows: list, args):
 
 # ------------------------------------------------------------------------------------- stages
 
-def task(learns: str, loss, sheet, aux_head=None, make=sample_scene) -> Task:
-    """Heads live on the model's device and are thrown away at the end."""
-    def head(model: TBAC, args) -> nn.Module:
-        return aux_head(model.config).to(args.device) if aux_head else nn.Module()
+def task(learns: str, loss, sheet, code=None, make=sample_scene) -> Task:
+    """The code lives on the model's device and is no part of it."""
+    def helper(model: TBAC, args) -> nn.Module:
+        return code(model.config).to(args.device) if code else nn.Module()
 
-    return Task((learns,), loss, {"toy": make}, build, head, sheet, muon)
+    return Task((learns,), loss, {"toy": make}, build, helper, sheet, muon)
 
 
 TASKS = {
     "vit": task("mllm.vision", vit_loss, sheets.vit, PatchNames),
     "mllm": task("mllm", mllm_loss, sheets.mllm, SummaryTokens, conversation),
     "dcae": task("dcae", dcae_loss, sheets.dcae),
-    "dit": task("dit", dit_loss, sheets.dit, SceneEncoder),
+    "dit": task("dit", dit_loss, sheets.dit, SummaryTokens),
 }
 
 

@@ -45,10 +45,10 @@ def vit(run) -> Image.Image:
     return beside(pairs, ["what each token says"] * len(pairs))
 
 
-def said(aux_head, hidden: torch.Tensor, attribute: str) -> list[str]:
+def said(code, hidden: torch.Tensor, attribute: str) -> list[str]:
     """hidden (U, M) -> the likeliest class of this attribute, for each."""
-    classes = aux_head.CLASSES[attribute]
-    return [classes[i] for i in aux_head.logits(hidden)[attribute].argmax(-1).tolist()]
+    classes = code.CLASSES[attribute]
+    return [classes[i] for i in code.logits(hidden)[attribute].argmax(-1).tolist()]
 
 
 def mllm(run) -> Image.Image:
@@ -82,8 +82,10 @@ def dcae(run) -> Image.Image:
 def dit(run) -> Image.Image:
     """Scenes, and what the DiT draws when it is told what is in them."""
     model, scenes = run.model, run.shown
-    told = [None] * len(scenes) + list(scenes)
-    rungs = run.helper(told).expand(model.config.dit.n_layer, -1, -1, -1)
+    told = [list(run.helper.shown([(thing, False) for thing in scene.things], scene, exact=True))
+            for scene in scenes]
+    nothing = [[{}] * run.helper.n for _ in scenes]
+    rungs = run.helper.rungs(model, nothing + told)
     *_, last = denoise(model, [""] * len(scenes), steps=1 if run.args.dry_run else 20,
                        generator=torch.Generator().manual_seed(0), conditioning=(rungs, 2))
     pictures = [world.render(scene, run.args.size) for scene in scenes]

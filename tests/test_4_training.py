@@ -561,17 +561,42 @@ def test_names_of_what_each_vision_token_shows():
     assert rows[10]["spot"] == "bottom right" and rows[10]["size"] == "large"
 
 
-def test_places_are_told_every_second_time():
-    """And now and then nothing is; all else stays."""
+def test_the_dit_hears_places_every_second_time():
+    """And now and then nothing; colours and shapes always stay."""
     rng = random.Random(0)
     scene = world.sample_scene(rng, 3)
     args = pretrain.options(["--stage", "dit", "--cond-drop", "0.1"])
-    told = [pretrain.as_told(scene, rng, args) for _ in range(2000)]
-    assert 150 < told.count(None) < 250 and 800 < told.count(scene) < 1000
-    unplaced, = {case for case in told if case not in (None, scene)}
-    assert [t.label for t in unplaced.things] == [t.label for t in scene.things]
-    assert {(t.x, t.y) for t in unplaced.things} == {(0, 0)}
-    assert unplaced.background == scene.background
+    summary = pretrain.SummaryTokens(pretrain.TOY)
+    told = [pretrain.as_told(summary, scene, rng, args) for _ in range(2000)]
+    something = [case for case in told if any(case)]
+    assert 150 < 2000 - len(something) < 250
+    names = [thing.colour for thing in scene.things for _ in range(4)] + ["nothing"] * 4
+    assert all([label["colour"] for label in case] == names for case in something)
+    exact = sum("column" in case[0] for case in something)
+    cells = sum("spot" in case[0] for case in something)
+    assert 800 < exact < 1000 and 350 < cells - exact < 550
+
+
+def test_who_is_told_in_the_code_reads_what_was_told():
+    """Also where much is not known, and whatever else is said with it; of what is not known nothing
+    is said."""
+    scene = world.Scene((CIRCLE, CROSS), "grey")
+    summary = pretrain.SummaryTokens(pretrain.TOY)
+    labels = list(summary.shown(pretrain.after_edit(scene, scene), scene, exact=True))
+    fewer = [dict(colour="red"), dict(shape="cross", row=7), {}] * 5 + [{}]
+    said = summary.encode([labels, fewer])                             # (2, 16, M)
+    assert said.shape == (2, 16, 128) and (said[1, 2] == 0).all()
+    logits = summary.logits(said)
+    for b, row in enumerate([labels, fewer]):
+        for i, label in enumerate(row):
+            for name, value in label.items():
+                best = summary.CLASSES[name][logits[name][b, i].argmax()]
+                assert best == value
+    rungs = summary.rungs(TBAC.load(TOY_FOLDER), [labels, fewer])
+    assert rungs.shape == (6, 2, 16, 128) and (rungs == said).all()
+    # Nobody learns the code, and all stages have the same.
+    assert not list(summary.parameters())
+    assert (pretrain.PatchNames(pretrain.TOY).code == summary.code).all()
 
 
 def test_summary_tokens_tell_each_thing_in_turn():
