@@ -4,9 +4,10 @@ variant that SANA uses: f32c32, "sana-1.0".
 pixels (B, 3, 32h, 32w) in [-1, 1] <-> latents (B, 32, h, w). It is deterministic: no mean and
 variance, no sampling. Both halves go through the same stages, stage i at 1/2^i of the picture's
 side: ResBlocks in the outer stages, where positions are many, and EfficientViT blocks (arXiv
-2205.14756: linear attention + a gated convolution) in the inner ones. Around every change of shape
-runs a shortcut without parameters that only rearranges pixels into channels or back: the paper's
-"residual autoencoding".
+2205.14756: linear attention + a gated convolution) in the inner ones. Around every Down and Up,
+and around the convolutions next to the latents, runs a shortcut without parameters: it moves pixels
+into channels or back where the side changes, and averages or repeats channels to the new width: the
+paper's "residual autoencoding".
 
 Dimension key: B batch, D width of a stage, H heads, K head dim, h x w height and width, N = h * w
 positions, C latent channels, f `DCAEConfig.factor`.

@@ -7,8 +7,8 @@ per picture; `forward` is one step.
 
 Dimension key: B batch, L rungs = blocks, Q queries, N = h * w latent tokens, D width, H heads,
 K head dim, C latent channels.
-Left out: patch sizes above 1, position embeddings, masks on the caption, query-key norm (the public
-512 px weights use none of them).
+Left out: patch sizes above 1, position embeddings, query-key norm (the public 512 px weights use
+none of them); SANA's mask on the caption (the queries have no padding).
 """
 import math
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> Tensor:
-    """out_n = sum_m (relu(q_n) . relu(k_m)) v_m / sum_m relu(q_n) . relu(k_m), for q, k, v
+    """out_n = (sum_m (relu(q_n) . relu(k_m)) v_m) / (sum_m relu(q_n) . relu(k_m)), for q, k, v
     (B, H, N, K).
 
     To sum over m first costs N * K^2, where softmax attention costs N^2 * K. In float32: sums over
@@ -147,7 +147,7 @@ class Block(nn.Module):
         modulation = (self.scale_shift_table + modulation).chunk(6, 1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation      # (B, 1, D) each
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        # As in SANA, cross-attention is not modulated.
+        # As in SANA, cross-attention has no norm, no modulation and no gate.
         x = x + self.cross(x, keys, values)
         y = modulate(self.norm2(x), shift2, scale2)                    # (B, N, D)
         y = self.ffn(y.transpose(1, 2).unflatten(2, size))             # (B, D, h, w)
@@ -188,8 +188,9 @@ class DiT(nn.Module):
         self.proj_out = nn.Linear(c.dim, c.channels)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """A start for training from nothing: xavier; the outputs of cross-attention and of the
-        whole at zero, so that the first velocity is 0."""
+        """A start for training from nothing: xavier; zero for the output of the whole, so
+        that the first velocity is 0, and for that of cross-attention, so that at first the rungs
+        change nothing."""
         for name, p in self.named_parameters():
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(p, std=self.config.dim ** -0.5, generator=generator)

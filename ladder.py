@@ -101,7 +101,7 @@ class Ladder(nn.Module):
             self.connector = PerBlock(build_connector(mllm_dim, caption_dim) for _ in range(n_dit))
         else:
             self.connector = build_connector(mllm_dim, caption_dim)
-        # Only two wirings mix states: (L, T) logits of each block's mixture, at first the mean.
+        # Two wirings mix states, by the softmax of each row of (L, T) logits: zeros give the mean.
         routes = torch.zeros(n_dit, n_mllm + 1) if wiring in ("mean", "routed") else None
         if wiring == "routed":
             self.routes = nn.Parameter(routes)

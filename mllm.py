@@ -7,7 +7,7 @@ stages.
 
 Dimension key: B batch, S sequence, T all positions read so far, M model width, H heads, K head dim,
 G key heads, U units of all pictures (vit.py).
-Left out: video, sliding windows in the text part (the public 3B weights use neither).
+Left out: video, sliding windows in the text part (TBAC-UniImage uses neither).
 """
 import pathlib
 import warnings
@@ -46,7 +46,7 @@ class MLLMConfig:
 # ---------------------------------------------------------------------------------------- text
 
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")
-# Bytes for everything: no alphabet is left out.
+# A byte-level tokenizer gives every text back unchanged; this one tries three scripts.
 ANY_TEXT = "größe, 5 字 and 🦒"
 
 
@@ -61,7 +61,7 @@ class Tokenizer:
         # The library raises nothing narrower.
         except Exception as e:
             raise ValueError(f"{file} is not a tokenizer: {str(e)[:200]}") from None
-        # The file may store both, for other programs: here every text is read to its end.
+        # The file may ask for both, for other programs: here every text is read to its end.
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.special = {name: self.bpe.token_to_id(f"<|{name}|>") for name in SPECIAL}
@@ -130,7 +130,7 @@ def mrope_positions(ids: list[int], image_pad: int, grids: list[tuple[int, int]]
 
 @dataclass
 class Prompt:
-    """One prompt, tokenized: ids (S), positions (3, S), pictures as [(patches, grid)]."""
+    """One prompt, tokenized: ids (S), positions (3, S), pictures as patchify gives them."""
     ids: list[int]
     positions: Tensor
     pictures: list[tuple[Tensor, tuple[int, int]]]
@@ -190,6 +190,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angle: Tensor, mask: Tensor, cache: KVCache | None,
                 layer: int) -> Tensor:
+        """x (B, S, M), angle (B, 1, S, K/2), mask (B, 1, S, T), False where nobody attends;
+        layer: the cache's entry -> (B, S, M)"""
         q = apply_rope(self.heads(self.q(x)), angle)         # (B, H, S, K)
         k = apply_rope(self.heads(self.k(x)), angle)         # (B, G, S, K)
         v = self.heads(self.v(x))                            # (B, G, S, K)
@@ -318,13 +320,13 @@ class MLLM(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attention_mask: Tensor,
                 cache: KVCache | None = None, n_layer: int | None = None) -> list[Tensor]:
-        """x (B, S, M) embeddings, positions (3, B, S) -> the hidden states: states[i] *enters*
-        layer i.
+        """x (B, S, M) embeddings, positions (3, B, S) -> the hidden states, (B, S, M)
+        each: states[i] *enters* layer i.
 
-        All L layers give L + 1 states, the last one after the final norm. The argument `n_layer`
-        runs fewer layers: the last state is then the raw residual stream. With a cache, x continues
-        what was read before. attention_mask: (B, T), False for padding, of all positions including
-        those in the cache; or (B, 1, S, T), which position attends to which.
+        There is one more than there are layers, the last one after the final norm. The argument
+        `n_layer` runs fewer layers: the last state is then the raw residual stream. With a cache, x
+        continues what was read before. attention_mask: (B, T), False for padding, of all positions
+        including those in the cache; or (B, 1, S, T), which position attends to which.
         """
         mask = attention_mask
         if mask.dim() == 2:

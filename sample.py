@@ -39,7 +39,7 @@ TOY_FOLDER = pathlib.Path(__file__).parent / "toy" / "weights"
 # ------------------------------------------------------------------------- schedule and solvers
 
 def shifted(t, shift: float):
-    """A shift above 1 moves times towards the noise: the odds t / (1 - t) by that factor."""
+    """Multiplies the odds t / (1 - t) by `shift`: above 1, times move towards the noise."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -50,7 +50,8 @@ def schedule(steps: int, shift: float = 3.0) -> Tensor:
 
 
 def euler(x: Tensor, x0: Tensor, x0_prev: Tensor | None, times: list[float], i: int) -> Tensor:
-    """Straight on along v = (x - x0) / t, from times[i] to times[i + 1]."""
+    """From times[i] to times[i + 1], straight on along v = (x - x0) / t. x (B, C, h, w) at
+    times[i]; x0: the estimate of clean latents there; x0_prev: that of the step before (dpm_2m)."""
     t, t_next = times[i], times[i + 1]
     return x + (t_next - t) * (x - x0) / t
 
@@ -59,7 +60,7 @@ def dpm_2m(x: Tensor, x0: Tensor, x0_prev: Tensor | None, times: list[float], i:
     """DPM-Solver++ 2M. With signal 1 - t, noise t and lambda = log((1 - t) / t), the equation has
     an exact solution where x0 is constant in lambda:
 
-        x_next = t_next / t x + (1 - t_next) (1 - exp(-h)) x0,   h = lambda_next - lambda
+        x_next = (t_next / t) x + (1 - t_next) (1 - exp(-h)) x0,   h = lambda_next - lambda
 
     The previous step's x0_prev gives the slope of x0 in lambda, and so x0 in the middle of the
     step (second order). First order where there is no previous step, and on the final step to
@@ -82,7 +83,7 @@ SOLVERS = {"dpm++": dpm_2m, "euler": euler}
 
 def guide(v: list[Tensor], guidance: float, image_guidance: float) -> Tensor:
     """Velocities of (null, cond), or of (null, image only, both) -> the guided one. All channels
-    take part (DiT's public code guides three of four)."""
+    take part (the public code of arXiv 2212.09748, the first DiT, guides three of its four)."""
     if len(v) == 2:
         null, cond = v
         return null + guidance * (cond - null)
@@ -123,7 +124,7 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
             generator: torch.Generator | None = None, conditioning: tuple | None = None):
     """Yields a Step after every step; the last x_t is the picture, in the DiT's latent space.
 
-    prompts, images: as for TBAC.encode, with images an edit; size: side in pixels or (height,
+    prompts, images: as for TBAC.encode; with images it is an edit; size: side in pixels or (height,
     width); image_guidance: default the model's own; eps: (B, C, h, w) starting noise, else drawn;
     generator: a CPU's, on every device, so that a seed draws the same noise everywhere;
     conditioning: what `encode_for_guidance` gave, where several pictures are drawn of the same
@@ -141,7 +142,7 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
     if conditioning is None:
         conditioning = encode_for_guidance(model, prompts, images, image_guidance, negative)
     rungs, k = conditioning                                          # (L, k B, Q, caption_dim)
-    # Of each block, once for all steps.
+    # The keys and values of every block, once for all steps.
     keys_values = model.dit.project_kv(rungs)
 
     times = schedule(steps, shift).tolist()
@@ -308,8 +309,8 @@ def draw(args, model: TBAC, images: list[Image.Image]) -> None:
         save_png(sheet(args, images, pictures), files.sheet, record)
     if files.page:
         rungs = request["conditioning"][0][:, -1]
-        page = explain.drawing(model, args.prompt, images, pictures[0], rungs, watch)
-        save_png(page, files.page, record | dict(seed=args.seed))
+        poster = explain.drawing(model, args.prompt, images, pictures[0], rungs, watch)
+        save_png(poster, files.page, record | dict(seed=args.seed))
         write_text(files.html, explanation(model, request, args.seed, pictures[0], watch,
                                            args.compare).html())
     print("wrote", *files.every())
@@ -390,7 +391,7 @@ def ask(args, model: TBAC, images: list[Image.Image]) -> None:
 
 def live(args, model: TBAC) -> Live:
     """What --serve shows, and how it draws."""
-    # Said now, if there is no such size.
+    # An impossible --size is refused now, not at the first request.
     latent_shape(model.config, args.size)
 
     def draw(request: dict, images: list[Image.Image], choice: Tensor | None) -> Iterator[Step]:

@@ -6,7 +6,7 @@ for the pixels.
 |           bends it); the network is fed 1000 t                                                  |
 | path      x_t = (1 - t) x0 + t eps                                                              |
 | target    v = eps - x0, so x0 = x_t - t v, and an Euler step from t to s: x_s = x_t + (s - t) v |
-| latents   x0 = encode(pixels) * scaling_factor, pixels in [-1, 1]                               |
+| latents   x0 = dcae.encode(pixels), which multiplies by scaling_factor; pixels in [-1, 1]       |
 | guidance  null + g (cond - null), on all channels;                                              |
 |           with images (gi > 1): null + gi (image - null) + g (both - image)                     |
 +-------------------------------------------------------------------------------------------------+
@@ -175,8 +175,9 @@ class TBAC(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (B, C, h, w) -> PIL pictures."""
-        return to_images(self.dcae.decode(latents.to(self.dcae.encoder.conv_in.weight.dtype)))
+        """Latents (B, C, h, w) -> PIL pictures. (Not the inverse of `encode`, which reads prompts.)
+        """
+        return to_images(self.dcae.decode(latents.to(self.dcae.decoder.conv_in.weight.dtype)))
 
     # ---- understanding
 

@@ -66,8 +66,9 @@ PRESETS = {
         "mix": PAPER | dict(epochs=100, batch=4),
     },
 }
-# What --train lets learn: parts of the model, as regular expressions. All is the paper's, and what
-# TBAC.trainable() lists; the others need a third of the memory (docs/training.md).
+# What --train lets learn: parts of the model, as regular expressions. "all" is the paper's choice,
+# and what TBAC.trainable() lists. "ladder+cross" needs about half of its memory, "ladder" a little
+# more than a third (docs/training.md).
 LEARNS = {
     "all": ("ladder", "dit"),
     "ladder+cross": ("ladder", r"dit\.blocks\.\d+\.cross"),
@@ -89,8 +90,9 @@ def pairs_beside(scene: world.Scene) -> set[tuple[str, str]]:
 
 def draw_example(rng: random.Random, number: int, size: int,
                  held_out: frozenset = world.HELD_OUT) -> Example:
-    """A scene of the toy world and a request for it. held_out: pairs that stand alone only; to hold
-    out more than the world does changes nothing of how many things there are."""
+    """A scene of the toy world and a request for it. held_out: pairs that may only stand alone.
+    A scene that breaks this is drawn again with as many things, so that holding out more pairs does
+    not change how many things there are."""
     scene = language.scene_to_draw(rng)
     n = len(scene.things)
     while len(scene.things) != n or pairs_beside(scene) & held_out:
@@ -125,8 +127,8 @@ def drop_condition(example: Example, rng: random.Random, p: float) -> tuple[str,
 # --------------------------------------------------------------------------------------- model
 
 def build(args) -> TBAC:
-    """Loads --model, what learns in float32. --take replaces parts by those of other folders,
-    --wiring, --connector and --queries the ladder by a fresh one."""
+    """Loads --model, with what learns in float32. --take replaces parts by those of other folders;
+    any of --wiring, --connector and --queries replaces the ladder by a fresh one."""
     if not (args.model and args.data):
         raise ValueError(f"--preset {args.preset} needs --model and --data")
     dtype = dict.fromkeys(LEARNS[args.train], torch.float32)
@@ -165,8 +167,8 @@ def check_fit(model: TBAC, args) -> None:
 # ---------------------------------------------------------------------------------------- loss
 
 def ladder_loss(model: TBAC, latents: Latents, rows: list, args) -> tuple[Tensor, Tensor]:
-    """What TBAC.loss, flow matching, is asked in training. rows: [(Example, its random.Random)]
-    -> losses (B,), times (B,)"""
+    """TBAC.loss of one pass; times, noise and dropped conditions come from each row's generator.
+    rows: [(Example, its random.Random)] -> losses (B,), times (B,)"""
     examples, rngs = zip(*rows)
     x0 = latents(model, examples)                                          # (B, C, h, w)
     conditions = [drop_condition(example, rng, args.cond_drop) for example, rng in rows]
@@ -180,18 +182,15 @@ def ladder_loss(model: TBAC, latents: Latents, rows: list, args) -> tuple[Tensor
 
 @dataclasses.dataclass
 class Task:
-    """What a stage trains. learns: parts of the model; loss(model, helper, rows, args) -> losses
-    (B,) and times (B,) or None; makers: {word for --data: make(rng, number, size) -> example};
-    build(args) -> model; helper(model, args) -> a module that the loss needs beside the model and
-    no saved model keeps, here the autoencoder's latents. sheet(run): a page of pictures that shows
-    how well it goes, or None; optimizer({name: parameter}, args)."""
-    learns: tuple[str, ...]
-    loss: Callable
-    makers: dict[str, Callable]
-    build: Callable
-    helper: Callable
-    sheet: Callable
-    optimizer: Callable
+    """What a stage trains. helper: a module that the loss needs beside the model and no saved model
+    keeps, here the autoencoder's latents."""
+    learns: tuple[str, ...]             # parts of the model, as regular expressions
+    loss: Callable                      # (model, helper, rows, args) -> losses (B,), times or None
+    makers: dict[str, Callable]         # {word for --data: make(rng, number, size) -> example}
+    build: Callable                     # args -> model
+    helper: Callable                    # (model, args) -> that module
+    sheet: Callable                     # run -> a page of pictures that shows how well it goes
+    optimizer: Callable                 # ({name: parameter}, args) -> optimizer
 
 
 # ----------------------------------------------------------------------------------- optimizer
@@ -235,7 +234,8 @@ LADDER_TASK = Task(LEARNS["all"], ladder_loss, {"toy": draw_example, "toy-edit":
 
 def backward(run, rows: list, n_pass: int) -> tuple[Tensor, Tensor | None]:
     """Adds the gradient of one pass. -> losses (B,), times (B,) or None"""
-    # The model's weights, in --dtype, are rounded from the float32 ones that learn.
+    # Every pass needs it: the weights in --dtype, rounded from the float32 ones that learn, are
+    # freed one by one on the way back (engine/state.py:MasterWeights).
     run.state.weights.cast(run.state.params)
     losses, times = run.loss(rows)
     (losses.mean() / n_pass).backward()

@@ -5,8 +5,8 @@ merged to one token. Frozen in the paper's three stages. RMSNorm, rotary positio
 SwiGLU serve the decoder, too (mllm.py).
 
 Dimension key: B pictures, P patches of a picture, U units (2 x 2 patches, one token each; P / 4),
-W windows of S patches, D width, M the MLLM's width, H heads, K head dim, N pictures or windows;
-in `attention` also G key heads and T positions that are attended to.
+W windows of V units, S = 4 V patches, D width, M the MLLM's width, H heads, K head dim, N pictures
+or windows; in `attention` also G key heads and T positions that are attended to.
 Left out: video.
 """
 import math
@@ -40,8 +40,8 @@ class ViTConfig:
 # ------------------------------------------------------------------------------------ pictures
 
 def smart_size(width: int, height: int, unit: int, area: int) -> tuple[int, int]:
-    """(width, height), both multiples of `unit`, near to `area` pixels and the aspect ratio given.
-    ValueError for an aspect ratio above 200."""
+    """(width, height), both multiples of `unit`, with about `area` pixels and about the same aspect
+    ratio. ValueError for an aspect ratio above 200."""
     if max(width, height) > 200 * min(width, height):
         raise ValueError(f"picture of {width}x{height} is too thin: aspect ratio above 200")
     w, h = round(width / unit) * unit, round(height / unit) * unit
@@ -153,16 +153,16 @@ def window_index(grid: tuple[int, int], c: ViTConfig) -> tuple[Tensor, Tensor]:
     return windows.clamp(min=0), windows >= 0
 
 
-def to_windows(x: Tensor, index: Tensor, unit: int) -> Tensor:
-    """x (B, P, n), `unit` patches for each unit in turn -> (B, W * S, n): the patches window by
+def to_windows(x: Tensor, index: Tensor, per_unit: int) -> Tensor:
+    """x (B, P, n), `per_unit` patches for each unit in turn -> (B, W * S, n): the patches window by
     window. What an edge window lacks is filled with copies of unit 0, to be masked."""
-    x = x.unflatten(1, (-1, unit))                                     # (B, U, unit, n)
-    x = x[:, index]                                                    # (B, W, units, unit, n)
+    x = x.unflatten(1, (-1, per_unit))                                 # (B, U, per_unit, n)
+    x = x[:, index]                                                    # (B, W, V, per_unit, n)
     return x.flatten(1, 3)
 
 
 def from_windows(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """x (B, W * units, M), one token for each unit, window by window -> (B, U, M), row by row,
+    """x (B, W * V, M), one token for each unit, window by window -> (B, U, M), row by row,
     without what filled the edge windows."""
     slots = valid.flatten().nonzero()[:, 0]                            # those that hold a unit
     row_major = index.flatten()[slots].argsort()
@@ -242,12 +242,12 @@ class ViT(nn.Module):
         -> tokens (B, U, M), row by row."""
         c, device = self.config, patches.device
         B = len(patches)
-        unit = c.merge ** 2
-        index, valid = window_index(grid, c)                           # (W, units) each
-        x = to_windows(self.patch_embed(patches), index, unit)         # (B, W * S, D)
-        angle = to_windows(self.angles(grid, device)[None], index, unit)
+        per_unit = c.merge ** 2
+        index, valid = window_index(grid, c)                           # (W, V) each
+        x = to_windows(self.patch_embed(patches), index, per_unit)     # (B, W * S, D)
+        angle = to_windows(self.angles(grid, device)[None], index, per_unit)
         angle = angle.expand(B, -1, -1)                                # (B, W * S, K/2)
-        valid_patch = valid.flatten().repeat_interleave(unit).to(device)
+        valid_patch = valid.flatten().repeat_interleave(per_unit).to(device)
         valid_patch = valid_patch.expand(B, -1)                        # (B, W * S)
 
         def per_window(t: Tensor) -> Tensor:
@@ -261,5 +261,5 @@ class ViT(nn.Module):
             else:
                 x = block(per_window(x), window_angle, window_valid)   # (B * W, S, D)
                 x = x.reshape(B, -1, c.dim)                            # (B, W * S, D)
-        x = self.merger(x.unflatten(1, (-1, unit)))                    # (B, W * units, M)
+        x = self.merger(x.unflatten(1, (-1, per_unit)))                # (B, W * V, M)
         return from_windows(x, index, valid)                           # (B, U, M)

@@ -271,7 +271,7 @@ def read_config(qwen: Path, sana: Path, tbac: Path | None = None) -> TBACConfig:
         config = replace(config, **read_keys(released, RELEASED_CONFIG, CONFIG, file))
         fixed = released_config(config)
         must_be(released, file, fixed, optional=tuple(fixed))
-    # What joins several of the files, or is computed from them.
+    # from_dict checks the rules that join several of the files.
     return TBACConfig.from_dict(config.to_dict(), f"{qwen}, {sana}")
 
 
@@ -296,7 +296,7 @@ def mllm_config(file: Path) -> MLLMConfig:
         raise ValueError(f"{file}: hidden_size = {decoder['dim']}, expected a multiple of "
                          f"num_attention_heads = {decoder['n_head']}")
     return MLLMConfig(**decoder, head_dim=decoder["dim"] // decoder["n_head"],
-                      vision=ViTConfig(**vision, area=256 * 28 * 28))
+                      vision=ViTConfig(**vision))
 
 
 def dit_config(file: Path) -> tuple[DiTConfig, int]:
@@ -421,7 +421,7 @@ def to_ours(name: str | None, tensor: Tensor, config: TBACConfig) -> Iterator[tu
         yield "ladder.queries", tensor[vocab:vocab + n_query]
     elif name == "mllm.vision.patch_embed.weight" and tensor.shape == patches:
         yield name, tensor.flatten(1)
-    # Those two of another shape as well, which is then refused.
+    # All others, and those two if of another shape: check_tensor then refuses them.
     else:
         yield name, tensor
 
@@ -469,8 +469,8 @@ def exported(folder: Path, model: TBAC, names: dict[str, str],
     files = check_stored(model, folder)
     # The queries are needed before the rest: they go into the embedding table.
     for file in files:
-        for name, queries in read_tensors(file, only=["ladder.queries"]):
-            check_finite(queries, file, name)
+        for name, tensor in read_tensors(file, only=["ladder.queries"]):
+            queries = check_finite(tensor, file, name)
     for file in files:
         for name, tensor in read_tensors(file, only=names):
             if name == "mllm.embed_tokens.weight":

@@ -267,7 +267,8 @@ def is_complete(args, part: Part) -> bool:
 def train(args, names: list[str]) -> None:
     """Trains what is missing of these parts, then analyses those that are complete."""
     runs = [run for name in names for run in PARTS[name].runs(args.seeds)]
-    finished = trials.train_all(runs, args, Clock(args.minutes))
+    clock = Clock(args.minutes)
+    finished = trials.train_all(runs, args, clock)
     found = {name: analyse(args, name) for name in names if is_complete(args, PARTS[name])}
     correct(found)
     for name, content in found.items():
@@ -276,7 +277,8 @@ def train(args, names: list[str]) -> None:
         write_json(args.out / f"{name}.json", origin(args) | content)
     if not finished:
         n = sum(trials.is_finished(args, run) for run in set(runs))
-        print(f"\nstopped: {n} of {len(set(runs))} models are finished. The same command goes on")
+        why = "stopped" if clock() else "another process is at the rest"
+        print(f"\n{why}: {n} of {len(set(runs))} models are finished. The same command goes on")
 
 
 def look(args, name: str) -> None:
@@ -326,7 +328,8 @@ def add_folders(add) -> None:
 
 def add_plan(add) -> None:
     """What the plan says, for those who try something else."""
-    add("--seeds", type=MANY, help="runs of each model (default: the plan's, 8 or 5)")
+    add("--seeds", type=MANY, help="runs of each model (default: the plan's, 8 or 5; with 1, "
+        "intervals and p know nothing of how seeds differ)")
     add("--steps", type=command.count(1, MAX_TRAINING_STEPS), default=plan.STEPS,
         help=f"of training (default: {plan.STEPS})")
     add("--batch", type=MANY, default=plan.BATCH,

@@ -57,16 +57,9 @@ def drawing_scores(args, model, **sampling):
     return by_category
 
 
-def measured(*groups) -> dict:
-    """Scores of prompts, category by category -> the mean of the means, and its interval."""
-    names = np.repeat(range(len(groups)), [len(group) for group in groups])
-    found = statistics.estimate([np.concatenate(groups)], names)
-    return dict(mean=found.mean, interval=np.clip([found.low, found.high], 0, 1).tolist())
-
-
 def overall(scores: dict) -> dict:
     """The mean over the six categories of pairs seen in training."""
-    return measured(*(scores[f"{category}, seen"] for category in evaluate.GENEVAL))
+    return evaluate.measure(*(scores[f"{category}, seen"] for category in evaluate.GENEVAL))
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -82,7 +75,7 @@ def settings(args):
     rows = {}
     for name, how in tqdm(plans.items(), "settings"):
         scores = drawing_scores(args, model, **how)
-        row = {category: measured(values) for category, values in scores.items()}
+        row = {category: evaluate.measure(values) for category, values in scores.items()}
         rows[name] = row | {"mean of 6": overall(scores)}
         tqdm.write(f"{name:32} {100 * rows[name]['mean of 6']['mean']:.0f}")
     edits = {}
@@ -410,7 +403,7 @@ def slots(args):
         found[name] = things_there(painted(model, changed, null, args), asked)
     rows = {}
     for name, of_things in found.items():
-        row = {what: measured(there) for what, there in of_things.items()}
+        row = {what: evaluate.measure(there) for what, there in of_things.items()}
         rows[name] = row
         print(f"| {name} | " + " | ".join(map(evaluate.percent, row.values())) + " |")
     # Of single rungs there are too many.
@@ -470,7 +463,8 @@ PARTS_OF_VARIANCE = dict(rows="the noise's", columns="the prompt's", rest="of bo
 
 def noise_shares(values: np.ndarray) -> dict:
     """values (noises, prompts), NaN where it cannot be told -> {whose: share of the variance, with
-    an interval over prompts, by leaving out each once}; known: of how many pictures it could be
+    an interval over prompts, by leaving out each once, which does not tell how much another eight
+    noises would change}; known: of how many pictures it could be
     told. (The bootstrap would draw a prompt twice, and call what is its own the noise's.)"""
     P = values.shape[1]
     whole = statistics.shares(values)

@@ -45,7 +45,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """seconds: of a step, measured on two cores of an AMD EPYC (family 25, model 17); model: the
-    stage whose weights it starts from; words: more of its command line, with {out}."""
+    stage whose weights it starts from; also: another that has to be finished first; words: more of
+    its command line, with {out}."""
     name: str
     module: str
     seconds: float
@@ -262,7 +263,8 @@ class Processes:
             left = steps(stage, self.args) - done(stage, self.args)
             start = max([ends[name] for name in stage.needs()], default=0)
             ends[stage.name] = start + max(0, left) * self.seconds_per_step(stage)
-        return max(ends.values()) + (0 if self.args.stop_after else BENCHMARK_SECONDS)
+        unscored = self.args.stop_after or self.args.dry_run
+        return max(ends.values()) + (0 if unscored else BENCHMARK_SECONDS)
 
     def seconds_per_step(self, stage: Stage) -> float:
         new = done(stage, self.args) - self.start_done[stage.name]
@@ -354,6 +356,8 @@ def plain_command(stage: Stage, args) -> str:
     """As one would type it."""
     words = command(stage, args)
     words = words[words.index(stage.module):]
+    # In one process: all of the batch.
+    words[words.index("--batch") + 1] = str(stage.preset()["batch"])
     return " ".join(["python", "-m", *(word for word in words if word != "--resume")])
 
 
@@ -373,6 +377,9 @@ def main(argv: list[str] | None = None) -> None:
     args = options(argv)
     signal.signal(signal.SIGTERM, interrupt)
     with one_line_errors():
+        # What is wrong with them should not show after hours only.
+        for other in args.beside:
+            beside(other)
         diary = open_diary(args)
         Processes(args, diary).run()
         if args.stop_after:

@@ -96,8 +96,10 @@ def own_options(add) -> None:
 
 def build(args) -> TBAC:
     """The model in --model, what learns in float32, or a fresh toy."""
-    if args.fsdp or args.take or args.wiring or args.connector or args.queries:
-        raise ValueError("--fsdp, --take, --wiring, --connector and --queries are for train.py")
+    only_there = ("fsdp", "take", "wiring", "connector", "queries", "cache_latents")
+    if any(getattr(args, name) for name in only_there) or args.shift != 1:
+        raise ValueError("--fsdp, --take, --wiring, --connector, --queries, --cache-latents and "
+                         "--shift are for train.py")
     if args.stage != "dcae" and args.data != ["toy"]:
         raise ValueError(f"--data {' '.join(args.data)}: only stage dcae learns from pictures of "
                          "one's own, the others need to know what a picture shows: --data toy")
@@ -268,7 +270,8 @@ class PatchNames(AttributeCode):
         for row in range(h):
             for column in range(w):
                 x, y = (column + 0.5) / w, (row + 0.5) / h
-                # Below a thing's radius: inside its box.
+                # From a thing's centre, along the farther axis: its box ends at its radius, and has
+                # to reach 0.15 / w into the unit, whose own half is 0.5 / w.
                 distance = {t: max(abs(t.x - x), abs(t.y - y)) for t in scene.things}
                 near = [t for t in scene.things if distance[t] < t.radius + 0.35 / w]
                 bare = world.Thing("nothing", "nothing", "", x, y)
@@ -372,7 +375,8 @@ class SummaryTokens(AttributeCode):
 
     @staticmethod
     def side(thing, scene) -> dict:
-        """At which side of the only other thing it stands; nothing where that is not clear."""
+        """At which side of the only other thing it stands: "none" if it is alone, or at no clear
+        one. Not known beside several others, or beside one of its own name."""
         others = [t for t in scene.things if t != thing]
         if len(others) > 1 or thing.name in (t.name for t in others):
             return {}
@@ -447,7 +451,7 @@ def mark_words(tok: Tokenizer, code, scene, question: str, text: str, offset: in
     return marks
 
 
-# Longer than any conversation; what does not fit any more is left out.
+# Tokens of a packed row. Of a conversation, later turns that do not fit into one are left out.
 PACKED_LENGTH = 192
 
 

@@ -10,6 +10,10 @@ cd "$(dirname "$0")/.."
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
+if [ ! -f "$made/weights/model.safetensors" ] || [ ! -f "$made/weights/record.json" ]; then
+    echo "error: $made/weights holds no toy that lab.make has finished" >&2
+    exit 1
+fi
 find toy/weights -type f ! -name README.md -delete
 cp "$made"/weights/* toy/weights/
 

@@ -241,7 +241,7 @@ class Group:
         examples = iter(self.reader)
         on_gpu = self.args.device.startswith("cuda")
         stream = torch.cuda.Stream() if on_gpu else None
-        ahead = AHEAD[self.args.device.split(":")[0]]
+        ahead = AHEAD["cuda" if on_gpu else "cpu"]
         for first in itertools.count(self.state.step, ahead):
             rows, offsets = [], []
             for _ in range(ahead):
@@ -324,7 +324,7 @@ class Group:
         own for each prompt, the same for all models."""
         config = self.model.config
         device = self.args.device
-        at_once = max(1, AT_ONCE[device.split(":")[0]] // stack.n)
+        at_once = max(1, AT_ONCE["cuda" if device.startswith("cuda") else "cpu"] // stack.n)
         found = []
         for i in range(0, len(prompts), at_once):
             part = prompts[i:i + at_once]
@@ -441,7 +441,8 @@ def claimed(folder: pathlib.Path):
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock(folder))
-        except ValueError:
+        # It may also have just finished, and taken the folder away.
+        except (ValueError, FileNotFoundError):
             ours = False
         else:
             ours = True
@@ -466,8 +467,11 @@ def train_all(runs: list[Run], args, stop: Callable) -> bool:
         for own in groups:
             if stop():
                 break
+            # Another process may have finished it meanwhile.
+            if all(is_finished(args, run) for run in own):
+                continue
             with claimed(group_folder(own, args)) as ours:
-                # Another process may have finished it meanwhile.
+                # Or just now.
                 if ours and not all(is_finished(args, run) for run in own):
                     Group(own, args).train(when, grade, stop, bar)
     return all(is_finished(args, run) for run in runs)

@@ -81,7 +81,7 @@ PLACES = {
 }
 DIRECTIONS = {"top": "up", "bottom": "down", "left": "left", "right": "right"}
 
-# Words that the functions below say by themselves.
+# Words that the functions of toy/language.py say by themselves.
 LITTLE_WORDS = (
     "a an the it is are do does any all both everything of them another one more bigger smaller "
     "in corner and next to on at yes no"
