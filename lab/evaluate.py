@@ -274,9 +274,10 @@ def edited(found: Scene, case: Case) -> dict[str, bool | float]:
         followed = followed and any(is_right(t, thing, found, case) for t in same_name)
 
     stayed = [is_near_any(thing, found) for thing in kept]
-    # besides the other things, at most those that the instruction is about
-    n_max = len(kept) + max(len(removed), len(new))
-    unchanged = all(stayed) and len(found.things) <= n_max
+    # besides the other things, at most what is new, or what should be gone and is not
+    names = {t.name for t in removed}
+    left = sum(max(0, count(found, name) - count(case.target, name)) for name in names)
+    unchanged = all(stayed) and len(found.things) <= len(kept) + (len(new) or left)
 
     same_background = found.background == case.target.background
     if case.rules == "background":

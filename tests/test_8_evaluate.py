@@ -235,6 +235,8 @@ REPLACE = ("replace the circle with a green cross", "replace",
     (RECOLOUR, (replace(GREEN_CIRCLE, y=0.8), BLUE), 0, 1),
     # the wrong one is gone
     (REMOVE, (RED,), 0, 0),
+    # Something else in its place is not what was asked for.
+    (REMOVE, (GREEN, BLUE), 1, 0),
     (REMOVE, (BLUE, GREEN, GREEN_LOW), 1, 0),
     # anywhere will do
     (ADD, (RED, BLUE, GREEN_LOW), 1, 1),
