@@ -20,13 +20,14 @@ was when the same command is given again. Given twice at once, in two shells, it
     python -m lab.ablate probes      what the queries' states tell, depth by depth (with --captions)
     python -m lab.ablate slots       some of the queries muted, or taken from another prompt
     python -m lab.ablate noise       how much of place and number is the noise's
+    python -m lab.ablate told        where edits are lost: what the queries' states say of them
     python -m lab.ablate overfit     the loss when one batch is learnt by heart
 
 These look at --model as it is (lab/inside.py).
 
-A study writes STUDY.json into --out, and all but settings and overfit a picture beside it. How far
-its tables can be trusted depends on the number of seeds and steps; both stand in the JSON file,
-with commit (of each run its own) and machine.
+A study writes STUDY.json into --out, and all but settings, told and overfit a picture beside it.
+How far its tables can be trusted depends on the number of seeds and steps; both stand in the JSON
+file, with commit (of each run its own) and machine.
 """
 import itertools
 import pathlib

@@ -82,7 +82,7 @@ class Case:
 # A row is a case and which of its pictures this is; a painter (or answerer) yields one picture
 # (or text) for each of a list of rows.
 Row = tuple[Case, int]
-Response = Image.Image | str
+Response = Image.Image | Scene | str
 Failure = tuple[Case, Response, str]
 
 
@@ -338,7 +338,8 @@ def answer(model: TBAC, rows: list[Row], batch: int) -> Iterator[str]:
 def score(
     task: str, prompts: list[Case], k: int, respond: Callable[[list[Row]], Iterator[Response]]
 ) -> tuple[Scores, list[Failure]]:
-    """Judges k responses to each prompt; respond(rows) yields a picture or a text for each row.
+    """Judges k responses to each prompt; respond(rows) yields a picture, the scene that it would
+    show, or a text for each row.
 
     -> scores, and the failures as (case, response, label)
     """
@@ -346,7 +347,7 @@ def score(
     verdicts = {}
     failures = []
     for (case, _), response in tqdm(zip(rows, respond(rows)), task, len(rows), leave=False):
-        found = response if task == "ask" else grader.grade(response)
+        found = grader.grade(response) if isinstance(response, Image.Image) else response
         verdict = JUDGES[task](found, case)
         for what, right in verdict.items():
             by_case = verdicts.setdefault((task, case.category, what, case.pairs), {})
@@ -533,15 +534,18 @@ def failures_sheet(failures: list[Failure], size: int, each: int = 4) -> Image.I
     return contact_sheet(images, labels, scale=max(1, 128 // size), columns=8)
 
 
+def by_category(rows: dict) -> dict:
+    """-> {task: {category: {"what is judged, pairs": row}}}"""
+    found = {}
+    for (task, category, what, pairs), row in rows.items():
+        found.setdefault(task, {}).setdefault(category, {})[f"{what}, {pairs}"] = row
+    return found
+
+
 def save(args: argparse.Namespace, rows: dict, sheet: Image.Image | None, seconds: float) -> None:
     """scores.json, and failures.png if there are any."""
-    scores = {}
-    for (task, category, what, pairs), row in rows.items():
-        of_category = scores.setdefault(task, {}).setdefault(category, {})
-        of_category[f"{what}, {pairs}"] = row
-    record = dict(
-        options=vars(args), torch=torch.__version__, seconds=round(seconds), scores=scores,
-    )
+    record = dict(options=vars(args), torch=torch.__version__, seconds=round(seconds),
+                  scores=by_category(rows))
     write_text(args.out / "scores.json", json.dumps(record, indent=1, default=str))
     if sheet:
         save_png(sheet, args.out / "failures.png")

@@ -1,10 +1,12 @@
-"""What a trained model holds, looked at as it is. Each study works with any weights.
+"""What a trained model holds, looked at as it is. Each study but `told`, which reads the toy's
+code, works with any weights.
 
 settings  guidance, steps and image guidance against score
 rungs     one rung at a time replaced
 probes    what the queries' states tell, depth by depth, in each MLLM of the study
 slots     some of the queries muted, or taken from another prompt, by depth
 noise     how much of place and number is the starting noise's
+told      where edits are lost: what the queries' states say of them
 overfit   the loss when one batch is learnt by heart (this one trains, for a minute)
 """
 import contextlib
@@ -27,6 +29,7 @@ import train
 from engine import fast, mixer
 from engine.log import read_log
 from lab import dots, evaluate, plan, statistics, tables, trials
+from lab.pretrain import SummaryTokens
 from ladder import tap_layers
 from tbac import TBAC
 from toy import grader, language, world
@@ -496,5 +499,26 @@ def overfit(args):
                 end=smooth[-1], by_t=late.filled(np.nan).tolist())
 
 
-STUDIES = dict(settings=settings, rungs=rungs, probes=probes, slots=slots, noise=noise,
+# ------------------------------------------------------------------------------------------ told
+
+@torch.no_grad()
+def told(args):
+    """What the queries' states say of each edit, in the code of lab/pretrain.py, judged as pictures
+    are. (A fixed reading: the DiT, which reads through a connector that learns, may find more.)"""
+    model = load(args.model, args.device)
+    if len(model.ladder.queries) != SummaryTokens.n:
+        raise ValueError(f"told reads {SummaryTokens.n} queries, {args.model} has "
+                         f"{len(model.ladder.queries)}")
+    code = SummaryTokens(model.config).to(args.device)
+
+    def say(rows):
+        for case, _ in tqdm(rows, "edits", leave=False):
+            states = model.query_states([case.prompt], [case.images(model.config.size)])
+            yield from code.scenes(states)
+
+    scores, _ = evaluate.score("edit", evaluate.cases("edit", args.n), 1, say)
+    return dict(table=evaluate.by_category(evaluate.summary(scores))["edit"])
+
+
+STUDIES = dict(settings=settings, rungs=rungs, probes=probes, slots=slots, noise=noise, told=told,
                overfit=overfit)

@@ -16,7 +16,8 @@
 `python -m lab.make` runs them all, and the paper's stages after them. Each stage has its own
 examples and its own loss; the loop is train.py's. All but dcae share a language, AttributeCode. A
 stage without --model starts from a fresh toy. (The losses of vit and mllm are means over the rows
-of one process, and the noise of dcae is scaled by them: with more processes they differ a little.)
+of one process, and the noise of dcae is scaled by the spread of that process's latents: with more
+processes they differ a little.)
 
 Dimension key: B examples, R packed rows, U units, S tokens of a row, M MLLM width, N marked tokens.
 """
@@ -166,7 +167,8 @@ def muon(params: dict[str, nn.Parameter], args) -> Together:
     """Muon (kellerjordan.github.io/posts/muon) for the weight matrices, AdamW for the rest. An
     update of Muon is the momentum with all its singular values made equal, so that rare directions
     are learnt as fast as common ones. The table of embeddings is looked up, not multiplied through,
-    and stays with AdamW."""
+    and stays with AdamW; so do, by their names, the ViT's first layer and the DiT's time embedding.
+    """
     def is_matrix(name: str, p: nn.Parameter) -> bool:
         return p.dim() == 2 and "embed" not in name
 
@@ -388,6 +390,24 @@ class SummaryTokens(AttributeCode):
         -> (L, B, Q, caption_dim). (The toy's captions are as wide as its MLLM.)"""
         said = self.encode(told).to(model.dit.proj_out.weight.dtype)
         return said.expand(model.config.dit.n_layer, -1, -1, -1)
+
+    def scenes(self, states: list[Tensor]) -> list[world.Scene]:
+        """The queries' states at every depth, each (B, Q, M) -> the scenes that they tell: of each
+        thing the likeliest attributes, by all its tokens and all depths from DEPTH on. Exact places
+        are the middles of eighths."""
+        logits = self.logits(torch.stack(states[self.DEPTH:]))         # (depths, B, Q, classes)
+        by_thing = {name: x.log_softmax(-1).mean(0).unflatten(1, (4, -1)).mean(2)
+                    for name, x in logits.items()}                     # (B, 4, classes)
+        by_thing["background"] = by_thing["background"].mean(1, keepdim=True).expand(-1, 4, -1)
+        found = []
+        for b in range(len(states[0])):
+            told = [{name: self.CLASSES[name][x[b, k].argmax()] for name, x in by_thing.items()}
+                    for k in range(4)]
+            things = [world.Thing(t["shape"], t["colour"], t["size"], (t["column"] + 0.5) / 8,
+                                  (t["row"] + 0.5) / 8)
+                      for t in told if "nothing" not in (t["shape"], t["colour"])]
+            found.append(world.Scene(tuple(things), told[0]["background"]))
+        return found
 
     def vectors(self, rng: random.Random, n: int, like: Tensor) -> Tensor:
         """(n, M), as small as queries are at their start."""

@@ -21,7 +21,7 @@ one() {
     python -m lab.ablate settings --out "$out/one"
 }
 other() {
-    for study in overfit rungs probes; do
+    for study in overfit told rungs probes; do
         python -m lab.ablate "$study" --out "$out/other"
     done
     python -m lab.figures samples edits explain live

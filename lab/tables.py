@@ -169,7 +169,7 @@ EXAMPLES = {
     "vit": "a picture, and what each of its patches shows",
     "mllm": "a conversation about a picture or a text",
     "dcae": "a picture",
-    "dit": "a picture, and the list of its objects",
+    "dit": "a picture, and what is told of it in the code",
     "t2i": "a caption and a picture",
     "edit": "a caption and a picture; or a picture, an instruction, and the picture after it",
 }
@@ -259,6 +259,15 @@ def other_edits() -> str:
     return table(["the model's own image guidance, other prompts", ""], rows)
 
 
+def told() -> str:
+    """Of all kinds of edits together: what the MLLM's queries tell, and what is drawn."""
+    columns = [f"{what}, {pairs}" for pairs in ("seen", "never seen")
+               for what in ("followed", "unchanged")]
+    rows = [["the queries' states tell it", *cells(mean(study("told")["table"]), *columns)],
+            ["the picture shows it", *cells(mean(scores("edit")), *columns)]]
+    return table(["", *columns], rows)
+
+
 def overfit() -> str:
     found = study("overfit")
     return table(["loss", ""], [
@@ -339,7 +348,7 @@ PAGES = {
     "toy/weights/README.md": {"scores": scores_in_short, "by seed": by_seed},
     "docs/training.md": {"recipe": recipe, "board": board, "guidance": guidance, "solvers": solvers,
                          "image guidance": image_guidance, "other edits": other_edits,
-                         "overfit": overfit, "overfit by time": overfit_by_time,
+                         "told": told, "overfit": overfit, "overfit by time": overfit_by_time,
                          "probes": probes_in_short},
 }
 

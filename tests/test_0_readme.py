@@ -171,7 +171,7 @@ def test_the_tables_are_those_of_the_files(page):
 
 
 def test_the_studies_are_of_the_shipped_weights():
-    names = ("settings", "probes", "rungs", "overfit")
+    names = ("settings", "probes", "rungs", "told", "overfit")
     found = {study(name)["options"]["weights"] for name in names}
     assert found == {trials.weights_digest(TOY_FOLDER)}, "of other weights than those shipped"
 
