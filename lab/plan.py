@@ -29,7 +29,8 @@ DIFFICULTY = ("colour attribution", "counting", "position")
 # What reads the queries, and what it was taught.
 MLLMS = {
     "captions": "captions and answers only",
-    "facts": "as shipped: besides, to hold every fact at every depth from the third on",
+    "facts": "as shipped: besides, to hold every fact at every depth from the third on, in the "
+             "code that the DiT has learnt to draw from",
     "random": "nothing: random weights, the floor",
 }
 
