@@ -14,7 +14,7 @@ from toy.world import COLOURS, HELD_OUT, SHAPES
 SMALLEST = 3.0
 # A curve that moves less than this in its last quarter has arrived.
 STILL = 2.0
-STEPS = 3000
+STEPS = 2000
 BATCH = 24
 # Prompts per category: at the end, and along the way.
 PROMPTS = 96
