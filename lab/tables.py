@@ -342,8 +342,8 @@ def part(content: dict) -> str:
 
 PAGES = {
     "README.md": dict(scores=scores_in_short),
-    "docs/study.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers,
-                          rungs=rungs, probes=probes),
+    "docs/scores.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers),
+    "docs/study.md": dict(rungs=rungs, probes=probes),
     "toy/README.md": dict(examples=examples),
     "toy/weights/README.md": {"scores": scores_in_short, "by seed": by_seed},
     "docs/training.md": {"recipe": recipe, "board": board, "guidance": guidance, "solvers": solvers,

@@ -47,8 +47,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 
 
 def test_there_is_a_page_for_each_question():
-    expected = {"study", "paper_to_code", "training", "data", "public_weights", "questions",
-                "promises", "glossary", "references"}
+    expected = {"study", "scores", "paper_to_code", "training", "data", "public_weights",
+                "questions", "promises", "glossary", "references"}
     assert {page[5:-3] for page in PAGES if page.startswith("docs/")} == expected
     for name in expected:
         assert f"](docs/{name}.md" in README, name
