@@ -21,6 +21,9 @@ EDIT = "make the circle green"
 WHITE = 255, 255, 255
 STEPS = 5
 SETTINGS = dict(shift=3.0, guidance=4.5, image_guidance=3.0)
+# What is asked for once more: steps and settings are arguments.
+OTHER = dict(shift=1.0, guidance=2.0, image_guidance=1.5)
+OTHER_STEPS = 3
 # Of the largest latent. Rounding is multiplied by guidance, step after step.
 TOLERANCE = 2e-3
 
@@ -164,8 +167,8 @@ def latents(edit: bool, taps: tuple | None = None, blind: bool = False, **change
     text, image = request(edit)
     images = [[image]] if edit and not blind else None
     with wired(taps):
-        *_, last = sample.denoise(shipped(), [text], images, steps=STEPS, eps=noise(),
-                                  **SETTINGS | changed)
+        *_, last = sample.denoise(shipped(), [text], images, eps=noise(),
+                                  **dict(steps=STEPS) | SETTINGS | changed)
     return last.x_t
 
 
@@ -286,11 +289,18 @@ def check_drawing(what: str, adapters, edit: bool, mistakes: dict) -> None:
     with reading() as seen:
         mine = draw(adapters, edit)
     check(what, mine, latents(edit), mistakes, lambda: [first_difference(edit, seen)])
+    ignored = {"It still draws with the steps of before.": lambda: latents(edit, **OTHER)}
+    for name, before in SETTINGS.items():
+        settings = dict(steps=OTHER_STEPS) | OTHER | {name: before}
+        still = functools.partial(latents, edit, **settings)
+        ignored[f"It still draws with the {name} of before."] = still
+    check(f"{what}, with other steps and settings", draw(adapters, edit, OTHER_STEPS, OTHER),
+          latents(edit, steps=OTHER_STEPS, **OTHER), ignored)
 
 
-def draw(adapters, edit: bool, steps: int = STEPS) -> torch.Tensor:
+def draw(adapters, edit: bool, steps: int = STEPS, settings: dict = SETTINGS) -> torch.Tensor:
     __tracebackhide__ = True
-    return adapters.draw(Given(shipped()), *request(edit), noise(), steps, **SETTINGS)
+    return adapters.draw(Given(shipped()), *request(edit), noise(), steps, **settings)
 
 
 @worth(5)
@@ -335,6 +345,9 @@ def test_6d_keys_and_values_once(adapters):
     short, long = (operations(lambda n=n: draw(adapters, False, n)) for n in (2, 4))
     step = (long - short) / 2
     again = operations(lambda: model.dit.project_kv(rungs))
+    if step < 0.9 * one:
+        raise Wrong("6d: a further step costs less than the velocities of its two rows. Does it "
+                    "take as many steps as it is asked for?")
     if step > one + again / 2:
         raise Wrong(
             f"6d: each further step costs {step / 1e6:.0f} million operations, the velocities of "
