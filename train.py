@@ -183,7 +183,7 @@ def ladder_loss(model: TBAC, latents: Latents, rows: list, args) -> tuple[Tensor
 @dataclasses.dataclass
 class Task:
     """What a stage trains. helper: a module that the loss needs beside the model and no saved model
-    keeps, here the autoencoder's latents."""
+    keeps: an auxiliary head, whose parameters learn along, or here the autoencoder's latents."""
     learns: tuple[str, ...]             # parts of the model, as regular expressions
     loss: Callable                      # (model, helper, rows, args) -> losses (B,), times or None
     makers: dict[str, Callable]         # {word for --data: make(rng, number, size) -> example}
@@ -314,6 +314,8 @@ class Run:
             distributed.shard(self.model, dtype)
             dtype = torch.float32
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained |= {f"aux_head.{name}": p for name, p in self.helper.named_parameters()
+                    if p.requires_grad}
         optimizer = functools.partial(self.task.optimizer, args=args)
         state = State(trained, optimizer, args.ema, dtype, self.model)
         return state, frozen

@@ -363,7 +363,9 @@ def model_tensors(state: State, frozen: dict[str, Tensor]):
     """Yields (name, whole tensor) of the model: frozen ones as they are, the mean of the others."""
     yield from frozen.items()
     for name, mean in state.ema.items():
-        yield name, gather_full(mean)
+        # What only training needs stays in the checkpoint.
+        if not name.startswith("aux_head."):
+            yield name, gather_full(mean)
 
 
 def write_checkpoint(folder, state: State, tensors, keep: int) -> None:

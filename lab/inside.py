@@ -29,7 +29,7 @@ import train
 from engine import fast, mixer
 from engine.log import read_log
 from lab import dots, evaluate, plan, statistics, tables, trials
-from lab.pretrain import SummaryTokens
+from lab.pretrain import SummaryTokens, learnt_code
 from ladder import tap_layers
 from tbac import TBAC
 from toy import grader, language, world
@@ -509,7 +509,7 @@ def told(args):
     if len(model.ladder.queries) != SummaryTokens.n:
         raise ValueError(f"told reads {SummaryTokens.n} queries, {args.model} has "
                          f"{len(model.ladder.queries)}")
-    code = SummaryTokens(model.config).to(args.device)
+    code = learnt_code(model, args).to(args.device)
 
     def say(rows):
         for case, _ in tqdm(rows, "edits", leave=False):

@@ -4,14 +4,12 @@
     python -m lab.make --out runs/dry --dry-run     # every stage a few steps: does all of it work?
     python -m lab.make --out runs/toy --beside runs/toy1    # another seed's scores in its record
 
-    vit (and the tokenizer) -> mllm -+
-                                     +-> t2i -> edit -> benchmark -> the folder `weights`
-    dcae -> dit ---------------------+
+    vit (and the tokenizer) -> dcae -> mllm -> dit -> t2i -> edit -> benchmark -> `weights`
 
-What does not need each other runs side by side, each in a process of its own. Where it was stopped
-or killed, the same command goes on. `--out` then holds a folder for each stage and `weights`, which
-is what is shipped: the model, record.json (how it was made, and its scores), logs.json, curves.png,
-words.txt, and sheets of pictures from each stage.
+Each stage starts from the model of the one before. On a CPU it is two processes, with a thread and
+half of the batch each. Where it was stopped or killed, the same command goes on. `--out` then holds
+a folder for each stage and `weights`, which is what is shipped: the model, record.json (how it was
+made, and its scores), logs.json, curves.png, words.txt, and sheets of pictures from each stage.
 """
 import argparse
 import contextlib
@@ -25,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -44,18 +43,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """seconds: of a step, measured on two cores of an AMD EPYC (family 25, model 17); model: the
-    stage whose weights it starts from; also: another that has to be finished first; words: more of
-    its command line, with {out}."""
+    """seconds: of a step, measured on two cores of an AMD EPYC (family 25, model 17); words: more
+    of its command line."""
     name: str
     module: str
     seconds: float
-    model: str | None = None
-    also: str | None = None
     words: tuple[str, ...] = ()
-
-    def needs(self) -> list[str]:
-        return [name for name in (self.model, self.also) if name]
 
     def preset(self) -> dict:
         presets = train.PRESETS if self.module == "train" else pretrain.PRESETS
@@ -63,12 +56,12 @@ class Stage:
 
 
 RECIPE = (
-    Stage("vit", "lab.pretrain", 0.13),
-    Stage("mllm", "lab.pretrain", 0.7, "vit"),
-    Stage("dcae", "lab.pretrain", 0.57),
-    Stage("dit", "lab.pretrain", 0.72, "dcae"),
-    Stage("t2i", "train", 0.7, "dit", "mllm", ("--shift", "3", "--take", "mllm={out}/mllm")),
-    Stage("edit", "train", 0.77, "t2i", words=("--shift", "3")),
+    Stage("vit", "lab.pretrain", 0.09),
+    Stage("dcae", "lab.pretrain", 0.34),
+    Stage("mllm", "lab.pretrain", 0.42),
+    Stage("dit", "lab.pretrain", 0.42),
+    Stage("t2i", "train", 0.7, ("--shift", "3")),
+    Stage("edit", "train", 0.77, ("--shift", "3")),
 )
 # Steps of each stage in a dry run, and the benchmark's options.
 DRY_STEPS = 2
@@ -136,19 +129,18 @@ def keep(diary: dict, args) -> None:
 # ---------------------------------------------------------------------------------- its processes
 
 def command(stage: Stage, args) -> list[str]:
-    """The command line of a stage. On a CPU the paper's stages, which run alone, are two processes
-    with half of the batch each; the others run side by side."""
+    """The command line of a stage."""
     batch = stage.preset()["batch"]
     start = [sys.executable, "-m", stage.module]
-    if args.device == "cpu" and stage.module == "train":
+    if args.device == "cpu":
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                  "--nproc-per-node", "2", "-m", stage.module]
         batch //= 2
     words = ["--stage", stage.name, "--out", str(args.out / stage.name), "--seed", str(args.seed),
-             "--device", args.device, "--batch", str(batch)]
-    if stage.model:
-        words += ["--model", str(args.out / stage.model)]
-    words += [word.format(out=args.out) for word in stage.words]
+             "--device", args.device, "--batch", str(batch), *stage.words]
+    before = RECIPE.index(stage) - 1
+    if before >= 0:
+        words += ["--model", str(args.out / RECIPE[before].name)]
     if args.dry_run:
         words += ["--steps", str(DRY_STEPS), "--warmup", "1", "--sheet-every", str(DRY_STEPS)]
     if (args.out / stage.name / "options.json").exists():
@@ -176,109 +168,69 @@ def finished(stage: Stage, args) -> bool:
     return found[-1:] == [last] and (args.out / stage.name / "model.safetensors").exists()
 
 
-class Processes:
-    """Runs the stages that can run, side by side, until all are finished."""
+def train_all(args, diary: dict) -> None:
+    """Runs the stages that are not finished, one after the other. ValueError if one fails."""
+    names = [stage.name for stage in RECIPE]
+    last = names.index(args.stop_after) if args.stop_after else len(names) - 1
+    stages = RECIPE[:last + 1]
+    left = Left(args, diary, stages)
+    print(f"makes {args.out}, in about {duration(left.seconds())} on two CPU cores")
+    total = sum(steps(stage, args) for stage in stages)
+    with tqdm(total=total, desc="steps", mininterval=1) as bar:
+        for stage in stages:
+            if not finished(stage, args):
+                run(stage, args, diary, lambda: left.show(bar))
 
-    def __init__(self, args, diary: dict):
-        self.args, self.diary = args, diary
-        self.running = {}
-        self.began = {}
-        names = [stage.name for stage in RECIPE]
-        last = names.index(args.stop_after) if args.stop_after else len(names) - 1
-        self.stages = RECIPE[:last + 1]
-        self.finished = {stage.name for stage in self.stages if finished(stage, args)}
-        self.start_done = {stage.name: done(stage, args) for stage in self.stages}
 
-    def run(self) -> None:
-        """ValueError if a stage fails."""
-        print(f"makes {self.args.out}, in about {duration(self.seconds_left())} on two CPU cores")
-        total = sum(steps(stage, self.args) for stage in self.stages)
-        bar = tqdm(total=total, desc="steps", mininterval=1)
-        try:
-            while len(self.finished) < len(self.stages):
-                self.start_ready()
-                time.sleep(0.5 if self.args.dry_run else 5)
-                self.collect()
-                self.show(bar)
-        finally:
-            self.stop()
-            bar.close()
+def run(stage: Stage, args, diary: dict, show: Callable) -> None:
+    """A stage, to its end, or until this process is told to stop; then it saves first. The diary
+    says how long it took, and how long the processor worked for it: beside other work it takes more
+    minutes, but hardly more of these."""
+    (args.out / stage.name).mkdir(exist_ok=True)
+    file = args.out / f"{stage.name}.txt"
+    with open(file, "ab") as output:
+        process = subprocess.Popen(command(stage, args), cwd=ROOT, stdout=output, stderr=output,
+                                   env=environment())
+    before = diary["minutes"].get(stage.name, 0)
+    began, worked = time.time(), cpu_seconds()
+    try:
+        while process.poll() is None:
+            time.sleep(0.5 if args.dry_run else 5)
+            diary["minutes"][stage.name] = before + (time.time() - began) / 60
+            keep(diary, args)
+            show()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait()
+        before = diary["cpu_minutes"].get(stage.name, 0)
+        diary["cpu_minutes"][stage.name] = before + (cpu_seconds() - worked) / 60
+        keep(diary, args)
+    if status or not finished(stage, args):
+        said = file.read_text(errors="replace")
+        raise ValueError(f"stage {stage.name} failed (status {status}):\n" + said[-2000:])
 
-    def start_ready(self) -> None:
-        for stage in self.stages:
-            ready = self.finished.issuperset(stage.needs())
-            if ready and stage.name not in self.finished and stage.name not in self.running:
-                folder = self.args.out / stage.name
-                folder.mkdir(exist_ok=True)
-                words = command(stage, self.args)
-                with open(self.args.out / f"{stage.name}.txt", "ab") as output:
-                    self.running[stage.name] = subprocess.Popen(
-                        words, cwd=ROOT, stdout=output, stderr=output, env=environment())
-                self.began[stage.name] = time.time()
 
-    def collect(self) -> None:
-        """Takes leave of the processes that have ended, and keeps the diary."""
-        for stage in self.stages:
-            process = self.running.get(stage.name)
-            if process is None:
-                continue
-            now = time.time()
-            spent = (now - self.began[stage.name]) / 60
-            self.began[stage.name] = now
-            self.note("minutes", stage, spent)
-            if self.ended(stage):
-                del self.running[stage.name]
-                if process.returncode or not finished(stage, self.args):
-                    said = (self.args.out / f"{stage.name}.txt").read_text(errors="replace")
-                    raise ValueError(f"stage {stage.name} failed (status {process.returncode}):\n"
-                                     + said[-2000:])
-                self.finished.add(stage.name)
-        keep(self.diary, self.args)
+class Left:
+    """What is left to do, by the steps in the logs, at their speed, else at the recipe's."""
 
-    def note(self, what: str, stage: Stage, minutes: float) -> None:
-        noted = self.diary[what]
-        noted[stage.name] = noted.get(stage.name, 0) + minutes
+    def __init__(self, args, diary: dict, stages: tuple[Stage, ...]):
+        self.args, self.diary, self.stages = args, diary, stages
 
-    def ended(self, stage: Stage, wait: bool = False) -> bool:
-        """Has its process ended? Then what the CPU did for it is known, and noted: beside other
-        work it takes more minutes, but hardly more of these."""
-        process, before = self.running[stage.name], cpu_seconds()
-        status = process.wait() if wait else process.poll()
-        self.note("cpu_minutes", stage, (cpu_seconds() - before) / 60)
-        return status is not None
-
-    def stop(self) -> None:
-        """Each saves first."""
-        for process in self.running.values():
-            process.send_signal(signal.SIGTERM)
-        for stage in self.stages:
-            if stage.name in self.running:
-                self.ended(stage, wait=True)
-        keep(self.diary, self.args)
-
-    def seconds_left(self) -> float:
-        """By the steps that are left, at the speed of those in the log, else of the recipe."""
-        ends = {}
-        for stage in self.stages:
-            left = steps(stage, self.args) - done(stage, self.args)
-            start = max([ends[name] for name in stage.needs()], default=0)
-            ends[stage.name] = start + max(0, left) * self.seconds_per_step(stage)
+    def seconds(self) -> float:
+        left = sum((steps(stage, self.args) - done(stage, self.args)) * self.per_step(stage)
+                   for stage in self.stages)
         unscored = self.args.stop_after or self.args.dry_run
-        return max(ends.values()) + (0 if unscored else BENCHMARK_SECONDS)
+        return left + (0 if unscored else BENCHMARK_SECONDS)
 
-    def seconds_per_step(self, stage: Stage) -> float:
-        new = done(stage, self.args) - self.start_done[stage.name]
-        minutes = self.diary["minutes"].get(stage.name, 0)
-        old = self.start_done[stage.name]
-        if new + old > 20 and minutes:
-            return minutes * 60 / (new + old)
-        return stage.seconds
+    def per_step(self, stage: Stage) -> float:
+        n, minutes = done(stage, self.args), self.diary["minutes"].get(stage.name, 0)
+        return minutes * 60 / n if n > 20 and minutes else stage.seconds
 
     def show(self, bar: tqdm) -> None:
         bar.n = sum(done(stage, self.args) for stage in self.stages)
-        now = ", ".join(f"{stage.name} {done(stage, self.args)}/{steps(stage, self.args)}"
-                        for stage in self.stages if stage.name in self.running)
-        bar.set_postfix_str(f"{now}; {duration(self.seconds_left())} left")
+        now = ", ".join(f"{stage.name} {n}/{steps(stage, self.args)}" for stage in self.stages
+                        if 0 < (n := done(stage, self.args)) < steps(stage, self.args))
+        bar.set_postfix_str(f"{now}; {duration(self.seconds())} left")
 
 
 def cpu_seconds() -> float:
@@ -319,6 +271,7 @@ def ship(args, diary: dict, scores: dict) -> pathlib.Path:
     others = [beside(other) for other in args.beside]
     shutil.rmtree(folder, ignore_errors=True)
     TBAC.load(args.out / "edit").save(folder, torch.float16)
+    shutil.copyfile(args.out / "mllm" / pretrain.CODE, folder / pretrain.CODE)
     write_text(folder / "words.txt", "\n".join(sorted(language.words())) + "\n")
     curves.write({stage.name: args.out / stage.name for stage in RECIPE}, folder)
     for stage in RECIPE:
@@ -381,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         for other in args.beside:
             beside(other)
         diary = open_diary(args)
-        Processes(args, diary).run()
+        train_all(args, diary)
         if args.stop_after:
             return
         folder = ship(args, diary, score(args, diary))

@@ -5,28 +5,31 @@
     mllm   the whole MLLM learns to caption, to answer, to say what an edit would give, and to sum
            up what it has read
     dcae   the autoencoder learns to reconstruct
-    dit    the DiT learns to draw what is said in the code of the other stages (a stand-in for the
+    dit    the DiT learns to draw what is told in the code of stage mllm (a stand-in for the
            captions that SANA was pretrained on)
 
     python -m lab.pretrain --stage vit  --out runs/vit
-    python -m lab.pretrain --stage mllm --model runs/vit --out runs/mllm
-    python -m lab.pretrain --stage dcae --out runs/dcae
-    python -m lab.pretrain --stage dit  --model runs/dcae --out runs/dit
+    python -m lab.pretrain --stage dcae --model runs/vit  --out runs/dcae
+    python -m lab.pretrain --stage mllm --model runs/dcae --out runs/mllm
+    python -m lab.pretrain --stage dit  --model runs/mllm --out runs/dit
 
 `python -m lab.make` runs them all, and the paper's stages after them. Each stage has its own
-examples and its own loss; the loop is train.py's. All but dcae share a language, AttributeCode. A
-stage without --model starts from a fresh toy. (The losses of vit and mllm are means over the rows
+examples, a loss, and perhaps an auxiliary head that no model keeps; the loop is train.py's. A stage
+without --model starts from a fresh toy. (The losses of vit and mllm are means over the rows
 of one process, and the noise of dcae is scaled by the spread of that process's latents: with more
 processes they differ a little.)
 
 Dimension key: B examples, R packed rows, U units, S tokens of a row, M MLLM width, N marked tokens.
 """
 import dataclasses
+import pathlib
 import random
+from collections.abc import Callable
 
 import tokenizers
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -77,9 +80,9 @@ COMMON = dict(lr=2e-3, batch=32, warmup=100, weight_decay=0.01, clip=1.0, ema=0.
 PRESETS = {"toy": {
     "vit": COMMON | dict(steps=1500),
     # AdamW's default memory of squared gradients (0.999) learns more slowly here.
-    "mllm": COMMON | dict(steps=7400, betas=[0.9, 0.98]),
+    "mllm": COMMON | dict(steps=7600, betas=[0.9, 0.98]),
     "dcae": COMMON | dict(steps=2000),
-    "dit": COMMON | dict(steps=5800, batch=48, lr=3e-3),
+    "dit": COMMON | dict(steps=5000, batch=48, lr=3e-3),
 }}
 # What stage mllm learns besides captions and answers, see SummaryTokens and mark_words.
 AUX = ("summary", "pointing")
@@ -167,10 +170,10 @@ def muon(params: dict[str, nn.Parameter], args) -> Together:
     """Muon (kellerjordan.github.io/posts/muon) for the weight matrices, AdamW for the rest. An
     update of Muon is the momentum with all its singular values made equal, so that rare directions
     are learnt as fast as common ones. The table of embeddings is looked up, not multiplied through,
-    and stays with AdamW; so do, by their names, the ViT's first layer and the DiT's time embedding.
-    """
+    and stays with AdamW, as heads do; so do, by their names, the ViT's first layer and the DiT's
+    time embedding."""
     def is_matrix(name: str, p: nn.Parameter) -> bool:
-        return p.dim() == 2 and "embed" not in name
+        return p.dim() == 2 and "embed" not in name and not name.startswith("aux_head.")
 
     matrices = [p for name, p in params.items() if is_matrix(name, p)]
     others = {name: p for name, p in params.items() if not is_matrix(name, p)}
@@ -184,10 +187,11 @@ def muon(params: dict[str, nn.Parameter], args) -> Together:
 # ------------------------------------------------------------------------ attributes of a thing
 
 class AttributeCode(nn.Module):
-    """A language that all parts of the toy speak: what is known of a thing is the sum of a vector
-    for its colour, one for its shape, one for its size, ... They are drawn once, and nobody learns
-    them. The ViT and the MLLM learn to say them, the DiT to draw from them; so what is learnt of
-    colours holds for all shapes, also for a pair that was never seen beside another thing."""
+    """A code for what is known of a thing: a vector for each class of each attribute (colour,
+    shape, size, ...), so that what is learnt of colours holds for all shapes, also for a pair that
+    was never seen beside another thing. Hidden states tell a class if they point its vector's way:
+    a linear head, which learns along. And the sum of the vectors of all that is known is much like
+    a state that tells just this: so the DiT can be told without an MLLM."""
 
     CLASSES = {
         "colour": [*world.COLOURS, "nothing"],
@@ -203,11 +207,7 @@ class AttributeCode(nn.Module):
 
     def __init__(self, config: TBACConfig):
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        n_class = sum(map(len, self.CLASSES.values()))
-        code = torch.randn(n_class, config.mllm.dim, generator=generator)
-        # Scores of up to 2 sqrt(M): enough to be sure of one class among others.
-        self.register_buffer("code", 2 * F.normalize(code, dim=1))             # (classes, M)
+        self.head = nn.Linear(config.mllm.dim, sum(map(len, self.CLASSES.values())))
 
     @staticmethod
     def of(thing, scene, exact: bool) -> dict:
@@ -229,22 +229,27 @@ class AttributeCode(nn.Module):
                          for attribute, classes in self.CLASSES.items()])
         return torch.tensor(rows)
 
+    @property
+    def sizes(self) -> list[int]:
+        return [len(classes) for classes in self.CLASSES.values()]
+
     def encode(self, labels: list[list[dict]]) -> Tensor:
         """B times N times {attribute: class} -> (B, N, M), a sum of vectors each, normed; 0 where
         nothing is known."""
         which = torch.stack([self.indices(row) for row in labels])     # (B, N, attributes)
         # The class of what is not known is a column that is left out again.
-        hot = [F.one_hot(i.clamp(min=-1) + 1, len(classes) + 1)[..., 1:]
-               for i, classes in zip(which.unbind(-1), self.CLASSES.values())]
-        hot = torch.cat(hot, -1).to(self.code)                         # (B, N, classes)
-        said = hot @ self.code
+        hot = [F.one_hot(i.clamp(min=-1) + 1, n + 1)[..., 1:]
+               for i, n in zip(which.unbind(-1), self.sizes)]
+        # What all classes of an attribute have in common tells none of them.
+        vectors = [F.normalize(rows - rows.mean(0), dim=1)
+                   for rows in self.head.weight.split(self.sizes)]
+        said = torch.cat(hot, -1).to(vectors[0]) @ torch.cat(vectors)  # (B, N, M)
         return F.rms_norm(said, said.shape[-1:])
 
     def logits(self, hidden: Tensor) -> dict[str, Tensor]:
-        """hidden (..., M) -> of each attribute (..., classes): what it says, if it speaks so"""
-        said = F.rms_norm(hidden.float(), hidden.shape[-1:])
-        sizes = [len(classes) for classes in self.CLASSES.values()]
-        return dict(zip(self.CLASSES, (said @ self.code.float().T).split(sizes, -1)))
+        """hidden (..., M) -> of each attribute (..., classes)"""
+        logits = self.head(F.rms_norm(hidden, hidden.shape[-1:])).float()
+        return dict(zip(self.CLASSES, logits.split(self.sizes, -1)))
 
     def forward(self, hidden: Tensor, labels: list[dict]) -> Tensor:
         """hidden (depths, N, M), labels: N times {attribute: class} -> the mean over attributes of
@@ -548,6 +553,17 @@ def mllm_loss(model: TBAC, code: SummaryTokens, rows: list, args):
     return loss.expand(len(rows)), None
 
 
+# The code of stage mllm, beside its model.
+CODE = "code.safetensors"
+
+
+def keep_code(run) -> None:
+    """For stage dit, and for whoever wants to read what the queries say (lab/inside.py:told)."""
+    mean = {name: run.state.ema[f"aux_head.{name}"].detach().contiguous()
+            for name in run.helper.state_dict()}
+    save_file(mean, run.args.out / CODE)
+
+
 def places(joined: list[Marked], kind: str, S: int) -> tuple[tuple[list, list], list[dict]]:
     """The marks of all rows -> their rows and columns in the padded batch (padding is on the left),
     and their labels."""
@@ -627,24 +643,39 @@ def dit_loss(model: TBAC, code: SummaryTokens, rows: list, args):
 # ------------------------------------------------------------------------------------- stages
 
 def task(learns: str, loss, sheet, code=None, make=sample_scene) -> Task:
-    """The code lives on the model's device and is no part of it."""
+    """Heads live on the model's device and are no part of it."""
     def helper(model: TBAC, args) -> nn.Module:
-        return code(model.config).to(args.device) if code else nn.Module()
+        return code(model, args).to(args.device) if code else nn.Module()
 
     return Task((learns,), loss, {"toy": make}, build, helper, sheet, muon)
 
 
+def fresh(code) -> Callable:
+    return lambda model, args: code(model.config)
+
+
+def learnt_code(model: TBAC, args) -> SummaryTokens:
+    """The code that the MLLM in --model has learnt to speak."""
+    file = pathlib.Path(args.model or "") / CODE
+    if not file.exists():
+        raise ValueError(f"{file} is missing: the code that stage mllm writes beside its model")
+    code = SummaryTokens(model.config)
+    code.load_state_dict(load_file(file))
+    return code.requires_grad_(False)
+
+
 TASKS = {
-    "vit": task("mllm.vision", vit_loss, sheets.vit, PatchNames),
-    "mllm": task("mllm", mllm_loss, sheets.mllm, SummaryTokens, conversation),
+    "vit": task("mllm.vision", vit_loss, sheets.vit, fresh(PatchNames)),
+    "mllm": task("mllm", mllm_loss, sheets.mllm, fresh(SummaryTokens), conversation),
     "dcae": task("dcae", dcae_loss, sheets.dcae),
-    "dit": task("dit", dit_loss, sheets.dit, SummaryTokens),
+    "dit": task("dit", dit_loss, sheets.dit, learnt_code),
 }
+FINISH = {"dcae": unit_latents, "mllm": keep_code}
 
 
 def main() -> None:
     args = options()
-    run_stage(args, TASKS[args.stage], unit_latents if args.stage == "dcae" else None)
+    run_stage(args, TASKS[args.stage], FINISH.get(args.stage))
 
 
 if __name__ == "__main__":
