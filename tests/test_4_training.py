@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import types
 import sys
 from collections import Counter
 
@@ -581,7 +582,9 @@ def test_who_is_told_in_the_code_reads_what_was_told():
     """Also where much is not known, and whatever else is said with it; of what is not known nothing
     is said."""
     scene = world.Scene((CIRCLE, CROSS), "grey")
-    summary = pretrain.SummaryTokens(pretrain.TOY)
+    summary = pretrain.SummaryTokens(pretrain.TOY).requires_grad_(False)
+    # A head that has learnt: its vectors point their own ways.
+    torch.nn.init.orthogonal_(summary.head.weight, gain=3)
     labels = list(summary.shown(pretrain.after_edit(scene, scene), scene, exact=True))
     fewer = [dict(colour="red"), dict(shape="cross", row=7), {}] * 5 + [{}]
     said = summary.encode([labels, fewer])                             # (2, 16, M)
@@ -600,9 +603,21 @@ def test_who_is_told_in_the_code_reads_what_was_told():
     assert found == dataclasses.replace(scene, things=tuple(middles))
     rungs = summary.rungs(TBAC.load(TOY_FOLDER), [labels, fewer])
     assert rungs.shape == (6, 2, 16, 128) and (rungs == said).all()
-    # Nobody learns the code, and all stages have the same.
-    assert not list(summary.parameters())
-    assert (pretrain.PatchNames(pretrain.TOY).code == summary.code).all()
+
+
+def test_the_dit_is_told_in_the_code_that_stage_mllm_has_learnt(tmp_path):
+    """Which lies beside its model, and does not learn any more."""
+    talks = start(tmp_path, "--steps", 2, "--warmup", 1, stage="mllm")
+    train.train(talks)
+    pretrain.keep_code(talks)
+    draws = start(tmp_path / "dit", "--model", tmp_path, stage="dit")
+    learnt = talks.state.ema["aux_head.head.weight"]
+    assert torch.equal(draws.helper.head.weight, learnt)
+    assert not torch.equal(learnt, pretrain.SummaryTokens(pretrain.TOY).head.weight)
+    assert not any("aux_head" in name for name in draws.state.params)
+    assert "aux_head" not in " ".join(TBAC.load(tmp_path).state_dict())
+    with pytest.raises(ValueError, match="code.safetensors is missing"):
+        pretrain.learnt_code(draws.model, types.SimpleNamespace(model=str(tmp_path / "dit")))
 
 
 def test_summary_tokens_tell_each_thing_in_turn():

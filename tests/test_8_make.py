@@ -16,34 +16,19 @@ def arguments(*words):
 
 
 def test_each_stage_is_a_command_line_that_its_script_understands(tmp_path):
-    """On a CPU the paper's stages are two processes with half of the batch each."""
+    """On a CPU two processes with half of the batch each. Each starts from the one before."""
     for device, share in (("cpu", 2), ("cuda", 1)):
         args = arguments("--out", tmp_path, "--device", device, "--seed", 3)
+        before = None
         for stage in make.RECIPE:
             words = make.command(stage, args)
             words = words[words.index(stage.module) + 1:]
             parsed = (train if stage.module == "train" else pretrain).options(words)
-            alone = stage.module == "train"
             assert parsed.stage == stage.name and parsed.seed == 3
-            assert parsed.batch == stage.preset()["batch"] // (share if alone else 1)
+            assert parsed.batch * share == stage.preset()["batch"]
             assert parsed.steps == stage.preset()["steps"]
-            if stage.model:
-                assert parsed.model == str(tmp_path / stage.model)
-
-
-def test_stages_wait_for_those_that_they_need(tmp_path, monkeypatch):
-    monkeypatch.setattr(make.subprocess, "Popen", lambda words, **how: words)
-    processes = make.Processes(arguments("--out", tmp_path), {})
-    waves = []
-    while len(processes.finished) < len(make.RECIPE):
-        processes.start_ready()
-        waves.append(set(processes.running))
-        # The autoencoder takes longest.
-        ended = processes.running.keys() - {"dcae"} or {"dcae"}
-        for name in ended:
-            del processes.running[name]
-        processes.finished |= ended
-    assert waves == [{"vit", "dcae"}, {"mllm", "dcae"}, {"dcae"}, {"dit"}, {"t2i"}, {"edit"}]
+            assert parsed.model == before
+            before = str(parsed.out)
 
 
 def test_one_toy_is_of_one_commit_and_seed(tmp_path, monkeypatch):
@@ -76,14 +61,18 @@ def test_logs_are_thinned_to_means():
     assert make.some(list("abcdefg"), 4) == ["a", "c", "e", "g"]
 
 
-def test_the_time_left_is_that_of_the_longest_chain(tmp_path, monkeypatch):
-    """Two chains side by side, then what needs both."""
-    chain = (make.Stage("vit", "lab.pretrain", 1.0), make.Stage("dcae", "lab.pretrain", 3.0),
-             make.Stage("t2i", "train", 2.0, "vit", "dcae"))
-    monkeypatch.setattr(make, "RECIPE", chain)
+def test_the_time_left_is_by_the_speed_so_far(tmp_path, monkeypatch):
+    """Before there is one, by the recipe's."""
+    stages = make.Stage("vit", "lab.pretrain", 1.0), make.Stage("t2i", "train", 2.0)
     monkeypatch.setattr(make, "steps", lambda stage, args: 100)
     args = types.SimpleNamespace(out=tmp_path, stop_after="t2i", dry_run=False)
-    assert make.Processes(args, dict(minutes={})).seconds_left() == 100 * 3 + 100 * 2
+    diary = dict(minutes={})
+    left = make.Left(args, diary, stages)
+    assert left.seconds() == 100 * 1 + 100 * 2
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "log.jsonl").write_text(json.dumps(dict(step=40, loss=1.0)) + "\n")
+    diary["minutes"]["vit"] = 2.0
+    assert left.seconds() == pytest.approx(60 * 3 + 100 * 2)
 
 
 @pytest.mark.slow
