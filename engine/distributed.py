@@ -56,14 +56,30 @@ def average_gradients(params) -> None:
         return
     used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     dist.all_reduce(used)
-    waiting = []
+    bucket = []
     for p, anywhere in zip(params, used.tolist()):
         if anywhere:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            waiting.append((p, dist.all_reduce(p.grad, async_op=True)))
-    for p, work in waiting:
-        work.wait()
-        p.grad /= dist.get_world_size()
+            bucket.append(p.grad)
+        if sum(grad.numel() for grad in bucket) > BUCKET:
+            average(bucket)
+            bucket = []
+    if bucket:
+        average(bucket)
+
+
+# Numbers sent at once: few messages are sooner there than hundreds, and a copy of all gradients
+# would be large.
+BUCKET = 8_000_000
+
+
+def average(tensors: list) -> None:
+    """Over the processes, in place."""
+    whole = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(whole)
+    whole /= dist.get_world_size()
+    for t, mean in zip(tensors, whole.split([t.numel() for t in tensors])):
+        t.copy_(mean.view_as(t))
 
 
 def mean_over_processes(value: float, device: str) -> float:
