@@ -8,7 +8,7 @@ one that attends to the last? docs/study.md says what is asked and what was fixe
     python -m lab.ablate pairs       2, 6, 12 pairs of colour and shape held out
     python -m lab.ablate mllms       three MLLMs
     python -m lab.ablate shift       times shifted in training, or not
-    python -m lab.ablate all         these seven
+    python -m lab.ablate others      these six: all but the primary one
 
 They train: stage t2i, several seeds of each model of lab/plan.py, all from the same DiT and
 autoencoder (those of --dit), many models at a time (lab/trials.py). What is finished is kept in
@@ -76,9 +76,8 @@ def scores_of(args, part: Part, pairs: str, step: int | None = None) -> tuple[di
     places = chosen(cases, pairs, max(arm.held_out for arm in part.arms.values()))
     found = {}
     for label, arm in part.arms.items():
-        rows = [list(map(int, one["scores"][str(step or args.steps)]))
-                for one in results(args, part, arm)]
-        found[label] = np.array(rows, float)[:, places]
+        rows = [one["scores"][str(step or args.steps)] for one in results(args, part, arm)]
+        found[label] = np.array([[float(row[i]) for i in places] for row in rows])
     return found, np.array([cases[i].category for i in places])
 
 
@@ -299,13 +298,14 @@ MANY = command.count(1, 100_000)
 
 def options(argv=None):
     p = command.Parser(prog="python -m lab.ablate", description=__doc__)
-    p.add_argument("study", choices=[*PARTS, "all", *inside.STUDIES],
+    p.add_argument("study", choices=[*PARTS, "others", *inside.STUDIES],
                    help="what each one does stands above")
     add_folders(p.add_argument)
     add_plan(p.add_argument)
     add_machine(p.add_argument, torch.cuda.is_available())
     args = p.parse_args(argv)
-    args.parts = list(PARTS) if args.study == "all" else [args.study]
+    args.parts = list(PARTS)[1:] if args.study == "others" else [args.study]
+    args.steps = args.steps or (plan.STEPS if args.study == "primary" else plan.OTHER_STEPS)
     trains = args.study not in inside.STUDIES
     args.n = args.n or (plan.PROMPTS if trains else N_INSIDE.get(args.study, 24))
     args.n_early = min(args.n, args.n_early)
@@ -331,8 +331,9 @@ def add_plan(add) -> None:
     """What the plan says, for those who try something else."""
     add("--seeds", type=MANY, help="runs of each model (default: the plan's, 8 or 5; with 1, "
         "intervals and p know nothing of how seeds differ)")
-    add("--steps", type=command.count(1, MAX_TRAINING_STEPS), default=plan.STEPS,
-        help=f"of training (default: {plan.STEPS})")
+    add("--steps", type=command.count(1, MAX_TRAINING_STEPS),
+        help=f"of training (default: {plan.STEPS} for the primary question, {plan.OTHER_STEPS} for "
+        "the others)")
     add("--batch", type=MANY, default=plan.BATCH,
         help=f"examples a step (default: {plan.BATCH})")
     add("--looks", type=MANY, default=plan.LOOKS,

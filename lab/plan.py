@@ -14,7 +14,8 @@ from toy.world import COLOURS, HELD_OUT, SHAPES
 SMALLEST = 3.0
 # A curve that moves less than this in its last quarter has arrived.
 STILL = 2.0
-STEPS = 2000
+# Of the primary question, and of the others, which are many.
+STEPS, OTHER_STEPS = 2000, 1000
 BATCH = 24
 # Prompts per category: at the end, and along the way.
 PROMPTS = 96
@@ -135,6 +136,11 @@ PARTS = {
     "shift": Part("with times nearer to the noise?", {
         "shift 1": Arm(shift=1.0), "shift 3": Arm(shift=3.0)}, (("shift 3", "shift 1"),)),
 }
+
+
+def scored_by_never_seen(arm: Arm) -> bool:
+    """Does a part ask for pairs that it has never seen?"""
+    return any("never seen" in part.scored and arm in part.arms.values() for part in PARTS.values())
 
 
 def n_compared() -> int:

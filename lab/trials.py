@@ -73,9 +73,11 @@ def write_json(file: pathlib.Path, content) -> None:
 
 
 def cases(args) -> list:
-    """The prompts that every run is scored by, the same for all: of GenEval's six categories, in
-    words that training uses."""
-    return [case for case in evaluate.cases("draw", args.n) if case.category in evaluate.GENEVAL]
+    """The prompts that runs are scored by, the same for all: of GenEval's six categories, in words
+    that training uses; first those of seen pairs. (Where nobody asks for the others, they are not
+    drawn.)"""
+    found = [case for case in evaluate.cases("draw", args.n) if case.category in evaluate.GENEVAL]
+    return sorted(found, key=lambda case: case.pairs != "seen")
 
 
 def folder_of(args) -> pathlib.Path:
@@ -412,12 +414,15 @@ def three_quarters(args) -> int | None:
     return min(earlier, key=lambda step: abs(step - 0.75 * last), default=None)
 
 
-def looks(args) -> dict[int, list]:
-    """{step: the prompts that models are scored by there}: a few along the way; all where the last
+def looks(args, runs: list[Run]) -> dict[int, list]:
+    """{step: the prompts that runs are scored by there}: a few along the way; all where the last
     quarter begins, and where it ends."""
-    found = dict.fromkeys(scored_at(args), early(args)) | {args.steps: cases(args)}
+    every = cases(args)
+    if not any(plan.scored_by_never_seen(run.arm) for run in runs):
+        every = [case for case in every if case.pairs == "seen"]
+    found = dict.fromkeys(scored_at(args), early(args)) | {args.steps: every}
     if start := three_quarters(args):
-        found[start] = cases(args)
+        found[start] = every
     return found
 
 
@@ -455,7 +460,6 @@ def train_all(runs: list[Run], args, stop: Callable) -> bool:
     groups = groups_of(runs, args)
     if not groups:
         return True
-    when = looks(args)
     n = sum(map(len, groups))
     # A fork would inherit locks of threads that it does not have.
     fresh = multiprocessing.get_context("spawn")
@@ -473,5 +477,5 @@ def train_all(runs: list[Run], args, stop: Callable) -> bool:
             with claimed(group_folder(own, args)) as ours:
                 # Or just now.
                 if ours and not all(is_finished(args, run) for run in own):
-                    Group(own, args).train(when, grade, stop, bar)
+                    Group(own, args).train(looks(args, own), grade, stop, bar)
     return all(is_finished(args, run) for run in runs)

@@ -132,7 +132,7 @@ def test_seen_is_held_against_never_seen(monkeypatch):
 
 def test_the_last_quarter_is_that_of_all_prompts(study):
     """Those of the look at three quarters and of the one at the end; the looks before have few."""
-    looks = trials.looks(study)
+    looks = trials.looks(study, PART.runs(study.seeds))
     assert [len(looks[step]) for step in (1, 2, 3, 4)] == [6, 6, 24, 24]
     assert trials.three_quarters(study) == 3
     moved = ablate.last_quarter(study, PART)
@@ -148,6 +148,15 @@ def test_the_last_quarter_is_that_of_all_prompts(study):
 ])
 def test_models_are_scored_after_steps_that_there_are(steps, looks, found):
     assert trials.scored_at(types.SimpleNamespace(steps=steps, looks=looks)) == found
+
+
+def test_pairs_never_seen_are_drawn_where_a_part_asks_for_them():
+    """They come last, so that those who are not asked for them have the same places."""
+    args = types.SimpleNamespace(n=2, n_early=1, steps=4, looks=1)
+    every, = trials.looks(args, [plan.Run(plan.Arm(), 0), plan.Run(plan.Arm("mean"), 0)]).values()
+    seen, = trials.looks(args, [plan.Run(plan.Arm("mean"), 0)]).values()
+    assert {case.pairs for case in every} == {"seen", "never seen"} and every == trials.cases(args)
+    assert {case.pairs for case in seen} == {"seen"} and every[:len(seen)] == seen
 
 
 @pytest.mark.parametrize("moved, words", [
@@ -391,7 +400,7 @@ def test_a_look_inside_writes_its_table_and_its_figure(study, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["wirings", "--n", "0"], "must be a whole number from 1"),
     (["wirings"], "--dit FOLDER"),
-    (["all", "--dit", "x"], "--captions FOLDER"),
+    (["others", "--dit", "x"], "--captions FOLDER"),
     (["everything"], "invalid choice"),
 ])
 def test_options_that_say_nothing(argv, message, capsys):

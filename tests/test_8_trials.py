@@ -165,16 +165,16 @@ def test_what_was_stopped_goes_on_bit_by_bit(tmp_path, monkeypatch, ahead):
     runs = [plan.Run(plan.Arm(wiring), 0) for wiring in ("ladder", "routed")]
     whole = trials.Group(runs, options(tmp_path / "a"))
     args = whole.args
-    assert whole.train(trials.looks(args), map, never, Bar())
+    assert whole.train(trials.looks(args, runs), map, never, Bar())
     assert not whole.folder.exists()
 
     args = options(tmp_path / "b")
     first = trials.Group(runs, args)
-    assert not first.train(trials.looks(args), map, after(3), Bar())
+    assert not first.train(trials.looks(args, runs), map, after(3), Bar())
     assert len(checkpoints(first.folder)) == 1
     second, bar = trials.Group(runs, args), Bar()
     assert second.state.step == 3
-    assert second.train(trials.looks(args), map, never, bar)
+    assert second.train(trials.looks(args, runs), map, never, bar)
     assert bar.n == 2 * args.steps
     for name, p in whole.state.params.items():
         if ahead == 1:
