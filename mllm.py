@@ -11,6 +11,7 @@ Left out: video, sliding windows in the text part (TBAC-UniImage uses neither).
 """
 import pathlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import tokenizers
@@ -68,6 +69,8 @@ class Tokenizer:
         lost = [name for name, id in self.special.items() if self.encode(f"<|{name}|>") != [id]]
         if lost:
             raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {lost}")
+        # Of an answer.
+        self.ends = [self.special["im_end"], self.special["endoftext"]]
         if self.decode(self.encode(ANY_TEXT)) != ANY_TEXT:
             raise ValueError(f"{file}: not byte-level, it loses characters of {ANY_TEXT!r}")
 
@@ -344,29 +347,33 @@ class MLLM(nn.Module):
         return F.linear(x, self.embed_tokens.weight)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0,
-                 generator: torch.Generator | None = None) -> list[list[int]]:
-        """Batch -> each row's answer as token ids, up to <|im_end|>. Greedy at temperature 0."""
+    def next_tokens(self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0,
+                    generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """Batch -> the next token of each row, (B,), again and again, until every row has come to
+        its end. Greedy at temperature 0."""
         cache = KVCache()
-        ends = [self.tokenizer.special[name] for name in ("im_end", "endoftext")]
         x = self.embed(batch)                                              # (B, S, M)
         positions, mask = batch.positions, batch.attention_mask
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        answers = []
         for _ in range(max_new_tokens):
             last = self(x, positions, mask, cache)[-1][:, -1]              # (B, M)
             token = pick(self.logits(last).float(), temperature, generator)  # (B,)
-            answers.append(token)
-            done |= torch.isin(token, torch.tensor(ends, device=token.device))
+            yield token
+            done |= torch.isin(token, torch.tensor(self.tokenizer.ends, device=token.device))
             if done.all():
-                break
+                return
             # The next input is the token itself, one position further on.
             x = self.embed_tokens(token)[:, None]                          # (B, 1, M)
             position = positions.amax((0, 2), keepdim=True) + 1            # (1, B, 1)
             positions = position.expand(3, -1, 1)
             mask = F.pad(mask, (0, 1), value=True)
-        answers = torch.stack(answers, 1).tolist()
-        return [up_to_end(row, ends) for row in answers]
+
+    def generate(self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0,
+                 generator: torch.Generator | None = None) -> list[list[int]]:
+        """`next_tokens` to the end -> each row's answer as token ids, up to <|im_end|>."""
+        tokens = self.next_tokens(batch, max_new_tokens, temperature, generator)
+        rows = torch.stack(list(tokens), 1).tolist()
+        return [up_to_end(row, self.tokenizer.ends) for row in rows]
 
 
 def matching_images(texts: list[str], images: list | None) -> list[list]:

@@ -378,7 +378,9 @@ def ask(args, model: TBAC, images: list[Image.Image]) -> None:
     """Prints the answer; with --explain it also writes the pages on it."""
     files = outputs(args)
     if not files.page:
-        print(model.ask(args.ask, images))
+        for piece in model.answer(args.ask, images):
+            print(piece, end="", flush=True)
+        print()
         return
     ids, seen = explain.watched_answer(model, args.ask, images)
     print(model.mllm.tokenizer.decode(ids).strip())

@@ -22,6 +22,7 @@ latent size, H x W picture size.
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -185,6 +186,20 @@ class TBAC(nn.Module):
             max_new_tokens: int = 64) -> str:
         """A question and a list of PIL images (or None) -> the answer, greedy."""
         return self.ask_all([question], [images or []], max_new_tokens)[0]
+
+    def answer(self, question: str, images: list[Image.Image] | None = None,
+               max_new_tokens: int = 64) -> Iterator[str]:
+        """`ask`, piece by piece, each as soon as it is known."""
+        batch = self.mllm.tokenize([question], [images or []], ASK)
+        ids, said = [], ""
+        for token in self.mllm.next_tokens(batch, max_new_tokens):
+            ids.append(token.item())
+            text = self.mllm.tokenizer.decode(ids).strip()
+            # A character may be several tokens: half of one waits for the rest.
+            if not text.endswith("\ufffd"):
+                yield text[len(said):]
+                said = text
+        yield text[len(said):]
 
     def ask_all(self, questions: list[str], images: list[list[Image.Image]] | None = None,
                 max_new_tokens: int = 64) -> list[str]:

@@ -2,7 +2,7 @@
 
 A request is a JSON object whose every key stands in a table; there are no defaults. What comes of
 it is a sequence of events: ("step", ...) as they are made, then ("picture", ...), or ("answer",
-...). What draws is handed in.
+...) with as much of it as there is so far. What draws is handed in.
 
 Dimension key: L rungs = blocks, S slots of queries.
 """
@@ -162,7 +162,10 @@ class Live:
     def answering(self, request: dict) -> Iterator[Event]:
         words.listen(self.args.model, request["question"])
         images = picture_in(request["image"])
-        yield "answer", dict(text=self.model.ask(request["question"], images))
+        text = ""
+        for piece in self.model.answer(request["question"], images):
+            text += piece
+            yield "answer", dict(text=text)
 
     def about(self) -> dict:
         """What the page has to know."""

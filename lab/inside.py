@@ -79,7 +79,7 @@ def settings(args):
         rows[name] = row | {"mean of 6": overall(scores)}
         tqdm.write(f"{name:32} {100 * rows[name]['mean of 6']['mean']:.0f}")
     edits = {}
-    for g in tqdm((1.0, 1.5, 3.0), "image guidance"):
+    for g in tqdm((1.0, 1.5, 3.0, 4.5), "image guidance"):
         name = f"image guidance {g}"
         scores, _ = evaluate.benchmark(model, ("edit",), args.n, image_guidance=g)
         edits[name] = mean_of_edits(scores)

@@ -184,8 +184,11 @@ def test_a_picture_is_edited_and_asked_about(one, server, gradient):
     for kind in ("png", "bmp", "tiff"):
         found = outcome(server, "/draw", **request(image=base64_of(gradient, kind)))
         assert np.array_equal(opened(found["picture"]["picture"]), expected(one, image=gradient))
-    found = outcome(server, "/ask", question="what is it?", image=base64_of(gradient))
-    assert found["answer"]["text"] == one.ask("what is it?", [gradient])
+    answer = events(post(server, "/ask", dict(question="what is it?", image=base64_of(gradient))))
+    texts = [data["text"] for name, data in answer if name == "answer"]
+    assert texts[-1] == one.ask("what is it?", [gradient])
+    # It grows: each event has all that is known so far.
+    assert len(texts) > 2 and all(map(str.startswith, texts[1:], texts))
     found = outcome(server, "/ask", question="what is it?", image=None)
     assert found["answer"]["text"] == one.ask("what is it?")
 
@@ -228,7 +231,7 @@ def test_what_is_cut_is_said_and_what_fails_does_not_end_the_server(one, server,
         raise RuntimeError("a bug in here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(one, "ask", broken, raising=False)
+        patch.setattr(one, "answer", broken, raising=False)
         found = outcome(server, "/ask", question="?", image=None)
     assert found["error"]["error"] == "this failed; the server's terminal says why"
     assert "a bug in here" in capsys.readouterr().err
