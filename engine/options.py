@@ -121,8 +121,10 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     p = Parser(description=about, formatter_class=Help, add_help=False)
     for group in (what_learns, how_it_learns, where_it_runs):
         group(p.add_argument_group(group.__doc__).add_argument, presets)
-    p.add_argument("--train", choices=learns, default="all", help="of what the stage teaches, all "
-                   "or a part: the rest stays as it is, in --dtype and without optimizer state")
+    about_train = ("of what the stage teaches, all or a part: the rest stays as it is, in --dtype "
+                   "and without optimizer state")
+    p.add_argument("--train", choices=learns, default="all",
+                   help=about_train if len(learns) > 1 else argparse.SUPPRESS)
     if own:
         own(p.add_argument)
     said, _ = p.parse_known_args(argv)
