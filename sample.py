@@ -323,7 +323,10 @@ def draw_one(model: TBAC, request: dict, bar: tqdm, watch: explain.Drawn | None)
     for step in steps:
         bar.update()
         latents = step.x_t
-    return model.decode(latents)[0]
+    bar.set_description("decode")
+    picture = model.decode(latents)[0]
+    bar.set_description("draw")
+    return picture
 
 
 def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare: str | None = None,

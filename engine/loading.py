@@ -9,11 +9,12 @@ import re
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from engine import float16
 from engine import int8 as eight_bits
 from engine.device import usable
-from engine.files import check_finite, check_stored, read_tensors
+from engine.files import check_finite, check_stored, read_tensors, stored_tensors
 
 
 def belongs(name: str, parts) -> bool:
@@ -77,6 +78,9 @@ def put(model, name: str, tensor: Tensor, device, file, copy: bool = True) -> No
 
 def load_weights(model, files: list, device) -> None:
     """All weights, one tensor at a time, straight to the device."""
-    for file in files:
-        for name, tensor in read_tensors(file, device):
-            put(model, name, tensor, device, file)
+    n = sum(len(stored_tensors(file)) for file in files)
+    with tqdm(total=n, desc="load", unit="tensor", delay=2, leave=False) as bar:
+        for file in files:
+            for name, tensor in read_tensors(file, device):
+                put(model, name, tensor, device, file)
+                bar.update()
