@@ -147,17 +147,15 @@ def weight_files(folder):
     return files
 
 
-def read_header(file):
-    """What a safetensors file says of its tensors, and at which byte their numbers begin.
-    ValueError where that is too large, or names a tensor twice: the library would take one of the
-    two."""
+def check_header(file):
+    """ValueError where what a safetensors file says of its tensors is too large, or names a tensor
+    twice: the library would take one of the two."""
     where = f"{file} cannot be read as safetensors, is it whole? Its header"
     with open_to_read(file) as f:
         size = int.from_bytes(f.read(8), "little")
         if size > MAX_HEADER_BYTES:
             raise ValueError(f"{where} has {size} bytes, expected at most {MAX_HEADER_BYTES}")
-        header = f.read(size)
-    return parse_json(header.decode(errors="replace"), where), 8 + size
+        parse_json(f.read(size).decode(errors="replace"), where)
 
 
 @contextlib.contextmanager
@@ -179,7 +177,7 @@ def open_tensors(file, device="cpu"):
 
 def stored_tensors(file):
     """{name: Stored} of all tensors in a file. Only its header is read."""
-    read_header(file)
+    check_header(file)
     found = {}
     with open_tensors(file) as f:
         for name in list(f.keys()):

@@ -10,12 +10,11 @@ layers in 8 bits that are not stored so: weights_convert.py --dtype stores them.
 For drawing, editing and asking; training needs all parts at once.
 """
 import functools
-import os
 
 import torch
 from torch import Tensor, nn
 
-from engine.files import FLOATS, INT8, read_header, stored_tensors
+from engine.files import open_tensors, stored_tensors
 from engine.loading import put
 
 PARTS = ("mllm", "dit", "dcae")
@@ -56,18 +55,6 @@ def absent(t: Tensor, device) -> Tensor:
     its values are one number, NaN, so that nobody computes with it unnoticed."""
     value = 0 if t.dtype == torch.int8 else torch.nan
     return torch.full((), value, dtype=t.dtype, device=device).expand(t.shape)
-
-
-def mapped_tensors(file, names: set[str]):
-    """Yields (name, tensor) of these, views of one mapping of the file, which goes with the last of
-    them. (safetensors itself gives copies on a CPU.)"""
-    header, start = read_header(file)
-    storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=os.stat(file).st_size)
-    for name in names:
-        entry = header[name]
-        first, last = entry["data_offsets"]
-        stored = torch.empty(0, dtype=torch.uint8).set_(storage, start + first, (last - first,))
-        yield name, stored.view((FLOATS | INT8)[entry["dtype"]]).view(entry["shape"])
 
 
 class Turns:
@@ -116,8 +103,10 @@ class Turns:
 
     def read(self, part: str) -> None:
         for file, names in self.stored[part].items():
-            for name, tensor in mapped_tensors(file, names):
-                put(self.model, name, tensor, self.device, file, copy=False)
+            # Views of one mapping of the file, which goes with the last of them.
+            with open_tensors(file) as f:
+                for name in names:
+                    put(self.model, name, f.get_tensor(name), self.device, file, copy=False)
         if part in self.channels_last:
             getattr(self.model, part).to(memory_format=torch.channels_last)
 
