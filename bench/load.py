@@ -1,14 +1,17 @@
 """What loading costs: peak host memory over the weights' own size, seconds, and seconds from the
 command to the first picture and to an answer.
 
-    python -m bench.load DIR [--device cuda] [--dtype bfloat16] [--picture] [--out FILE]
+    python -m bench.load DIR [--device cuda] [--dtype bfloat16] [--int8] [--low-memory] [--picture]
+                         [--out FILE]
 
 Each measurement is a process of its own; counted is what its peak (getrusage) adds to that of the
 imports alone. On a CPU the weights themselves are part of it, on a GPU only what passes through.
-A whole model of the released sizes on a laptop (23 GB of disk, 13 GB of memory, in bfloat16):
+A whole model of the released sizes on a laptop (23 GB of disk, 13 GB of memory, in bfloat16); a
+second setting is added to the same file:
 
     python -m bench.make_random /tmp/full --size full --dtype bfloat16
-    python -m bench.load /tmp/full/ours --dtype bfloat16 --picture --out laptop.json
+    python -m bench.load /tmp/full/ours --dtype bfloat16 --picture --out bench/results/whole.json
+    python -m bench.load /tmp/full/ours --dtype bfloat16 --low-memory --picture --out ...
 """
 import argparse
 import json
@@ -20,6 +23,7 @@ import time
 
 from bench.sizes import ROOT
 from engine.device import machine
+from engine.files import read_json
 
 LOAD = """
 import time
@@ -28,7 +32,7 @@ from engine.log import peak_memory
 from tbac import TBAC
 
 before, start = peak_memory("cpu"), time.perf_counter()
-model = TBAC.load({folder!r}, {device!r}, {dtype})
+model = TBAC.load({folder!r}, {device!r}, {dtype}, int8={int8}, low_memory={low_memory})
 seconds = time.perf_counter() - start
 weights = sum(t.nbytes for t in model.state_dict().values()) / 1e9
 print(weights, peak_memory("cpu") - before, seconds)
@@ -49,17 +53,27 @@ def options():
     p.add_argument("folder", type=pathlib.Path)
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"))
+    p.add_argument("--int8", action="store_true")
+    p.add_argument("--low-memory", action="store_true")
     p.add_argument("--picture", action="store_true",
                    help="also the commands to a picture of 2 and of 20 steps, and to an answer")
     p.add_argument("--plain", action="store_true", help="the commands without engine/fast.py")
-    p.add_argument("--out", type=pathlib.Path, help="results as JSON")
+    p.add_argument("--out", type=pathlib.Path,
+                   help="results as JSON, beside those of other settings that are there")
     return p.parse_args()
+
+
+def setting(args):
+    """Beside the dtype, as sample.py has it."""
+    return [f"--{name}" for name in ("int8", "low-memory", "plain")
+            if getattr(args, name.replace("-", "_"))]
 
 
 def measure_load(args):
     """-> rows. Twice: the first time the files may have to come from the disk."""
     dtype = args.dtype and f"torch.{args.dtype}"
-    code = LOAD.format(folder=str(args.folder.resolve()), device=args.device, dtype=dtype)
+    code = LOAD.format(folder=str(args.folder.resolve()), device=args.device, dtype=dtype,
+                       int8=args.int8, low_memory=args.low_memory)
     rows = {}
     for disk in ("load, cold disk or not", "load, warm disk"):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
@@ -90,11 +104,9 @@ def measure_commands(args):
 
 def measure_command(args, words):
     command = [sys.executable, "-c", RUN, *words, "--model", str(args.folder.resolve()),
-               "--device", args.device]
+               "--device", args.device, *setting(args)]
     if args.dtype:
         command += ["--dtype", args.dtype]
-    if args.plain:
-        command += ["--plain"]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
@@ -107,7 +119,9 @@ def main():
     if args.picture:
         rows |= measure_commands(args)
     if args.out:
-        found = dict(run=machine(args.device) | dict(dtype=args.dtype), rows=rows)
+        found = read_json(args.out) if args.out.exists() else {}
+        name = ", ".join([args.dtype or "as stored", *setting(args)])
+        found[name] = dict(run=machine(args.device), rows=rows)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

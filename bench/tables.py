@@ -17,6 +17,7 @@ PAGE = HERE / "README.md"
 RESULTS = HERE / "results"
 COUNTS = HERE / "counts.json"
 PARITY = RESULTS / "parity_wide.json"
+WHOLE = RESULTS / "whole.json"
 
 
 def ratio(a, b):
@@ -63,7 +64,7 @@ def parts(counts):
 
 def machines():
     """{file name: what was measured} of every machine"""
-    files = sorted(file for file in RESULTS.glob("*.json") if file != PARITY)
+    files = sorted(file for file in RESULTS.glob("*.json") if file not in (PARITY, WHOLE))
     return {file.stem: read_json(file) for file in files}
 
 
@@ -202,13 +203,33 @@ def bfloat16(errors):
     return table(["state", "bfloat16 against float32"], rows)
 
 
+# ----------------------------------------------------------------------------- the whole model
+
+def whole():
+    """What bench.load measured of a model of the released sizes; nothing where it was not run."""
+    if not WHOLE.exists():
+        return ""
+    head = ["", "load, s", "a step, s", "a picture of 20 steps, s", "an answer, s", "peak GB"]
+    rows = []
+    for name, found in read_json(WHOLE).items():
+        of = found["rows"]
+        first, last = of["picture, 2 steps"], of["picture, 20 steps"]
+        step = (last["seconds"] - first["seconds"]) / 18
+        peak = max(row["peak"] for row in of.values())
+        rows.append([name, f"{of['load, warm disk']['seconds']:.0f}", f"{step:.1f}",
+                     f"{last['seconds']:.0f}", f"{of['answer about it']['seconds']:.0f}",
+                     f"{peak:.1f}"])
+    run = found["run"]
+    return f"{run['device']}, {run['cores']} cores; {versions(run)}.\n\n{table(head, rows)}"
+
+
 # ---------------------------------------------------------------------------------- command line
 
 def written(page):
     """The page with its tables as the files have them."""
     counts = read_json(COUNTS)
     blocks = {"counts": counted_rows(counts), "parts": parts(counts),
-              "machines": measured(counts), "parity": parity()}
+              "machines": measured(counts), "whole": whole(), "parity": parity()}
     return filled(page, blocks, PAGE)
 
 
