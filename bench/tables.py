@@ -206,9 +206,9 @@ def bfloat16(errors):
 # ----------------------------------------------------------------------------- the whole model
 
 def whole():
-    """What bench.load measured of a model of the released sizes; nothing where it was not run."""
+    """What bench.load measured of a model of the released sizes."""
     if not WHOLE.exists():
-        return ""
+        return "Not measured yet."
     head = ["", "load, s", "a step, s", "a picture of 20 steps, s", "an answer, s", "peak GB"]
     rows = []
     for name, found in read_json(WHOLE).items():
