@@ -188,9 +188,9 @@ class DiT(nn.Module):
         self.proj_out = nn.Linear(c.dim, c.channels)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """A start for training from nothing: xavier; zero for the output of the whole, so
-        that the first velocity is 0, and for that of cross-attention, so that at first the rungs
-        change nothing."""
+        """A start for training from nothing: xavier; zero for the output of the whole, so that
+        the first velocity is 0, and for that of cross-attention, so that at first the rungs change
+        nothing."""
         for name, p in self.named_parameters():
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(p, std=self.config.dim ** -0.5, generator=generator)

@@ -10,6 +10,7 @@ import argparse
 import base64
 import contextlib
 import io
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -162,9 +163,7 @@ class Live:
     def answering(self, request: dict) -> Iterator[Event]:
         words.listen(self.args.model, request["question"])
         images = picture_in(request["image"])
-        text = ""
-        for piece in self.model.answer(request["question"], images):
-            text += piece
+        for text in itertools.accumulate(self.model.answer(request["question"], images)):
             yield "answer", dict(text=text)
 
     def about(self) -> dict:

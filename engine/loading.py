@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engine import float16
 from engine import int8 as eight_bits
 from engine.device import usable
-from engine.files import check_finite, check_stored, read_tensors, stored_tensors
+from engine.files import check_finite, check_stored, read_tensors
 
 
 def belongs(name: str, parts) -> bool:
@@ -78,9 +78,9 @@ def put(model, name: str, tensor: Tensor, device, file, copy: bool = True) -> No
 
 def load_weights(model, files: list, device) -> None:
     """All weights, one tensor at a time, straight to the device."""
-    n = sum(len(stored_tensors(file)) for file in files)
-    with tqdm(total=n, desc="load", unit="tensor", delay=2, leave=False) as bar:
+    n = sum(file.stat().st_size for file in files)
+    with tqdm(total=n, desc="load", unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for file in files:
             for name, tensor in read_tensors(file, device):
                 put(model, name, tensor, device, file)
-                bar.update()
+                bar.update(tensor.nbytes)

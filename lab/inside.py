@@ -467,8 +467,8 @@ PARTS_OF_VARIANCE = dict(rows="the noise's", columns="the prompt's", rest="of bo
 def noise_shares(values: np.ndarray) -> dict:
     """values (noises, prompts), NaN where it cannot be told -> {whose: share of the variance, with
     an interval over prompts, by leaving out each once, which does not tell how much another eight
-    noises would change}; known: of how many pictures it could be
-    told. (The bootstrap would draw a prompt twice, and call what is its own the noise's.)"""
+    noises would change}; known: of how many pictures it could be told. (The bootstrap would draw a
+    prompt twice, and call what is its own the noise's.)"""
     P = values.shape[1]
     whole = statistics.shares(values)
     without = [statistics.shares(np.delete(values, i, 1)) for i in range(P)]

@@ -265,10 +265,9 @@ def score(args, diary: dict) -> dict:
     return read_json(file)
 
 
-def ship(args, diary: dict, scores: dict) -> pathlib.Path:
-    """The folder `weights`, made anew -> its place."""
+def ship(args, diary: dict, scores: dict, others: list[dict]) -> pathlib.Path:
+    """The folder `weights`, made anew -> its place. others: what is said of other seeds."""
     folder = args.out / "weights"
-    others = [beside(other) for other in args.beside]
     shutil.rmtree(folder, ignore_errors=True)
     TBAC.load(args.out / "edit").save(folder, torch.float16)
     shutil.copyfile(args.out / "mllm" / pretrain.CODE, folder / pretrain.CODE)
@@ -331,13 +330,12 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, interrupt)
     with one_line_errors():
         # What is wrong with them should not show after hours only.
-        for other in args.beside:
-            beside(other)
+        others = [beside(other) for other in args.beside]
         diary = open_diary(args)
         train_all(args, diary)
         if args.stop_after:
             return
-        folder = ship(args, diary, score(args, diary))
+        folder = ship(args, diary, score(args, diary), others)
         print(f"wrote {folder}")
 
 
