@@ -119,13 +119,15 @@ class Step:
 
 @torch.no_grad()
 def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, steps: int = 20,
-            guidance: float = 4.5, image_guidance: float | None = None, negative: str = "",
-            shift: float = 3.0, solver: str = "dpm++", size=None, eps: Tensor | None = None,
-            generator: torch.Generator | None = None, conditioning: tuple | None = None):
+            guidance: float | None = None, image_guidance: float | None = None,
+            negative: str = "", shift: float = 3.0, solver: str = "dpm++", size=None,
+            eps: Tensor | None = None, generator: torch.Generator | None = None,
+            conditioning: tuple | None = None):
     """Yields a Step after every step; the last x_t is the picture, in the DiT's latent space.
 
     prompts, images: as for TBAC.encode; with images it is an edit; size: side in pixels or (height,
-    width); image_guidance: default the model's own; eps: (B, C, h, w) starting noise, else drawn;
+    width); guidance, image_guidance: default the model's own; eps: (B, C, h, w) starting noise,
+    else drawn;
     generator: a CPU's, on every device, so that a seed draws the same noise everywhere;
     conditioning: what `encode_for_guidance` gave, where several pictures are drawn of the same
     prompts, or rungs were changed. In a mixed batch the image term is zero for prompts without
@@ -135,6 +137,7 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
         expected = f"at least 1 step and one of {list(SOLVERS)}"
         raise ValueError(f"steps = {steps} and solver = {solver!r}: expected {expected}")
     c, device = model.config, model.ladder.queries.device
+    guidance = c.guidance if guidance is None else guidance
     image_guidance = c.image_guidance if image_guidance is None else image_guidance
     shape = latent_shape(c, size)
     if eps is None:
@@ -224,8 +227,8 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=command.SEED, default=0, help="of the noise")
     p.add_argument("--steps", type=command.count(1, limits.MAX_STEPS), default=20,
                    help="(default: 20)")
-    p.add_argument("--guidance", type=command.FACTOR, default=4.5,
-                   help="how closely to follow the text, 1 = no guidance (default: 4.5)")
+    p.add_argument("--guidance", type=command.FACTOR,
+                   help="how closely to follow the text, 1 = no guidance (default: the model's)")
     p.add_argument("--image-guidance", type=command.FACTOR,
                    help="how closely to keep to the image (default: the model's)")
     p.add_argument("--negative", type=command.text, default="",
@@ -273,6 +276,13 @@ def check(args) -> None:
         raise ValueError(f"--image: {len(args.image)} pictures, {limit}")
     if not args.serve:
         check_outputs(args)
+
+
+def guide_as_usual(args, model: TBAC) -> None:
+    """Guidance that was not chosen is the model's own."""
+    for name in ("guidance", "image_guidance"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(model.config, name))
 
 
 # Of a request, beside what is to be drawn.
@@ -334,8 +344,8 @@ def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare:
     """What --explain writes as a page, of a picture drawn now; in a notebook it displays itself.
     settings: other ones than those of the command line."""
     args = options(["a prompt"])
+    guide_as_usual(args, model)
     usual = {name: getattr(args, name) for name in SETTINGS}
-    usual["image_guidance"] = model.config.image_guidance
     request = as_request(model, prompt, list(images), usual | settings)
     request["generator"] = torch.Generator().manual_seed(seed)
     watch = explain.Drawn(request["steps"])
@@ -427,8 +437,7 @@ def main() -> None:
         set_threads(model)
         if not args.plain:
             fast.enable(model)
-        if args.image_guidance is None:
-            args.image_guidance = model.config.image_guidance
+        guide_as_usual(args, model)
         words.listen(args.model, args.prompt, args.ask, args.negative, args.compare)
         if args.serve:
             page.serve(live(args, model), args.host, args.port)

@@ -55,6 +55,7 @@ class TBACConfig:
     wiring: str = "ladder"              # which MLLM state feeds which DiT block: ladder.WIRINGS
     connector: str = "shared"           # by all rungs: ladder.CONNECTORS
     size: int = 512                     # default side of a picture, in pixels
+    guidance: float = 4.5               # default: how closely a picture follows its text
     image_guidance: float = 1.5         # default: how closely an edit keeps to its picture
     max_prompt: int = 256               # tokens of the prompt that are read when drawing
     dtype: str = "float32"              # default: to compute in

@@ -24,9 +24,9 @@ from engine.limits import (
 from ladder import CONNECTORS, WIRINGS
 
 # Of config.json, raised when an older program would misread a newer folder.
-FORMAT = 2
+FORMAT = 3
 # {format: the keys that it has added, with what folders from before it mean}
-ADDED = {2: {"connector": "shared"}}
+ADDED = {2: {"connector": "shared"}, 3: {"guidance": 4.5}}
 
 
 def shown(value) -> str:
@@ -147,6 +147,7 @@ CONFIG = {
     "wiring": one_of(*WIRINGS),
     "connector": one_of(*CONNECTORS),
     "size": whole(1, MAX_SIZE),
+    "guidance": number(0, MAX_FACTOR),
     "image_guidance": number(0, MAX_FACTOR),
     "max_prompt": whole(1, MAX_TOKENS),
     "dtype": one_of("float32", "float16", "bfloat16"),

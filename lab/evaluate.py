@@ -573,7 +573,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=command.SEED, default=0, help="of the noise (default: 0)")
     add("--steps", type=command.count(1, MAX_STEPS), default=20, help="(default: 20)")
     add("--solver", choices=sample.SOLVERS, default="dpm++", help="(default: dpm++)")
-    add("--guidance", type=command.FACTOR, default=4.5, help="(default: 4.5)")
+    add("--guidance", type=command.FACTOR, help="(default: the model's)")
     add("--image-guidance", type=command.FACTOR, help="(default: the model's)")
     add("--batch", type=command.count(1, 10_000), default=32,
         help="prompts at a time (default: 32)")
@@ -598,8 +598,7 @@ def main(argv: list[str] | None = None) -> None:
         set_threads(model)
         if not args.plain:
             fast.enable(model)
-        if args.image_guidance is None:
-            args.image_guidance = model.config.image_guidance
+        sample.guide_as_usual(args, model)
         scores, failures = benchmark(
             model, args.tasks, args.n, args.pictures, args.batch, args.seed, steps=args.steps,
             solver=args.solver, guidance=args.guidance, image_guidance=args.image_guidance,

@@ -71,10 +71,10 @@ def settings(args):
     """Guidance and steps when drawing, image guidance when editing, of one trained model."""
     model = load(args.model, args.device)
     plans = {}
-    for g in (1.0, 2.0, 4.5, 8.0):
+    for g in (1.0, 2.0, 4.5, 6.5, 9.0):
         plans[f"guidance {g}, 20 steps"] = dict(guidance=g, steps=20)
     for n, solver in itertools.product((3, 5, 10), ("dpm++", "euler")):
-        plans[f"guidance 4.5, {n} steps, {solver}"] = dict(steps=n, solver=solver)
+        plans[f"{n} steps, {solver}"] = dict(steps=n, solver=solver)
     rows = {}
     for name, how in tqdm(plans.items(), "settings"):
         scores = drawing_scores(args, model, **how)
@@ -82,7 +82,7 @@ def settings(args):
         rows[name] = row | {"mean of 6": overall(scores)}
         tqdm.write(f"{name:32} {100 * rows[name]['mean of 6']['mean']:.0f}")
     edits = {}
-    for g in tqdm((1.0, 1.5, 3.0, 4.5), "image guidance"):
+    for g in tqdm((1.0, 1.5, 3.0, 6.5), "image guidance"):
         name = f"image guidance {g}"
         scores, _ = evaluate.benchmark(model, ("edit",), args.n, image_guidance=g)
         edits[name] = mean_of_edits(scores)

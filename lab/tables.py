@@ -237,8 +237,7 @@ def solvers() -> str:
     found = study("settings")["table"]
     rows = []
     for name, solver in (("DPM-Solver++", "dpm++"), ("Euler", "euler")):
-        rows.append([name, *(score(found[f"guidance 4.5, {n} steps, {solver}"])
-                             for n in (3, 5, 10))])
+        rows.append([name, *(score(found[f"{n} steps, {solver}"]) for n in (3, 5, 10))])
     return table(["steps", "3", "5", "10"], rows)
 
 

@@ -47,7 +47,7 @@ def request(**changes):
 
 def live_of(model, folder="model", **settings):
     args = sample.options(["--serve", "--model", str(folder)])
-    args.image_guidance = model.config.image_guidance
+    sample.guide_as_usual(args, model)
     return sample.live(args, model)
 
 

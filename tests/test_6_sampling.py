@@ -127,8 +127,10 @@ def test_guidance():
     assert torch.allclose(sample.guide((null, image, both), 3.0, 1.5), want)
 
 
-def test_a_model_may_have_an_image_guidance_of_its_own(tiny, monkeypatch):
-    """Used where nothing else is said; the released value is 1.5."""
+@pytest.mark.parametrize("name, released, others", [
+    ("guidance", 4.5, (1.0, 2.0)), ("image_guidance", 1.5, (1.0, 3.0))])
+def test_a_model_may_have_guidance_of_its_own(tiny, monkeypatch, name, released, others):
+    """Used where nothing else is said."""
     eps = noise()
     red = [[Image.new("RGB", (32, 32), "red")]]
 
@@ -136,11 +138,11 @@ def test_a_model_may_have_an_image_guidance_of_its_own(tiny, monkeypatch):
         *_, step = sample.denoise(tiny, ["a dog"], red, eps=eps, steps=2, **guidance)
         return step.x_t
 
-    at = {g: last(image_guidance=g) for g in (1.0, 1.5, 3.0)}
-    assert torch.equal(last(), at[1.5])
-    assert not torch.equal(at[1.5], at[3.0])
+    at = {g: last(**{name: g}) for g in (released, *others)}
+    assert torch.equal(last(), at[released])
+    assert not torch.equal(at[released], at[others[-1]])
     for own, found in at.items():
-        config = dataclasses.replace(tiny.config, image_guidance=own)
+        config = dataclasses.replace(tiny.config, **{name: own})
         monkeypatch.setattr(tiny, "config", config)
         assert torch.equal(last(), found)
 

@@ -24,8 +24,8 @@ def options(argv=None) -> argparse.Namespace:
     p.add_argument("--out", type=command.path, default="out.png", help="(default: out.png)")
     p.add_argument("--seed", type=command.SEED, default=0, help="of the noise")
     p.add_argument("--steps", type=command.count(1, 1000), default=20, help="(default: 20)")
-    p.add_argument("--guidance", type=command.FACTOR, default=4.5, help="(default: 4.5)")
-    p.add_argument("--image-guidance", type=command.FACTOR, default=3.0, help="(default: 3)")
+    p.add_argument("--guidance", type=command.FACTOR, default=6.5, help="(default: 6.5)")
+    p.add_argument("--image-guidance", type=command.FACTOR, default=6.5, help="(default: 6.5)")
     p.add_argument("--adapters", type=command.path, default=ADAPTERS, help="(default: yours)")
     return p.parse_args(argv)
 
