@@ -56,12 +56,12 @@ class Stage:
 
 
 RECIPE = (
-    Stage("vit", "lab.pretrain", 0.09),
+    Stage("vit", "lab.pretrain", 0.11),
     Stage("dcae", "lab.pretrain", 0.34),
-    Stage("mllm", "lab.pretrain", 0.42),
-    Stage("dit", "lab.pretrain", 0.42),
-    Stage("t2i", "train", 0.7, ("--shift", "3")),
-    Stage("edit", "train", 0.77, ("--shift", "3")),
+    Stage("mllm", "lab.pretrain", 0.54),
+    Stage("dit", "lab.pretrain", 0.49),
+    Stage("t2i", "train", 0.59, ("--shift", "3")),
+    Stage("edit", "train", 0.61, ("--shift", "3")),
 )
 # Steps of each stage in a dry run, and the benchmark's options.
 DRY_STEPS = 2

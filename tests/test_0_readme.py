@@ -7,10 +7,14 @@ the toy's two cards.
 import ast
 import graphlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
+from PIL import Image
 
 import sample
 import train
@@ -47,8 +51,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 
 
 def test_there_is_a_page_for_each_question():
-    expected = {"study", "scores", "paper_to_code", "training", "data", "public_weights",
-                "questions", "promises", "glossary", "references"}
+    expected = {"study", "scores", "paper_to_code", "training", "data", "own_pictures",
+                "public_weights", "questions", "promises", "glossary", "references"}
     assert {page[5:-3] for page in PAGES if page.startswith("docs/")} == expected
     for name in expected:
         assert f"](docs/{name}.md" in README, name
@@ -77,10 +81,10 @@ def without_comment(line):
 
 
 def code_shown():
-    """(page, file, line) for each line of code on the pages, with the file that the comment above
-    it names."""
+    """(page, file, line) for each line of our code on the pages, with the file that the comment
+    above it names. (Blocks without such a comment are programs of the reader's.)"""
     for page, text in TEXT.items():
-        for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        for block in re.findall(r"```python\n(# .*?)```", text, re.S):
             file = None
             for line in filter(None, block.splitlines()):
                 if line.startswith("# "):
@@ -96,6 +100,31 @@ def test_the_code_shown_stands_in_the_files():
     lost = [(page, file, line) for page, file, line in shown
             if without_comment(line) not in held[file]]
     assert len(shown) > 5 and not lost, lost
+
+
+@pytest.mark.slow
+def test_the_programs_of_own_pictures_run(tmp_path):
+    """In a package of as many names as it has, with the toy as what was trained."""
+    images = tmp_path / "package/img/twitter/64"
+    images.mkdir(parents=True)
+    names = [f"thing {i}" for i in range(1701)] + ["snake", "goose"]
+    for i in range(len(names)):
+        Image.new("RGBA", (64, 64), (i % 256, 9, 9, 99)).save(images / f"{i}.png")
+    listed = [dict(name=name, image=f"{i}.png", has_img_twitter=True)
+              for i, name in enumerate(names)]
+    (tmp_path / "package/emoji.json").write_text(json.dumps(listed))
+    for folder in ("toy/weights", "runs/own", "runs/own-dcae"):
+        (tmp_path / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / folder).symlink_to(TOY_FOLDER)
+    programs = re.findall(r"```python\n(.*?)```", TEXT["docs/own_pictures.md"], re.S)
+    assert len(programs) == 4
+    for program in programs:
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                              text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+        assert not done.returncode, done.stderr
+    assert len(list((tmp_path / "emoji/train").glob("*.png"))) == 1700
+    assert len(list((tmp_path / "emoji/kept-back").glob("*.png"))) == 3
+    assert (tmp_path / "drawn.png").exists()
 
 
 def test_the_shape_trace_is_that_of_the_released_sizes():
@@ -156,10 +185,8 @@ def test_the_study_is_the_one_that_was_run():
 
 
 def test_the_readme_says_what_the_study_says():
-    first, shipped, queries = (study(name)["table"]
-                               for name in ("wirings", "wirings-shipped", "queries"))
-    rows = [table[kind] for table in (first, shipped) for kind in ("ladder", "final")]
-    rows += [first["ladder, random MLLM"]]
+    wirings, queries = study("wirings")["table"], study("queries")["table"]
+    rows = [wirings[kind] for kind in ("ladder", "final", "ladder, random MLLM")]
     rows += [queries["ladder, 4 queries"], queries["final, 4 queries"]]
     for row in rows:
         assert score_of(row) in README, score_of(row)

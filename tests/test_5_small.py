@@ -205,7 +205,7 @@ def test_what_stays_as_it_is():
 
 
 # |with 8 bits - without| / |without| of the toy, as measured.
-INT8_ERRORS = {"rungs": 0.0059, "velocity": 0.0015, "latents": 0.0089, "pixels": 0.0106}
+INT8_ERRORS = {"rungs": 0.0077, "velocity": 0.0018, "latents": 0.0149, "pixels": 0.0132}
 
 
 @torch.no_grad()
@@ -265,7 +265,8 @@ def plant(model, where):
         hook.remove()
         busiest = seen[0].abs().flatten(0, -2).amax(0).argmax()
         if where == "residual stream":
-            mlp.down.weight[7] += 2000
+            # The sum that this adds becomes 1e5, whatever the toy's weights.
+            mlp.down.weight[7] += 1e5 / seen[0].sum(-1).abs().max()
         else:
             mlp.gate.weight[busiest] *= 300
             mlp.up.weight[busiest] *= 300

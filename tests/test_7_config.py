@@ -46,7 +46,8 @@ SENSIBLE = {
     "dit.mlp_ratio": [1, 2, 1.5], "dit.caption_dim": [1, 2],
     "dcae.attention_stages": [0, 1, 2], "dcae.head_dim": [1, 2], "dcae.kernel": [1],
     "dcae.scaling_factor": [1, 2, 1.5],
-    "n_query": [1, 2], "guidance": [0, 1, 2, 1.5], "image_guidance": [0, 1, 2, 1.5], "max_prompt": [1, 2],
+    "n_query": [1, 2], "guidance": [0, 1, 2, 1.5],
+    "image_guidance": [0, 1, 2, 1.5], "max_prompt": [1, 2],
 }
 
 
