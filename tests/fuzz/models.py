@@ -62,6 +62,7 @@ VALUES = ("null", "true", '"x"', "-1", "0", "1.5", "NaN", "Infinity", "1e400", "
           "{}", "[0]", '["full"]', None)
 WORKS = {
     ("mllm.rope_theta", "1.5"), ("mllm.rope_theta", "1000000000"), ("image_guidance", "0"),
+    ("guidance", "0"), ("guidance", "1.5"),
     ("image_guidance", "1.5"), ("dcae.scaling_factor", "1.5"),
     ("mllm.vision.full_attention", "[]"), ("mllm.vision.full_attention", "[0]"),
 }
