@@ -1,9 +1,9 @@
 """Weights in 8 bits, computed with in the dtype of what comes in: half the memory of bfloat16.
 
 Each row of a weight matrix (all that leads to one output) is divided by its largest absolute value
-and rounded to whole numbers from -127 to 127; that value / 127 is kept beside them, in float32.
-(Symmetric, one scale for each output channel.) When a layer runs, its matrix is written out again,
-used and dropped.
+and rounded to whole numbers from -127 to 127; that value / 127 is kept beside them: a scale, which
+bfloat16 holds exactly. (Symmetric, one scale for each output channel.) When a layer runs, its
+matrix is written out again, used and dropped.
 
 In 8 bits are the linear layers and 1 x 1 convolutions inside the repeated blocks of MLLM, ViT and
 DiT, and the ViT's last but one layer: seven eighths of all weights. As they are stay norms, biases,
@@ -29,7 +29,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     # A row of zeros has any scale.
     largest = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True).clamp(min=1e-30)
-    scale = largest / 127
+    scale = (largest / 127).bfloat16().float()
     return (weight / scale).round().to(torch.int8), scale
 
 
@@ -45,7 +45,10 @@ class Int8(nn.Module):
         self.register_buffer("scale", scale)
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
-        return (self.int8 * self.scale).to(dtype)
+        # Whole numbers and scales are exact in bfloat16 and in float32. A small scale would not be
+        # in float16.
+        exact = torch.float32 if dtype == torch.float16 else dtype
+        return self.int8.to(exact).mul_(self.scale.to(exact)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight_as(x.dtype), self.bias)
