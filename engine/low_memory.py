@@ -6,6 +6,8 @@ On a CPU a part's weights are mapped, not copied: they are pages of the file, wh
 as long as it has memory to spare, so that the next picture reads nothing again. On a GPU they are
 copied from there. (A dtype other than the stored one has to be converted at each turn, as have
 layers in 8 bits that are not stored so: weights_convert.py --dtype stores them.)
+One view is enough to keep all pages of a file that were read; so no view is taken of a file of
+which something has to be converted.
 
 For drawing, editing and asking; training needs all parts at once.
 """
@@ -14,7 +16,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from engine.files import open_tensors, stored_tensors
+from engine.files import open_tensors, read_tensors, stored_tensors
 from engine.loading import put
 
 PARTS = ("mllm", "dit", "dcae")
@@ -57,15 +59,23 @@ def absent(t: Tensor, device) -> Tensor:
     return torch.full((), value, dtype=t.dtype, device=device).expand(t.shape)
 
 
+def stays_as_stored(model, name: str, stored) -> bool:
+    """Or has this tensor of a file (files.Stored) to be converted?"""
+    path, _, leaf = name.rpartition(".")
+    there = getattr(model.get_submodule(path), leaf, None)
+    # A layer in 8 bits has no weight.
+    return there is not None and there.dtype == stored.dtype
+
+
 class Turns:
     def __init__(self, model, files: list, device: torch.device):
         self.model = model
         self.device = device
-        # {part: {file: names of its tensors in there}}
+        # {part: {file: its tensors in there}}
         self.stored = {part: {} for part in (*PARTS, "ladder")}
         for file in files:
-            for name in stored_tensors(file):
-                self.stored[name.split(".")[0]].setdefault(file, set()).add(name)
+            for name, stored in stored_tensors(file).items():
+                self.stored[name.split(".")[0]].setdefault(file, {})[name] = stored
         self.limit = max(map(self.size_of, PARTS))
         self.present = []
         # Those whose convolutions fast.enable has laid out by channels.
@@ -102,11 +112,15 @@ class Turns:
             getattr(torch, self.device.type).empty_cache()
 
     def read(self, part: str) -> None:
-        for file, names in self.stored[part].items():
-            # Views of one mapping of the file, which goes with the last of them.
-            with open_tensors(file) as f:
-                for name in names:
-                    put(self.model, name, f.get_tensor(name), self.device, file, copy=False)
+        for file, tensors in self.stored[part].items():
+            if all(stays_as_stored(self.model, *item) for item in tensors.items()):
+                # Views of one mapping of the file, which goes with the last of them.
+                with open_tensors(file) as f:
+                    for name in tensors:
+                        put(self.model, name, f.get_tensor(name), self.device, file, copy=False)
+            else:
+                for name, tensor in read_tensors(file, only=tensors):
+                    put(self.model, name, tensor, self.device, file)
         if part in self.channels_last:
             getattr(self.model, part).to(memory_format=torch.channels_last)
 

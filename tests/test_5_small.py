@@ -99,17 +99,20 @@ def is_mapped(tensor, file):
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="asks Linux")
 @torch.no_grad()
 def test_weights_are_mapped_not_copied(tmp_path):
-    """A weight is a view of the file; it is a copy only where another dtype is asked for than the
-    one that it is stored in. The numbers are the same."""
-    TBAC.load(TOY_FOLDER).save(tmp_path)
-    for dtype, mapped in ((torch.float32, True), (torch.bfloat16, False)):
-        model = TBAC.load(tmp_path, dtype=dtype, low_memory=True)
-        whole = TBAC.load(tmp_path, dtype=dtype)
-        for a, b in zip(drawn(model), drawn(whole)):
+    """A weight is a view of the file. Where something of a file has to be converted, to another
+    dtype or to 8 bits, nothing is a view of it. The numbers are the same."""
+    TBAC.load(TOY_FOLDER).save(tmp_path / "whole")
+    TBAC.load(TOY_FOLDER, int8=True).save(tmp_path / "int8", torch.float32)
+    for folder, how, mapped in (("whole", {}, True), ("whole", {"dtype": torch.bfloat16}, False),
+                                ("whole", {"int8": True}, False), ("int8", {}, True)):
+        folder = tmp_path / folder
+        model = TBAC.load(folder, low_memory=True, **how)
+        for a, b in zip(drawn(model), drawn(TBAC.load(folder, **how))):
             assert torch.equal(a, b)
         model.encode([PROMPT])
-        weight = model.mllm.layers[0].mlp.up.weight
-        assert is_mapped(weight, tmp_path / "model.safetensors") == mapped
+        tensors = [t for _, _, t in low_memory.own_tensors(model.mllm)]
+        found = {is_mapped(t, folder / "model.safetensors") for t in tensors}
+        assert found == {mapped}, (how, found)
 
 
 @torch.no_grad()
