@@ -6,8 +6,9 @@ layer as wide as the released ones, but few of them.
 
 It needs transformers 4.51.3 and diffusers 0.34.0, float32, and memory for one model and its
 gradients (9 GB). The sides come one after the other: the peer; ours, plain and fast; ours in
-bfloat16 against float32, call by call (bench/first_difference.py). Each leaves its results in the
-folder and is not done again while they are there; --side does one of them.
+bfloat16 and with weights in 8 bits (engine/int8.py) against float32, call by call
+(bench/first_difference.py). Each leaves its results in the folder and is not done again while they
+are there; --side does one of them.
 """
 import argparse
 import dataclasses
@@ -165,9 +166,9 @@ def part_of(name):
     return name.split(".")[1] if name.startswith("ladder") else "DiT"
 
 
-def traced(folder, dtype):
+def traced(folder, dtype, int8=False):
     """Every layer of ours, on a picture of half the side."""
-    model = TBAC.load(folder / "ours", dtype=dtype)
+    model = TBAC.load(folder / "ours", dtype=dtype, int8=int8)
     model.config = dataclasses.replace(model.config, size=model.config.size // 2)
     return trace(model)
 
@@ -178,6 +179,7 @@ SIDES = {
     "fast": lambda folder, config: results(OurSide(folder, True), config.size),
     "float32": lambda folder, config: traced(folder, torch.float32).items(),
     "bfloat16": lambda folder, config: traced(folder, torch.bfloat16).items(),
+    "int8": lambda folder, config: traced(folder, torch.float32, int8=True).items(),
 }
 
 
@@ -245,8 +247,9 @@ def main():
         found[side] = worst(errors(args.folder, side))
         for row, (error, where) in found[side].items():
             print(f"{side}: {row}: {error:.1e} ({where})")
-    exact, rounded = (load_file(file_of(args.folder, side)) for side in ("float32", "bfloat16"))
-    found["bfloat16"] = dict(differences(rounded, exact))
+    exact = load_file(file_of(args.folder, "float32"))
+    for side in ("bfloat16", "int8"):
+        found[side] = dict(differences(load_file(file_of(args.folder, side)), exact))
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 

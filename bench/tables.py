@@ -176,9 +176,10 @@ rounding).
 
 {parity}
 
-Ours in bfloat16 against ours in float32, with the same weights:
+Ours in bfloat16, and with weights in 8 bits (`--int8`, computed with in float32), against ours in
+float32, a picture and an edit of two steps each:
 
-{bfloat16}"""
+{rounded}"""
 
 
 def parity():
@@ -190,37 +191,48 @@ def parity():
             for row, (error, where) in found["plain"].items()]
     head = ["tensor", "plain path", "where it is largest", "fast path"]
     return WIDE.format(device=found["run"]["device"], parity=table(head, rows),
-                       bfloat16=bfloat16(found["bfloat16"]))
+                       rounded=rounded(found["bfloat16"], found["int8"]))
 
 
-def bfloat16(errors):
+# Their outputs, by the names that a reader knows.
+PARTS = {"ladder": "rungs", "dit": "velocity"}
+
+
+def rounded(bfloat16, int8):
     """The states of a picture and of an edit, at the ends of each part."""
-    rows = []
-    for call, error in errors.items():
+    rows, drawn = [], ""
+    for call, error in bfloat16.items():
         name = call.split(" ", 1)[1]
+        if name in PARTS:
+            name = f"{drawn}: {PARTS[name]}"
         if ": " in name or name in ("latents of a picture", "pixels"):
-            rows.append([name, f"{error:.1e}"])
-    return table(["state", "bfloat16 against float32"], rows)
+            drawn = name.split(": ")[0]
+            rows.append([name, f"{error:.1e}", f"{int8[call]:.1e}"])
+    return table(["state", "bfloat16", "8 bits"], rows)
 
 
 # ----------------------------------------------------------------------------- the whole model
+
+WHOLE_ROWS = ("load, warm disk", "picture, 2 steps", "picture, 20 steps", "answer about it")
+
 
 def whole():
     """What bench.load measured of a model of the released sizes."""
     if not WHOLE.exists():
         return "Not measured yet."
-    head = ["", "load, s", "a step, s", "a picture of 20 steps, s", "an answer, s", "peak GB"]
-    rows = []
+    head = ["setting", "a step, s", *(f"{name}, s" for name in WHOLE_ROWS), "peak GB"]
+    rows, machines = [], []
     for name, found in read_json(WHOLE).items():
-        of = found["rows"]
-        first, last = of["picture, 2 steps"], of["picture, 20 steps"]
+        run = found["run"]
+        machine = f"{run['device']}, {run['cores']} cores; {versions(run)}."
+        if machine not in machines:
+            machines.append(machine)
+        load, first, last, answer = (found["rows"][row] for row in WHOLE_ROWS)
         step = (last["seconds"] - first["seconds"]) / 18
-        peak = max(row["peak"] for row in of.values())
-        rows.append([name, f"{of['load, warm disk']['seconds']:.0f}", f"{step:.1f}",
-                     f"{last['seconds']:.0f}", f"{of['answer about it']['seconds']:.0f}",
-                     f"{peak:.1f}"])
-    run = found["run"]
-    return f"{run['device']}, {run['cores']} cores; {versions(run)}.\n\n{table(head, rows)}"
+        peak = max(row["peak"] for row in found["rows"].values())
+        seconds = (load["seconds"], first["seconds"], last["seconds"], answer["seconds"])
+        rows.append([name, f"{step:.1f}", *(f"{s:.0f}" for s in seconds), f"{peak:.1f}"])
+    return "\n".join([*machines, "", table(head, rows)])
 
 
 # ---------------------------------------------------------------------------------- command line
