@@ -4,7 +4,9 @@ What is read is checked (shape, finite values, each name once), what is written 
 name only when it is complete and on the disk.
 """
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -173,6 +175,15 @@ def open_tensors(file, device="cpu"):
         raise ValueError(message) from None
     with opened as f:
         yield f
+
+
+@functools.cache
+def weights_digest(*folders) -> str:
+    """Eight letters that stand for all weights in some folders."""
+    found = hashlib.sha256()
+    for file in itertools.chain(*map(weight_files, folders)):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:8]
 
 
 def stored_tensors(file):

@@ -40,13 +40,13 @@ import torch
 from engine import command
 from engine.device import machine
 from engine.distributed import StopSignal
-from engine.files import prepare_folder
+from engine.files import prepare_folder, weights_digest
 from engine.limits import MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
 from lab import dots, inside, plan, statistics, tables, trials
 from lab.make import commit
 from lab.plan import PARTS, Arm, Part
 from lab.statistics import Estimate
-from lab.trials import weights_digest, write_json
+from lab.trials import write_json
 from sample import TOY_FOLDER
 from train import pairs_beside
 

@@ -36,7 +36,7 @@ import sample
 from engine import command, fast
 from engine.data import noise
 from engine.device import set_threads
-from engine.files import prepare_folder, save_png, write_text
+from engine.files import prepare_folder, save_png, weights_digest, write_text
 from engine.limits import MAX_PICTURES, MAX_STEPS
 from engine.pictures import contact_sheet, to_pixels
 from tbac import TBAC
@@ -544,7 +544,8 @@ def by_category(rows: dict) -> dict:
 
 def save(args: argparse.Namespace, rows: dict, sheet: Image.Image | None, seconds: float) -> None:
     """scores.json, and failures.png if there are any."""
-    record = dict(options=vars(args), torch=torch.__version__, seconds=round(seconds),
+    said = vars(args) | {"weights": weights_digest(args.model)}
+    record = dict(options=said, torch=torch.__version__, seconds=round(seconds),
                   scores=by_category(rows))
     write_text(args.out / "scores.json", json.dumps(record, indent=1, default=str))
     if sheet:

@@ -32,7 +32,7 @@ import train
 from engine import fast
 from engine.data import Reader, Share, ignore_signals, noise
 from engine.device import set_threads
-from engine.files import read_json, weight_files, write_text
+from engine.files import read_json, weights_digest, write_text
 from engine.pictures import to_pixels
 from engine.runs import lock
 from engine.sources import Generated
@@ -57,15 +57,6 @@ AHEAD = {"cpu": 1, "cuda": 4}
 
 
 # ------------------------------------------------------------------------------- what is written
-
-@functools.cache
-def weights_digest(*folders) -> str:
-    """Eight letters that stand for all weights in some folders."""
-    found = hashlib.sha256()
-    for file in itertools.chain(*map(weight_files, folders)):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:8]
-
 
 def write_json(file: pathlib.Path, content) -> None:
     """A file that is there is whole."""
