@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # After lab.make: puts the new toy in its place and makes again all that hangs on its weights, on
-# two cores in about half an hour. What pages and notebooks say of it is left to whoever reads them.
+# two cores in about forty minutes. What pages and notebooks say of it is left to whoever reads them.
 #
 #     pip install nbclient nbformat ipykernel; apt-get install chromium
 #     bash lab/remake.sh runs/toy
@@ -24,6 +24,7 @@ other() {
     for study in overfit told rungs probes; do
         python -m lab.ablate "$study" --out "$out/other"
     done
+    python -m lab.evaluate --int8 --out "$out/int8"
     python -m lab.figures samples edits explain live
     python notebooks/run.py 2_latents 3_mllm 4_dit 5_ladder 6_training 7_inspect
 }
@@ -33,4 +34,5 @@ one &
 other
 wait $!
 cp "$out"/one/*.json "$out"/other/*.{json,png} assets/study/
+cp "$out/int8/scores.json" assets/study/int8.json
 python -m lab.tables

@@ -142,19 +142,44 @@ def board() -> str:
     return table(["minutes", "mean of six", "seeds", "what is new", "commit"], [row])
 
 
+IN_A_ROW = ["drawing, mean of six", f"drawing, {OTHER}", "edits: followed", "edits: unchanged",
+            "answers about pictures", "answers about words"]
+
+
+def in_a_row(evaluated: dict) -> list[str]:
+    """The means of what lab.evaluate has written."""
+    found = evaluated["scores"]
+    drawn, edited, asked = (mean(found[task]) for task in ("draw", "edit", "ask"))
+    return [*cells(drawn, "category, seen"), *cells(found["draw"][OTHER], "category, seen"),
+            *cells(edited, "followed, seen", "unchanged, seen"),
+            *cells(asked, "a picture, seen", "words, seen")]
+
+
 def by_seed() -> str:
     """The same command with other seeds."""
     rows = []
     for record in seeds():
-        found = record["scores"]["scores"]
-        drawn, edited, asked = (mean(found[task]) for task in ("draw", "edit", "ask"))
-        rows.append([
-            str(record["seed"]), *cells(drawn, "category, seen"),
-            *cells(found["draw"][OTHER], "category, seen"),
-            *cells(edited, "followed, seen", "unchanged, seen"),
-            *cells(asked, "a picture, seen", "words, seen")])
-    return table(["seed", "drawing, mean of six", f"drawing, {OTHER}", "edits: followed",
-                  "edits: unchanged", "answers about pictures", "answers about words"], rows)
+        rows.append([str(record["seed"]), *in_a_row(record["scores"])])
+    return table(["seed", *IN_A_ROW], rows)
+
+
+def parts() -> str:
+    """What was drawn after as many steps with --train all, ladder+cross, ladder."""
+    kinds = ("two objects", "counting", "position", "colour attribution")
+    rows = []
+    for trained, found in study("parts")["scores"].items():
+        drawn = found["draw"]
+        seen, never_seen = cells(mean(drawn), "category, seen", "category, never seen")
+        by_kind = [cells(drawn[kind], "category, seen")[0] for kind in kinds]
+        rows.append([f"`{trained}`", seen, *by_kind, never_seen])
+    return table(["`--train`", "mean of six", *kinds, "the four, never seen"], rows)
+
+
+def in_8_bits() -> str:
+    """The same prompts, with the weights as they are and in 8 bits."""
+    rows = [["as shipped", *in_a_row(read_json(RECORD)["scores"])],
+            ["`--int8`", *in_a_row(study("int8"))]]
+    return table(["weights", *IN_A_ROW], rows)
 
 
 def examples() -> str:
@@ -341,13 +366,15 @@ def part(content: dict) -> str:
 
 PAGES = {
     "README.md": dict(scores=scores_in_short),
-    "docs/scores.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers),
+    "docs/scores.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers,
+                           int8=in_8_bits),
     "docs/study.md": dict(rungs=rungs, probes=probes),
     "toy/README.md": dict(examples=examples),
     "toy/weights/README.md": {"scores": scores_in_short, "by seed": by_seed},
     "docs/training.md": {"recipe": recipe, "board": board, "guidance": guidance, "solvers": solvers,
                          "image guidance": image_guidance, "other edits": other_edits,
-                         "told": told, "overfit": overfit, "overfit by time": overfit_by_time,
+                         "told": told, "parts": parts, "overfit": overfit,
+                         "overfit by time": overfit_by_time,
                          "probes": probes_in_short},
 }
 

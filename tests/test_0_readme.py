@@ -18,8 +18,8 @@ from PIL import Image
 
 import sample
 import train
-from engine import data
-from lab import ablate, evaluate, figures, make, plan, pretrain, tables, trials
+from engine import data, files
+from lab import ablate, evaluate, figures, make, plan, pretrain, tables
 from sample import TOY_FOLDER
 from tbac import TBACConfig
 from tests.conftest import ROOT
@@ -198,9 +198,9 @@ def test_the_tables_are_those_of_the_files(page):
 
 
 def test_the_studies_are_of_the_shipped_weights():
-    names = ("settings", "probes", "rungs", "told", "overfit")
+    names = ("settings", "probes", "rungs", "told", "overfit", "int8")
     found = {study(name)["options"]["weights"] for name in names}
-    assert found == {trials.weights_digest(TOY_FOLDER)}, "of other weights than those shipped"
+    assert found == {files.weights_digest(TOY_FOLDER)}, "of other weights than those shipped"
 
 
 def test_the_figure_of_edits_shows_each_kind():
