@@ -231,6 +231,8 @@ def check_tensor(missing, name, tensor, file, public):
 
 def check_finite(tensor, file, public):
     """The tensor itself. To be asked in the dtype of use: 1e6 is finite, but not in float16."""
+    if not tensor.is_floating_point():
+        return tensor
     # One pass, and no copy: NaN and infinity are seen in the extremes.
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         kind = str(tensor.dtype).removeprefix("torch.")
