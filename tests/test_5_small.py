@@ -173,6 +173,17 @@ def test_quantized_weights_are_within_half_a_scale():
         assert ((whole * scale - weight).abs() <= 0.5001 * scale).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_matrix_written_out_is_rounded_once(dtype):
+    """Where the layer computes in fewer digits than a scale has, too."""
+    layer = nn.Linear(300, 64)
+    with torch.no_grad():
+        layer.weight *= torch.logspace(-3, 0, 64).view(-1, 1)
+    small = int8.Int8(layer)
+    exact = small.int8.double() * small.scale.double()
+    assert torch.equal(small.weight_as(dtype), exact.to(dtype))
+
+
 def full_size(**how):
     with torch.device("meta"):
         model = TBAC(TBACConfig()).to(torch.bfloat16)
