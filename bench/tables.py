@@ -221,18 +221,18 @@ def whole():
     if not WHOLE.exists():
         return "Not measured yet."
     head = ["setting", "a step, s", *(f"{name}, s" for name in WHOLE_ROWS), "peak GB"]
-    rows, machines = [], []
+    rows, runs = [], []
     for name, found in read_json(WHOLE).items():
         run = found["run"]
-        machine = f"{run['device']}, {run['cores']} cores; {versions(run)}."
-        if machine not in machines:
-            machines.append(machine)
+        said = f"{run['device']}, {run['cores']} cores; {versions(run)}."
+        if said not in runs:
+            runs.append(said)
         load, first, last, answer = (found["rows"][row] for row in WHOLE_ROWS)
         step = (last["seconds"] - first["seconds"]) / 18
         peak = max(row["peak"] for row in found["rows"].values())
         seconds = (load["seconds"], first["seconds"], last["seconds"], answer["seconds"])
         rows.append([name, f"{step:.1f}", *(f"{s:.0f}" for s in seconds), f"{peak:.1f}"])
-    return "\n".join([*machines, "", table(head, rows)])
+    return "\n".join([*runs, "", table(head, rows)])
 
 
 # ---------------------------------------------------------------------------------- command line

@@ -104,12 +104,14 @@ def read_json(file):
     return parse_json(read_text(file, MAX_JSON_BYTES), file)
 
 
-def digest(file):
-    """The sha256 of a file, in hexadecimal. A GB takes one to three seconds."""
+def digest(*files):
+    """The sha256 of a file, or of several one after the other, in hexadecimal. A GB takes one to
+    three seconds."""
     found = hashlib.sha256()
-    with open_to_read(file) as f:
-        while block := f.read(1 << 20):
-            found.update(block)
+    for file in files:
+        with open_to_read(file) as f:
+            while block := f.read(1 << 20):
+                found.update(block)
     return found.hexdigest()
 
 
@@ -180,10 +182,7 @@ def open_tensors(file, device="cpu"):
 @functools.cache
 def weights_digest(*folders) -> str:
     """Eight letters that stand for all weights in some folders."""
-    found = hashlib.sha256()
-    for file in itertools.chain(*map(weight_files, folders)):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:8]
+    return digest(*itertools.chain(*map(weight_files, folders)))[:8]
 
 
 def stored_tensors(file):

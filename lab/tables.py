@@ -374,8 +374,7 @@ PAGES = {
     "docs/training.md": {"recipe": recipe, "board": board, "guidance": guidance, "solvers": solvers,
                          "image guidance": image_guidance, "other edits": other_edits,
                          "told": told, "parts": parts, "overfit": overfit,
-                         "overfit by time": overfit_by_time,
-                         "probes": probes_in_short},
+                         "overfit by time": overfit_by_time, "probes": probes_in_short},
 }
 
 
