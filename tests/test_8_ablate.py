@@ -127,7 +127,7 @@ def test_seen_is_held_against_never_seen(monkeypatch):
     # Where both arms draw alike there is no gap between them, however the prompts differ.
     for scores, _ in scored.values():
         scores["final, 6 pairs held out"] = scores["ladder, 6 pairs held out"]
-    assert ablate.gaps(part, scored)[words] == statistics.Estimate(0.0, 0.0, 0.0, 1.0)
+    assert ablate.gaps(part, scored)[words] == statistics.Estimate(0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 def test_the_last_quarter_is_that_of_all_prompts(study):

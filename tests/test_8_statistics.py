@@ -84,7 +84,7 @@ def test_what_leaves_the_seeds_out_calls_chance_a_difference():
 def test_a_mean_of_categories_counts_each_once():
     table = np.concatenate([np.ones((2, 30)), np.zeros((2, 10))], 1)
     found = statistics.estimate(table, [0] * 30 + [1] * 10)
-    assert found == statistics.Estimate(0.5, 0.5, 0.5, 0.0)
+    assert found == statistics.Estimate(0.5, 0.5, 0.5, 0.0, 0.5)
     assert statistics.estimate(np.zeros((3, 8))).p == 1
 
 
@@ -127,20 +127,32 @@ def test_holm_gives_what_its_paper_gives():
     assert abs(wrong / 2000 - 0.05) < 0.015
 
 
-@pytest.mark.parametrize("low, high, p, words", [
-    (1, 5, 0.04, "more"), (-5, -1, 0.04, "less"), (-2, 4, 0.5, "open"),
-    (-2, 2.5, 0.5, "no difference that matters"),
+@pytest.mark.parametrize("mean, p, at_most, words", [
+    (3, 0.04, 4.8, "more"), (-3, 0.04, 4.8, "less"), (1, 0.5, 3.5, "open"),
+    (0.2, 0.5, 2.5, "no difference that matters"), (1, 0.04, 1.9, "more, by less than matters"),
 ])
-def test_verdicts(low, high, p, words):
-    assert statistics.verdict(statistics.Estimate((low + high) / 2, low, high, p), 3) == words
+def test_verdicts(mean, p, at_most, words):
+    assert statistics.verdict(statistics.Estimate(mean, 0, 0, p, at_most), 3) == words
 
 
-@pytest.mark.parametrize("high, words", [(5, "open"), (2.5, "no difference that matters")])
-def test_a_verdict_goes_by_the_corrected_p(high, words):
+@pytest.mark.parametrize("at_most, words", [(5, "open"), (2.5, "no difference that matters")])
+def test_a_verdict_goes_by_the_corrected_p(at_most, words):
     """One of many comparisons is as far from 0 as this by chance."""
-    found = statistics.Estimate((1 + high) / 2, 1, high, 0.02)
-    assert statistics.verdict(found, 3) == "more"
+    found = statistics.Estimate(2, 1, 3, 0.02, at_most)
+    assert statistics.verdict(found, 3).startswith("more")
     assert statistics.verdict(found, 3, p=0.3) == words
+
+
+def test_what_just_matters_is_seldom_called_too_small():
+    """Of 400 studies whose truth is 10 points, the smallest that matters: at most one in twenty;
+    and of those whose truth is 0 most, if their errors are small enough."""
+    rng = np.random.default_rng(9)
+    called = []
+    for truth in (0.1, 0.0):
+        words = [statistics.verdict(statistics.estimate(
+            differences(rng, truth, 8, 0.04, 0.05), SIXTHS, i, 200), 0.1) for i in range(400)]
+        called.append(sum(word == "no difference that matters" for word in words) / 400)
+    assert called[0] <= 0.075 and called[1] > 0.8
 
 
 def test_an_interval_leaves_out_0_where_p_is_below_5_percent():
