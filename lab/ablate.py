@@ -41,8 +41,8 @@ from engine import command
 from engine.device import machine
 from engine.distributed import StopSignal
 from engine.files import prepare_folder, weights_digest
-from engine.limits import MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
-from lab import dots, inside, plan, statistics, tables, trials
+from engine.limits import MAX_FACTOR, MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
+from lab import dots, evaluate, inside, plan, statistics, tables, trials
 from lab.make import commit
 from lab.plan import PARTS, Arm, Part
 from lab.statistics import Estimate
@@ -158,6 +158,15 @@ def minus(scores: dict, ours: str, theirs: str | None = None) -> np.ndarray:
     return scores[ours] - scores[theirs] if theirs else scores[ours]
 
 
+def several(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
+    """What is compared, once more: without the categories of a single object, which may be near
+    their ceiling."""
+    own = ~np.isin(groups, evaluate.ALONE)
+    scores = {label: table[:, own] for label, table in scores.items()}
+    return {f"{label}, several objects": found
+            for label, found in compare(part, scores, groups[own]).items()}
+
+
 def order(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
     """Of all arms together -> {a category minus the next one, in words: the gap}"""
     found = {}
@@ -190,11 +199,14 @@ def analyse(args, name: str) -> dict:
         content["scored"][pairs] = dict(table=score_table(scores, groups),
                                         compared=compare(part, scores, groups),
                                         prompts=len(groups))
+    contrasts = gaps(part, scored) | order(part, *scored["seen"])
+    if part.several:
+        contrasts = several(part, *scored["seen"]) | contrasts
     moved = last_quarter(args, part)
     runs = {run.name: trials.result(args, run) for run in part.runs(args.seeds)}
     return content | dict(
-        contrasts=gaps(part, scored) | order(part, *scored["seen"]), curve=curve_of(args, part),
-        last_quarter=moved and moved.json(), runs=runs)
+        contrasts=contrasts, curve=curve_of(args, part), last_quarter=moved and moved.json(),
+        runs=runs)
 
 
 def tests_of(content: dict) -> dict[str, dict]:
@@ -345,6 +357,8 @@ def add_plan(add) -> None:
     add("--pictures", type=MANY, default=1, help="per prompt, of settings and rungs (default: 1)")
     add("--draw-steps", type=command.count(1, MAX_STEPS), default=plan.DRAW_STEPS,
         help=f"of a picture (default: {plan.DRAW_STEPS})")
+    add("--guidance", type=command.real(0, MAX_FACTOR), default=plan.GUIDANCE,
+        help=f"of pictures of models that are trained (default: {plan.GUIDANCE})")
 
 
 def add_machine(add, gpu: bool) -> None:

@@ -23,6 +23,8 @@ PROMPTS_EARLY = 24
 # Scores along the way and at the end. That at three quarters of the steps is by all prompts, too.
 LOOKS = 4
 DRAW_STEPS = 10
+# The toy's own. The DiT that runs start from was saved before there was one to choose.
+GUIDANCE = 6.5
 
 # From easy to hard, as in MOSAIC (arXiv 2605.00273).
 DIFFICULTY = ("colour attribution", "counting", "position")
@@ -82,13 +84,15 @@ class Part:
     seen (of pairs that no arm holds out) or never seen (with a pair that all arms hold out).
 
     And other prompts of the same models. gaps: seen minus never seen, of one label, or of one minus
-    another; order: categories, each of which is asked to be easier than the next, by all arms."""
+    another; several: what is compared, by prompts of several objects only; order: categories, each
+    of which is asked to be easier than the next, by all arms."""
     question: str
     arms: dict[str, Arm]
     compared: tuple[tuple[str, str], ...]
     seeds: int = 5
     scored: tuple[str, ...] = ("seen",)
     gaps: tuple[tuple[str, ...], ...] = ()
+    several: bool = False
     order: tuple[str, ...] = ()
 
     def runs(self, seeds: int | None = None) -> list[Run]:
@@ -121,9 +125,11 @@ CONNECTOR_ARMS, CONNECTOR_PAIRS = table("connector {}", "connector", CONNECTORS)
 
 PARTS = {
     "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=8,
-                    order=DIFFICULTY),
+                    several=True, order=DIFFICULTY),
+    # `final` is one depth, and normed; `penultimate` is one depth, and as the ladder's are.
     "wirings": Part("which states, in which order?", {wiring: Arm(wiring) for wiring in WIRINGS},
-                    tuple((wiring, "final") for wiring in WIRINGS if wiring != "final")),
+                    tuple((wiring, "final") for wiring in WIRINGS if wiring != "final")
+                    + (("ladder", "penultimate"),)),
     "connectors": Part("is it the connector?", CONNECTOR_ARMS, CONNECTOR_PAIRS + (
         ("ladder, connector per-block", "ladder, connector shared"),
         ("final, connector per-block", "final, connector shared"))),
@@ -147,5 +153,6 @@ def n_compared() -> int:
     """All comparisons beside the primary one, whichever of them have been made so far."""
     n = -1
     for part in PARTS.values():
-        n += len(part.compared) * len(part.scored) + len(part.gaps) + len(part.order[1:])
+        n += len(part.compared) * (len(part.scored) + part.several)
+        n += len(part.gaps) + len(part.order[1:])
     return n

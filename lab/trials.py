@@ -66,8 +66,10 @@ def write_json(file: pathlib.Path, content) -> None:
 def cases(args) -> list:
     """The prompts that runs are scored by, the same for all: of GenEval's six categories, in words
     that training uses; first those of seen pairs. (Where nobody asks for the others, they are not
-    drawn.)"""
+    drawn. The primary question, whose runs are its own, does not.)"""
     found = [case for case in evaluate.cases("draw", args.n) if case.category in evaluate.GENEVAL]
+    if args.study == "primary":
+        return [case for case in found if case.pairs == "seen"]
     return sorted(found, key=lambda case: case.pairs != "seen")
 
 
@@ -77,7 +79,7 @@ def folder_of(args) -> pathlib.Path:
     prompts = "\n".join(case.prompt for case in cases(args))
     words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
     weights = weights_digest(args.model, args.captions, args.dit)
-    settings = f"{args.steps}x{args.batch}-{args.draw_steps}-{args.dtype}"
+    settings = f"{args.steps}x{args.batch}-{args.draw_steps}-{args.guidance:g}-{args.dtype}"
     return args.out / f"runs-{weights}-{words}-{settings}-{args.looks}x{args.n_early}"
 
 
@@ -326,7 +328,7 @@ class Group:
             texts = [case.prompt for case in part]
             *_, last = sample.denoise(stack, texts * stack.n, eps=eps.repeat(stack.n, 1, 1, 1),
                                       conditioning=stack.conditioning(texts),
-                                      steps=self.args.draw_steps)
+                                      steps=self.args.draw_steps, guidance=self.args.guidance)
             pictures = self.model.decode(last.x_t)
             found.append((len(part), grade(is_right, pictures, part * stack.n)))
         parts = [torch.tensor(list(right)).view(stack.n, n) for n, right in found]

@@ -21,7 +21,7 @@ CIRCLE = world.Scene((world.Thing("circle", "red", "medium", 0.5, 0.5),))
 SIX = [types.SimpleNamespace(category=category, pairs="seen", target=CIRCLE)
        for category in evaluate.GENEVAL for _ in range(4)]
 PART = plan.Part("?", plan.both(), (("ladder", "final"),), seeds=3)
-ORDERED = dataclasses.replace(PART, order=plan.DIFFICULTY)
+ORDERED = dataclasses.replace(PART, several=True, order=plan.DIFFICULTY)
 
 
 @pytest.fixture
@@ -58,6 +58,8 @@ def test_the_tables_are_of_the_last_step_and_paired(study):
     assert all(ladder[name] == final[name] for name in ladder if name not in ("counting",
                                                                               "mean of 6"))
     # Other prompts of both arms together.
+    several = found["primary"]["contrasts"]["ladder minus final, several objects"]
+    assert several["mean"] == pytest.approx((1 - final["counting"]["mean"]) / 4)
     harder = found["primary"]["contrasts"]["counting minus position"]
     counting, position = (np.mean([row[name]["mean"] for row in (ladder, final)])
                           for name in ("counting", "position"))
@@ -65,7 +67,7 @@ def test_the_tables_are_of_the_last_step_and_paired(study):
     assert harder["holm"]["of"] == plan.n_compared()
     # The rest is corrected for all that the plan asks, whatever is done. The primary: not at all.
     other = found["wirings"]["scored"]["seen"]["compared"]["ladder minus final"]
-    of = 1 + 4 + 4 + 6 + 9 + 4 + 1 + 2
+    of = 1 + 4 + 4 + 6 + 9 + 4 + 1 + 1 + 2
     assert "holm" not in test and other["holm"] == dict(p=min(1, of * other["p"]), of=of)
     shown = tables.part(found["primary"])
     assert f"| ladder minus final | {tables.points(test)} | {tables.chance(test['p'])} |" in shown
@@ -87,7 +89,7 @@ def test_no_two_comparisons_of_a_part_have_one_name():
 
 def test_the_outcome_is_the_mean_of_six_categories():
     """Other words are scored by lab.evaluate, and are no part of a mean here."""
-    of_study = trials.cases(types.SimpleNamespace(n=1))
+    of_study = trials.cases(types.SimpleNamespace(n=1, study="others"))
     assert {case.category for case in of_study} == set(evaluate.GENEVAL)
     assert set(of_study) < set(evaluate.cases("draw", 1))
     scores = {f"{category}, seen": [1.0, 1.0] for category in evaluate.GENEVAL}
@@ -152,11 +154,14 @@ def test_models_are_scored_after_steps_that_there_are(steps, looks, found):
 
 def test_pairs_never_seen_are_drawn_where_a_part_asks_for_them():
     """They come last, so that those who are not asked for them have the same places."""
-    args = types.SimpleNamespace(n=2, n_early=1, steps=4, looks=1)
+    args = types.SimpleNamespace(n=2, n_early=1, steps=4, looks=1, study="others")
     every, = trials.looks(args, [plan.Run(plan.Arm(), 0), plan.Run(plan.Arm("mean"), 0)]).values()
     seen, = trials.looks(args, [plan.Run(plan.Arm("mean"), 0)]).values()
     assert {case.pairs for case in every} == {"seen", "never seen"} and every == trials.cases(args)
     assert {case.pairs for case in seen} == {"seen"} and every[:len(seen)] == seen
+    # The primary question has runs of its own, and asks for none.
+    args.study = "primary"
+    assert trials.cases(args) == seen
 
 
 @pytest.mark.parametrize("moved, words", [
@@ -421,11 +426,11 @@ def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
         return trials.folder_of(ablate.options(words))
 
     given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"],
-             ["--dtype", "bfloat16"], ["--looks", "7"], ["--n-early", "7"])
+             ["--dtype", "bfloat16"], ["--looks", "7"], ["--n-early", "7"], ["--guidance", "7"])
     other = tmp_path / "other"
     TBAC.load(TOY_FOLDER).save(other, torch.bfloat16)
     found = {folder(), *(folder(*argv) for argv in given), folder("--dit", str(other))}
-    assert len(found) == 9 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
+    assert len(found) == 10 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
 
 
 @pytest.mark.slow

@@ -274,7 +274,7 @@ def test_runs_that_end_together_are_finished_together(tmp_path):
 
 def test_scores_are_those_of_evaluate(tmp_path):
     """The shipped model, in a stack with one that paints noise, by the same pictures as
-    lab.evaluate draws."""
+    lab.evaluate draws. The DiT that it started from may have been saved with another guidance."""
     args = options(tmp_path, "--draw-steps", 4)
     group = trials.Group([plan.Run(plan.Arm(mllm="facts"), seed) for seed in (0, 1)], args)
     toy = TBAC.load(TOY_FOLDER)
@@ -285,7 +285,10 @@ def test_scores_are_those_of_evaluate(tmp_path):
                 of_stack.copy_(p.view(of_stack[0].shape))
         group.state.params["0.dit.proj_out.weight"][1] = 0
     prompts = evaluate.first(4, evaluate.draw_case, "position", False)
-    found = group.score(group.stacks[0][0], prompts, map)
+    stack, _ = group.stacks[0]
+    stack.config = dataclasses.replace(stack.config, guidance=1.0)
+    assert toy.config.guidance == plan.GUIDANCE
+    found = group.score(stack, prompts, map)
     scores, _ = evaluate.score("draw", prompts, 1, lambda rows: evaluate.paint(
         toy, rows, 0, 32, steps=4))
     want = scores["draw", "position", "category", "seen"]
