@@ -504,20 +504,26 @@ def overfit(args):
 @torch.no_grad()
 def told(args):
     """What the queries' states say of each edit, in the code of lab/pretrain.py, judged as pictures
-    are. (A fixed reading: the DiT, which reads through a connector that learns, may find more.)"""
+    are: all depths together, and each by itself. (A fixed reading: the DiT, which reads through a
+    connector that learns, may find more.)"""
     model = load(args.model, args.device)
     if len(model.ladder.queries) != SummaryTokens.n:
         raise ValueError(f"told reads {SummaryTokens.n} queries, {args.model} has "
                          f"{len(model.ladder.queries)}")
     code = learnt_code(model, args).to(args.device)
+    cases = evaluate.cases("edit", args.n)
+    states = {case: model.query_states([case.prompt], [case.images(model.config.size)])
+              for case in tqdm(cases, "edits")}
 
-    def say(rows):
-        for case, _ in tqdm(rows, "edits", leave=False):
-            states = model.query_states([case.prompt], [case.images(model.config.size)])
-            yield from code.scenes(states)
+    def score(depths):
+        def say(rows):
+            return (code.scenes([states[case][i] for i in depths])[0] for case, _ in rows)
 
-    scores, _ = evaluate.score("edit", evaluate.cases("edit", args.n), 1, say)
-    return dict(table=evaluate.by_category(evaluate.summary(scores))["edit"])
+        scores, _ = evaluate.score("edit", cases, 1, say)
+        return evaluate.by_category(evaluate.summary(scores))["edit"]
+
+    depths = range(code.DEPTH, model.config.mllm.n_layer + 1)
+    return dict(table=score(depths), by_state={i: score([i]) for i in depths})
 
 
 STUDIES = dict(settings=settings, rungs=rungs, probes=probes, slots=slots, noise=noise, told=told,

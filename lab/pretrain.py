@@ -397,10 +397,10 @@ class SummaryTokens(AttributeCode):
         return said.expand(model.config.dit.n_layer, -1, -1, -1)
 
     def scenes(self, states: list[Tensor]) -> list[world.Scene]:
-        """The queries' states at every depth, each (B, Q, M) -> the scenes that they tell: of each
-        thing the likeliest attributes, by all its tokens and all depths from DEPTH on. Exact places
-        are the middles of eighths."""
-        logits = self.logits(torch.stack(states[self.DEPTH:]))         # (depths, B, Q, classes)
+        """The queries' states at some depths from DEPTH on, each (B, Q, M) -> the scenes that they
+        tell together: of each thing the likeliest attributes, by all its tokens. Exact places are
+        the middles of eighths."""
+        logits = self.logits(torch.stack(states))                      # (depths, B, Q, classes)
         by_thing = {name: x.log_softmax(-1).mean(0).unflatten(1, (4, -1)).mean(2)
                     for name, x in logits.items()}                     # (B, 4, classes)
         by_thing["background"] = by_thing["background"].mean(1, keepdim=True).expand(-1, 4, -1)

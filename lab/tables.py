@@ -287,8 +287,11 @@ def told() -> str:
     """Of all kinds of edits together: what the MLLM's queries tell, and what is drawn."""
     columns = [f"{what}, {pairs}" for pairs in ("seen", "never seen")
                for what in ("followed", "unchanged")]
-    rows = [["the queries' states tell it", *cells(mean(study("told")["table"]), *columns)],
-            ["the picture shows it", *cells(mean(scores("edit")), *columns)]]
+    found = study("told")
+    rows = [["the queries' states tell it", *cells(mean(found["table"]), *columns)]]
+    for i, row in found["by_state"].items():
+        rows.append([f"state {i} by itself", *cells(mean(row), *columns)])
+    rows.append(["the picture shows it", *cells(mean(scores("edit")), *columns)])
     return table(["", *columns], rows)
 
 
