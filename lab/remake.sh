@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # After lab.make: puts the new toy in its place and makes again all that hangs on its weights, on
-# two cores in about forty minutes. What pages and notebooks say of it is left to whoever reads them.
+# two cores in about fifty minutes. What pages and notebooks say of it is left to whoever reads them.
 #
 #     pip install nbclient nbformat ipykernel; apt-get install chromium
 #     bash lab/remake.sh runs/toy
@@ -14,16 +14,23 @@ if [ ! -f "$made/weights/model.safetensors" ] || [ ! -f "$made/weights/record.js
     echo "error: $made/weights holds no toy that lab.make has finished" >&2
     exit 1
 fi
+# The study's other MLLM, which docs/study.md says how to make.
+captions=()
+[ -d "$made/captions" ] && captions=(--captions "$made/captions")
 find toy/weights -type f ! -name README.md -delete
 cp "$made"/weights/* toy/weights/
 
 one() {
     python -m lab.ablate settings --out "$out/one"
-}
-other() {
-    for study in overfit told rungs probes; do
+    for study in slots noise; do
         python -m lab.ablate "$study" --out "$out/other"
     done
+}
+other() {
+    for study in overfit told rungs; do
+        python -m lab.ablate "$study" --out "$out/other"
+    done
+    python -m lab.ablate probes --out "$out/other" "${captions[@]}"
     python -m lab.evaluate --int8 --out "$out/int8"
     python -m lab.figures samples edits explain live
     python notebooks/run.py 2_latents 3_mllm 4_dit 5_ladder 6_training 7_inspect

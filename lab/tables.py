@@ -245,6 +245,36 @@ def probes_in_short() -> str:
     return table(["", *facts], rows)
 
 
+THINGS = ("its first", "its second", "the other's first", "the other's second")
+
+
+def slots() -> str:
+    """Which things are drawn where a slot is not its own prompt's, at every depth."""
+    rows = [[name.removesuffix(", every rung"), *cells(row, *THINGS)]
+            for name, row in study("slots")["table"].items() if ", rung" not in name]
+    return table(["", *THINGS], rows)
+
+
+def slots_by_depth() -> str:
+    """How often a slot's own thing is still drawn, and the other prompt's, if only one rung of that
+    slot is changed."""
+    found = study("slots")["table"]
+    depths = [name.split(", ")[1] for name in found if name.startswith("mute slot 0")]
+    rows = []
+    for slot, (own, other) in enumerate(zip(THINGS, THINGS[2:])):
+        for how, thing in (("mute", own), ("splice", own), ("splice", other)):
+            shares = [percent(found[f"{how} slot {slot}, {depth}"][thing]) for depth in depths]
+            rows.append([f"{how} slot {slot}: {thing}", *shares])
+    return table(["", *depths], rows)
+
+
+def noise() -> str:
+    whose = ("the noise's", "the prompt's", "of both together")
+    rows = [[what, *cells(row, *whose), str(row["known"])]
+            for what, row in study("noise")["table"].items()]
+    return table(["", *whose, "pictures"], rows)
+
+
 def score(row: dict) -> str:
     return percent(row["mean of 6"])
 
@@ -371,7 +401,8 @@ PAGES = {
     "README.md": dict(scores=scores_in_short),
     "docs/scores.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers,
                            int8=in_8_bits),
-    "docs/study.md": dict(rungs=rungs, probes=probes),
+    "docs/study.md": {"rungs": rungs, "probes": probes, "slots": slots,
+                      "slots by depth": slots_by_depth, "noise": noise},
     "toy/README.md": dict(examples=examples),
     "toy/weights/README.md": {"scores": scores_in_short, "by seed": by_seed},
     "docs/training.md": {"recipe": recipe, "board": board, "guidance": guidance, "solvers": solvers,
