@@ -23,7 +23,7 @@ PROMPTS_EARLY = 24
 # Scores along the way and at the end. That at three quarters of the steps is by all prompts, too.
 LOOKS = 4
 DRAW_STEPS = 10
-# The toy's own. The DiT that runs start from was saved before there was one to choose.
+# The toy's own, whatever the folder says that the DiT comes from.
 GUIDANCE = 6.5
 
 # From easy to hard, as in MOSAIC (arXiv 2605.00273).

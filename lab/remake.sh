@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # After lab.make: puts the new toy in its place and makes again all that hangs on its weights, on
-# two cores in about fifty minutes. What pages and notebooks say of it is left to whoever reads them.
+# two cores in about forty minutes. What pages and notebooks say of it is left to whoever reads them.
 #
 #     pip install nbclient nbformat ipykernel; apt-get install chromium
 #     bash lab/remake.sh runs/toy
