@@ -84,8 +84,9 @@ PRESETS = {"toy": {
     "dcae": COMMON | dict(steps=2000),
     "dit": COMMON | dict(steps=5000, batch=48, lr=3e-3),
 }}
-# What stage mllm learns besides captions and answers, see SummaryTokens and mark_words.
-AUX = ("summary", "pointing")
+# What stage mllm learns besides captions and answers: see SummaryTokens, mark_words and, for the
+# study, in place of the first, tokenize_conversation.
+AUX = ("summary", "pointing", "gist")
 
 
 def options(argv=None):
@@ -93,9 +94,10 @@ def options(argv=None):
 
 
 def own_options(add) -> None:
-    add("--aux", nargs="*", choices=AUX, default=AUX, help="what stage mllm learns besides "
-        "captions and answers: attributes at summary tokens, at words that point (--aux alone: "
-        "nothing)")
+    add("--aux", nargs="*", choices=AUX, default=AUX[:2], help="what stage mllm learns besides "
+        "captions and answers: attributes at summary tokens, at words that point; or to write from "
+        "what tokens behind the prompt have kept of it (--aux alone: nothing; default: summary "
+        "pointing)")
 
 
 def build(args) -> TBAC:
@@ -423,22 +425,28 @@ class SummaryTokens(AttributeCode):
 @dataclasses.dataclass
 class Marked:
     """A conversation, tokenized: a weight for each token to predict; marks: [(its place among the
-    tokens, {attribute: class})] of summary tokens and of words that point at a thing."""
+    tokens, {attribute: class})] of summary tokens and of words that point at a thing; unseen:
+    [(some tokens, what they do not see of what precedes them)], slices."""
     prompt: Prompt
     weight: list[float]
     summary: list
     pointing: list
+    unseen: list
 
 
 def tokenize_conversation(model: TBAC, code: SummaryTokens, talk: Conversation,
                           rng: random.Random, args) -> Marked:
     """Of the conversations that end in a drawing two thirds are followed by summary tokens in place
-    of the answer."""
+    of the answer. Or, as gist tokens (Mu et al. 2023, arXiv 2304.08467), by the same tokens and the
+    answer, which sees them and not what precedes them: so they come to hold it, and nothing says
+    how, nor at which depths."""
     tok, c = model.mllm.tokenizer, model.config.mllm.vision
     pictures = [patchify(world.render(talk.scene, args.size), c)] if talk.scene else []
     grids = [(h // c.merge, w // c.merge) for _, (h, w) in pictures]
     units = [h * w for h, w in grids]
-    summed_up = "summary" in args.aux and bool(talk.drawn) and rng.random() < 2 / 3
+    told = "summary" in args.aux and bool(talk.drawn)
+    gist = "gist" in args.aux and talk.system == DRAW
+    summed_up = (told or gist) and rng.random() < 2 / 3
     ids, weight, pointing = [], [], []
     for i, (question, answer) in enumerate(talk.turns):
         text = next_turn(question) if i else chat(question, units, talk.system)
@@ -451,14 +459,29 @@ def tokenize_conversation(model: TBAC, code: SummaryTokens, talk: Conversation,
         ids += asked + said
         # Every answer counts the same, however long.
         weight += [0.0] * len(asked) + [0.0 if summed_up else 1 / len(said)] * len(said)
-    summary = []
+    summary, unseen = [], []
     if summed_up:
-        labels = code.shown(talk.drawn, talk.target, exact=bool(talk.scene))
-        summary = [(len(ids) + i, known) for i, known in enumerate(labels)]
-        ids += [tok.special["endoftext"]] * code.n
-        weight += [0.0] * code.n
+        summary, unseen = add_summary(tok, code, talk, ids, weight, told)
     positions = mrope_positions(ids, tok.special["image_pad"], grids)
-    return Marked(Prompt(ids, positions, pictures), weight, summary, pointing)
+    return Marked(Prompt(ids, positions, pictures), weight, summary, pointing, unseen)
+
+
+def add_summary(tok: Tokenizer, code: SummaryTokens, talk: Conversation, ids: list, weight: list,
+                told: bool) -> tuple[list, list]:
+    """Adds summary tokens. told: these are asked what the drawing shows; else they are followed by
+    the answer, which does not see what precedes them. -> marks and unseen, as of Marked"""
+    n = len(ids)
+    ids += [tok.special["endoftext"]] * code.n
+    weight += [0.0] * code.n
+    labels, unseen = [{}] * code.n, []
+    if told:
+        labels = code.shown(talk.drawn, talk.target, exact=bool(talk.scene))
+    else:
+        said = tok.encode(talk.turns[0][1] + "<|im_end|>")
+        unseen = [(slice(len(ids), len(ids) + 1 + len(said)), slice(0, n))]
+        ids += [tok.special["vision_end"], *said]
+        weight += [0.0] + [1 / len(said)] * len(said)
+    return [(n + i, known) for i, known in enumerate(labels)], unseen
 
 
 def next_turn(question: str) -> str:
@@ -503,13 +526,16 @@ def join(mllm: MLLM, rows: list[list[Marked]]) -> tuple[Batch, Tensor, list[Mark
     to its own conversation, up to itself; weights (R, S); and each row as one Marked."""
     joined, owners = [], []
     for talks in rows:
-        whole, owner = Marked(Prompt([], torch.empty(3, 0, dtype=torch.long), []), [], [], []), []
+        nothing = Prompt([], torch.empty(3, 0, dtype=torch.long), [])
+        whole, owner = Marked(nothing, [], [], [], []), []
         for k, talk in enumerate(talks, 1):
             offset = len(owner)
             owner += [k] * len(talk.prompt.ids)
             whole.weight += talk.weight
             whole.summary += [(offset + place, known) for place, known in talk.summary]
             whole.pointing += [(offset + place, known) for place, known in talk.pointing]
+            whole.unseen += [tuple(slice(offset + part.start, offset + part.stop) for part in parts)
+                             for parts in talk.unseen]
         prompts = [talk.prompt for talk in talks]
         whole.prompt.ids = [id for prompt in prompts for id in prompt.ids]
         whole.prompt.positions = torch.cat([prompt.positions for prompt in prompts], 1)
@@ -520,8 +546,18 @@ def join(mllm: MLLM, rows: list[list[Marked]]) -> tuple[Batch, Tensor, list[Mark
     S = batch.ids.shape[1]
     padded = [[0.0] * (S - len(row.weight)) + row.weight for row in joined]
     weight = torch.tensor(padded, device=batch.ids.device)
-    batch = dataclasses.replace(batch, attention_mask=pack_mask(owners, batch.ids))
-    return batch, weight, joined
+    mask = hide(pack_mask(owners, batch.ids), joined)
+    return dataclasses.replace(batch, attention_mask=mask), weight, joined
+
+
+def hide(mask: Tensor, joined: list[Marked]) -> Tensor:
+    """Who attends to whom (R, 1, S, S), and not to what is unseen."""
+    for row, seen in zip(joined, mask[:, 0]):
+        # Padding is on the left.
+        n = len(row.prompt.ids)
+        for tokens, hidden in row.unseen:
+            seen[-n:, -n:][tokens, hidden] = False
+    return mask
 
 
 def mllm_loss(model: TBAC, code: SummaryTokens, rows: list, args):

@@ -650,6 +650,34 @@ def test_what_does_not_fit_into_a_row_is_left_out_with_its_marks(tmp_path):
     assert max(place for place, _ in marked.pointing) < len(marked.prompt.ids)
 
 
+def test_what_is_written_behind_gist_tokens_sees_nothing_but_these(tmp_path):
+    """So another prompt changes nothing in the first layer, where they hold none of it yet; in the
+    next one it does. And a neighbour in the same row sees none of it."""
+    started = start(tmp_path, "--aux", "gist", stage="mllm")
+    mllm, rng = started.model.mllm, types.SimpleNamespace(random=lambda: 0.0)
+    answers = "a red circle, on a white background", "two blue crosses, on a grey background"
+    talks = [pretrain.Conversation(pretrain.DRAW, None, [(f"draw {answer}", answer)])
+             for answer in answers]
+    marked = [pretrain.tokenize_conversation(started.model, started.helper, talk, rng, started.args)
+              for talk in talks]
+    batch, weight, (row,) = pretrain.join(mllm, [marked])
+    first, n = row.summary[0][0], started.helper.n
+    behind, end = first + n, len(marked[0].prompt.ids)
+    assert [place for place, _ in row.summary[:n]] == list(range(first, behind))
+    said = mllm.tokenizer.encode(answers[0] + "<|im_end|>")
+    # The token before them is asked for nothing: it stands for the end of a picture.
+    assert batch.ids[0, behind + 1:end].tolist() == said
+    assert (weight[0, :end] > 0).tolist() == [False] * (behind + 1) + [True] * len(said)
+
+    x = mllm.embed(batch)
+    other = x.clone()
+    other[0, :first] = x[0, :first].flip(0)
+    states, others = (mllm(x, batch.positions, batch.attention_mask) for x in (x, other))
+    changed = [[not torch.equal(a[0, part], b[0, part]) for a, b in zip(states[1:3], others[1:3])]
+               for part in (slice(first, behind), slice(behind, end), slice(end, None))]
+    assert changed == [[True, True], [False, True], [False, False]]
+
+
 def test_words_that_point_at_a_thing_end_in_the_token_that_tells_it(tmp_path, monkeypatch):
     """The labels of stage mllm, and the states that they are asked of: those of the token in which
     the words end, also where conversations share a row, which changes nothing for either."""
