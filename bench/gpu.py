@@ -232,10 +232,9 @@ TOGETHER = (2, 8, 32)
 def study_words(args):
     """The command line of the study's largest part. A rehearsal takes the toy for all that it
     starts from."""
-    start = args.study or TOY_FOLDER
-    dit, captions = (start / name if args.study else start for name in ("dit", "captions"))
-    words = ["primary", "--device", args.device, "--out", args.out.parent / "study", "--dit", dit,
-             "--captions", captions]
+    start = args.study or trials.all_of(TOY_FOLDER, args.out.parent / "start")
+    words = ["primary", "--device", args.device, "--out", args.out.parent / "study", "--start",
+             start]
     if args.rehearse:
         words += ["--seeds", 1, "--steps", 2, "--looks", 1, "--batch", 2, "--n", 1,
                   "--draw-steps", 1]
@@ -312,8 +311,8 @@ def options(steps, doc):
     p.add_argument("--out", type=pathlib.Path, required=True, help="JSON file")
     p.add_argument("--minutes", type=float, default=0.1,
                    help="for the toy from nothing, or for the study")
-    p.add_argument("--study", type=pathlib.Path, metavar="FOLDER", help="holds dit/ and captions/, "
-                   "which the study starts from (docs/study.md)")
+    p.add_argument("--study", type=pathlib.Path, metavar="FOLDER",
+                   help="what the study starts from (docs/study.md)")
     p.add_argument("--rehearse", action="store_true", help="on the CPU, at a tiny size")
     args = p.parse_args()
     args.device = "cpu" if args.rehearse else "cuda"

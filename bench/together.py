@@ -22,7 +22,8 @@ from sample import TOY_FOLDER
 
 def stacked(n, width, device, out):
     """-> one step of n models, in stacks of `width`, all of it"""
-    words = f"primary --dit {TOY_FOLDER} --captions {TOY_FOLDER} --dtype float32 --n 1 --out {out}"
+    start = trials.all_of(TOY_FOLDER, out / "start")
+    words = f"primary --start {start} --dtype float32 --n 1 --out {out}"
     args = ablate.options([*words.split(), "--device", device, "--width", str(width)])
     group = trials.Group(plan.PARTS["primary"].runs((n + 1) // 2)[:n], args)
     batches = group.batches()

@@ -11,13 +11,14 @@ one that attends to the last? docs/study.md says what is asked and what was fixe
     python -m lab.ablate others      these six: all but the primary one
 
 They train: stage t2i, several seeds of each model of lab/plan.py, all from the same DiT and
-autoencoder (those of --dit), many models at a time (lab/trials.py). What is finished is kept in
---out. A study that was stopped, by Ctrl-C, by --minutes or by a power cut, goes on where it
-was when the same command is given again. Given twice at once, in two shells, it uses two cores.
+autoencoder, many models at a time (lab/trials.py). What they start from lies in --start. What is
+finished is kept in --out. A study that was stopped, by Ctrl-C, by --minutes or by a power cut, goes
+on where it was when the same command is given again. Given twice at once, in two shells, it uses
+two cores.
 
     python -m lab.ablate settings    guidance, steps and image guidance against score
     python -m lab.ablate rungs       one rung at a time replaced
-    python -m lab.ablate probes      what the queries' states tell, depth by depth (with --captions)
+    python -m lab.ablate probes      what the queries' states tell, depth by depth (with --start)
     python -m lab.ablate slots       some of the queries muted, or taken from another prompt
     python -m lab.ablate noise       how much of place and number is the noise's
     python -m lab.ablate told        where edits are lost: what the queries' states say of them
@@ -277,7 +278,12 @@ def is_complete(args, part: Part) -> bool:
 
 
 def train(args, names: list[str]) -> None:
-    """Trains what is missing of these parts, then analyses those that are complete."""
+    """Trains what is missing of these parts, then analyses those that are complete. ValueError
+    where they have nothing to start from."""
+    missing = [name for name in trials.STARTS if not (args.start / name).is_dir()]
+    if missing:
+        raise ValueError(f"--start {args.start} has no {', '.join(missing)}: docs/study.md says "
+                         'under "To repeat it" how to make them')
     runs = [run for name in names for run in PARTS[name].runs(args.seeds)]
     clock = Clock(args.minutes)
     finished = trials.train_all(runs, args, clock)
@@ -317,7 +323,11 @@ def options(argv=None):
     add_machine(p.add_argument, torch.cuda.is_available())
     args = p.parse_args(argv)
     args.parts = list(PARTS)[1:] if args.study == "others" else [args.study]
-    args.steps = args.steps or (plan.STEPS if args.study == "primary" else plan.OTHER_STEPS)
+    of_the_plan = (plan.STEPS, plan.LOOKS)
+    if args.study != "primary":
+        of_the_plan = (plan.OTHER_STEPS, plan.OTHER_LOOKS)
+    args.steps = args.steps or of_the_plan[0]
+    args.looks = args.looks or of_the_plan[1]
     trains = args.study not in inside.STUDIES
     args.n = args.n or (plan.PROMPTS if trains else N_INSIDE.get(args.study, 24))
     args.n_early = min(args.n, args.n_early)
@@ -328,13 +338,10 @@ def options(argv=None):
 
 def add_folders(add) -> None:
     add("--model", type=command.path_text, default=str(TOY_FOLDER),
-        help="folder whose MLLM some arms read prompts by; the studies that do not train look at "
-        "all of it (default: the toy)")
-    add("--captions", type=command.path_text, help="folder with the MLLM without facts at depth "
-        "(lab.pretrain --stage mllm --aux), needed to train, for probes if there is one; any other "
-        "may take its place")
-    add("--dit", type=command.path_text, help="folder with the DiT before it met a ladder, and its "
-        "autoencoder (lab.pretrain --stage dit), needed to train")
+        help="folder of the model that studies which do not train look at (default: the toy)")
+    add("--start", type=command.path, help="folder with what runs start from, needed to train: "
+        "dit, the DiT before it met a ladder; mllm, captions, gist, the MLLMs (docs/study.md: \"To "
+        "repeat it\"). For probes the last two, if it is given")
     add("--out", type=command.path, default=pathlib.Path("runs/ablate"),
         help="folder for runs, tables and pictures (default: runs/ablate)")
 
@@ -348,8 +355,8 @@ def add_plan(add) -> None:
         "the others)")
     add("--batch", type=MANY, default=plan.BATCH,
         help=f"examples a step (default: {plan.BATCH})")
-    add("--looks", type=MANY, default=plan.LOOKS,
-        help=f"how often models are scored (default: {plan.LOOKS}, the last time at the end)")
+    add("--looks", type=MANY, help="how often models are scored, the last time at the end "
+        f"(default: {plan.LOOKS} for the primary question, {plan.OTHER_LOOKS} for the others)")
     add("--n", type=MANY, help=f"prompts per category (default: {plan.PROMPTS} to train, 24 else; "
         "slots and noise: 100 in all)")
     add("--n-early", type=MANY, default=plan.PROMPTS_EARLY,
@@ -364,9 +371,9 @@ def add_plan(add) -> None:
 def add_machine(add, gpu: bool) -> None:
     add("--width", type=MANY, default=40 if gpu else 1,
         help="models in one stack, as far as their shapes agree (default: 40, CPU 1)")
-    add("--together", type=MANY, default=1000 if gpu else 2,
+    add("--together", type=MANY, default=1000 if gpu else 8,
         help="models that learn from the same examples at once; on a CPU few, so that some are "
-        "finished soon (default: 1000, CPU 2)")
+        "finished soon (default: 1000, CPU 8)")
     add("--workers", type=command.count(0, MAX_WORKERS), default=4 if gpu else 0,
         help="processes that make examples (default: 4, CPU none)")
     add("--jobs", type=command.count(1, MAX_WORKERS), default=8 if gpu else 1,
@@ -380,21 +387,19 @@ def add_machine(add, gpu: bool) -> None:
 
 def refuse_missing(p, args) -> None:
     """The parts that runs start from."""
-    if not args.dit:
-        p.error("--dit FOLDER: the DiT that the runs start from, runs/toy/dit made by "
-                "`python -m lab.make --out runs/toy --stop-after dit`")
-    if not args.captions:
-        p.error("--captions FOLDER: the MLLM without facts at depth, made by `python -m "
-                "lab.pretrain --stage mllm --aux --model runs/toy/vit --out runs/toy/captions`")
+    if not args.start:
+        p.error(f"--start FOLDER: what runs start from, {', '.join(trials.STARTS)}; made as "
+                "docs/study.md says under \"To repeat it\"")
 
 
 def origin(args) -> dict:
     """What was asked for (folders without the way to them), by which code, on what."""
     said = {name: value for name, value in vars(args).items() if name != "parts"}
-    for folder in ("model", "captions", "dit", "out"):
+    for folder in ("model", "start", "out"):
         said[folder] = pathlib.Path(said[folder] or "").name
-    given = {"weights": args.model, "captions weights": args.captions, "dit weights": args.dit}
-    said |= {name: weights_digest(folder) for name, folder in given.items() if folder}
+    said["weights"] = weights_digest(args.model)
+    if args.start:
+        said |= {f"{name} weights": weights_digest(args.start / name) for name in trials.STARTS}
     return dict(options=said, commit=commit(), machine=machine(args.device))
 
 

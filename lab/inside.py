@@ -246,15 +246,19 @@ def probe_prompts(n):
 
 def probes(args):
     """Linear (ridge) probes of the queries' states at every depth, of all queries together and of
-    each by itself, fitted on some prompts and tested on others; in each MLLM that the plan knows.
-    The queries are those that a run starts from: they have learnt from none of the three."""
+    each by itself, fitted on some prompts and tested on others; in each MLLM that the plan knows,
+    two of them that of --model. The queries are those that a run starts from: they have learnt from
+    none of these."""
     texts, facts = probe_prompts(FITTED + TESTED)
     table = {fact: {} for fact in facts[0]}
     for name in plan.MLLMS:
-        if name == "captions" and not args.captions:
-            print("without --captions FOLDER that MLLM is left out")
-            continue
-        model = fast.enable(trials.with_mllm(args, name))
+        folder = args.model
+        if name not in ("facts", "random"):
+            if not args.start:
+                print(f"{name}: left out without --start FOLDER")
+                continue
+            folder = args.start / name
+        model = fast.enable(trials.with_mllm(folder, name, args.device))
         states = probe_states(model, texts)                            # (depths, prompts, Q, M)
         for fact in tqdm(table, name):
             table[fact][name] = probed(states, [said[fact] for said in facts])

@@ -14,9 +14,9 @@ if [ ! -f "$made/weights/model.safetensors" ] || [ ! -f "$made/weights/record.js
     echo "error: $made/weights holds no toy that lab.make has finished" >&2
     exit 1
 fi
-# The study's other MLLM, which docs/study.md says how to make.
-captions=()
-[ -d "$made/captions" ] && captions=(--captions "$made/captions")
+# What else the study reads by, which docs/study.md says how to make.
+start=()
+[ -d "$made/gist" ] && start=(--start "$made")
 find toy/weights -type f ! -name README.md -delete
 cp "$made"/weights/* toy/weights/
 
@@ -30,7 +30,7 @@ other() {
     for study in overfit told rungs; do
         python -m lab.ablate "$study" --out "$out/other"
     done
-    python -m lab.ablate probes --out "$out/other" "${captions[@]}"
+    python -m lab.ablate probes --out "$out/other" "${start[@]}"
     python -m lab.evaluate --int8 --out "$out/int8"
     python -m lab.figures samples edits explain live
     python notebooks/run.py 2_latents 3_mllm 4_dit 5_ladder 6_training 7_inspect

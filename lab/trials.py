@@ -45,9 +45,13 @@ from ladder import Ladder
 from tbac import TBAC, flow_matching
 from toy import grader
 
-# How arms learn, as the toy does in this stage: learning rate, warm-up, weight decay, clipping,
-# running mean, dropped texts. Steps, batch and the shift of the times are the plan's.
-RECIPE = types.SimpleNamespace(**train.PRESETS["toy"]["t2i"])
+# How arms learn, as the toy does in this stage: warm-up, weight decay, clipping, running mean,
+# dropped texts. Steps, batch, learning rate and the shift of the times are the plan's.
+RECIPE = types.SimpleNamespace(**train.PRESETS["toy"]["t2i"] | dict(lr=plan.LR))
+# What runs start from, folders in --start: the DiT before it met a ladder, with its autoencoder;
+# and the MLLMs of the plan.
+MLLM_FOLDERS = {"gist": "gist", "facts": "mllm", "captions": "captions", "random": "mllm"}
+STARTS = ("dit", "mllm", "captions", "gist")
 # Seconds between checkpoints: of 30 models one has 2 GB.
 SAVE_EVERY = 180
 # Pictures that are drawn at once, by all models of a stack together.
@@ -78,7 +82,7 @@ def folder_of(args) -> pathlib.Path:
     code, whose commit each of them names; and after when they are scored, by how many prompts."""
     prompts = "\n".join(case.prompt for case in cases(args))
     words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
-    weights = weights_digest(args.model, args.captions, args.dit)
+    weights = weights_digest(*(args.start / name for name in STARTS))
     settings = f"{args.steps}x{args.batch}-{args.draw_steps}-{args.guidance:g}-{args.dtype}"
     return args.out / f"runs-{weights}-{words}-{settings}-{args.looks}x{args.n_early}"
 
@@ -101,22 +105,30 @@ def group_folder(runs: list[Run], args) -> pathlib.Path:
 
 # --------------------------------------------------------------------------- models of one group
 
-def with_mllm(args, name: str) -> TBAC:
-    """The model of a folder that has this MLLM of the plan's, and a fresh ladder. Drawn on the CPU,
-    so that every device has the same."""
-    folders = {"facts": args.model, "captions": args.captions, "random": args.model}
-    model = TBAC.load(folders[name], "cpu", torch.float32)
+def all_of(folder, start: pathlib.Path) -> pathlib.Path:
+    """For a rehearsal: a --start, all of whose parts are this folder's -> start"""
+    start.mkdir(parents=True, exist_ok=True)
+    for name in STARTS:
+        if not (start / name).exists():
+            (start / name).symlink_to(folder.resolve(), target_is_directory=True)
+    return start
+
+
+def with_mllm(folder, name: str, device: str) -> TBAC:
+    """The model of a folder as this MLLM of the plan's, and a fresh ladder. Drawn on the CPU, so
+    that every device has the same."""
+    model = TBAC.load(folder, "cpu", torch.float32)
     if name == "random":
         model.mllm.init_weights(torch.Generator().manual_seed(0))
     model.ladder.init_weights(torch.Generator().manual_seed(0))
-    return model.to(args.device)
+    return model.to(device)
 
 
 def base_model(args, mllm: str) -> TBAC:
     """The parts that all runs of a group start from, the frozen ones in --dtype: the DiT and the
-    autoencoder whose latents it has learnt, and one of three MLLMs."""
-    model = TBAC.load(args.dit, args.device, torch.float32)
-    other = with_mllm(args, mllm)
+    autoencoder whose latents it has learnt, and one of the MLLMs."""
+    model = TBAC.load(args.start / "dit", args.device, torch.float32)
+    other = with_mllm(args.start / MLLM_FOLDERS[mllm], mllm, args.device)
     model.mllm = other.mllm
     model.config = dataclasses.replace(model.config, mllm=other.config.mllm)
     dtype = getattr(torch, args.dtype)

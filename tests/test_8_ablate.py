@@ -67,7 +67,7 @@ def test_the_tables_are_of_the_last_step_and_paired(study):
     assert harder["holm"]["of"] == plan.n_compared()
     # The rest is corrected for all that the plan asks, whatever is done. The primary: not at all.
     other = found["wirings"]["scored"]["seen"]["compared"]["ladder minus final"]
-    of = 1 + 4 + 4 + 6 + 9 + 4 + 1 + 1 + 2
+    of = 1 + 4 + 4 + 6 + 9 + 6 + 1 + 1 + 2
     assert "holm" not in test and other["holm"] == dict(p=min(1, of * other["p"]), of=of)
     shown = tables.part(found["primary"])
     assert f"| ladder minus final | {tables.points(test)} | {tables.chance(test['p'])} |" in shown
@@ -307,7 +307,7 @@ def test_a_probe_finds_in_which_query_and_depth_a_fact_is(monkeypatch):
     assert max(*others, *found["together"][:2]) < 0.6 and 0.2 < found["chance"] < 0.5
 
 
-def test_probes_are_of_three_mllms_by_the_same_fresh_queries(tmp_path, monkeypatch):
+def test_probes_are_of_all_mllms_by_the_same_fresh_queries(tmp_path, monkeypatch):
     monkeypatch.setattr(inside, "FITTED", 60)
     monkeypatch.setattr(inside, "TESTED", 20)
     read = []
@@ -320,19 +320,23 @@ def test_probes_are_of_three_mllms_by_the_same_fresh_queries(tmp_path, monkeypat
     other = TBAC.load(TOY_FOLDER)
     with torch.no_grad():
         other.mllm.embed_tokens.weight.mul_(2)
-    other.save(tmp_path / "captions")
-    words = ["probes", "--out", str(tmp_path), "--captions", str(tmp_path / "captions")]
+    start = trials.all_of(TOY_FOLDER, tmp_path / "start")
+    (start / "captions").unlink()
+    other.save(start / "captions")
+    words = ["probes", "--out", str(tmp_path), "--start", str(start)]
     table = inside.probes(ablate.options(words))["table"]
     queries, embedded = zip(*read)
     assert all(torch.equal(queries[0], own) for own in queries)
     fresh = TBAC.load(TOY_FOLDER)
-    assert torch.equal(embedded[1], fresh.mllm.embed_tokens.weight.float())
-    assert torch.equal(embedded[0], 2 * embedded[1]) and not torch.equal(*embedded[1:])
+    by_name = dict(zip(plan.MLLMS, embedded))
+    for name, factor in (("gist", 1), ("facts", 1), ("captions", 2)):
+        own = factor * fresh.mllm.embed_tokens.weight.float()
+        assert torch.equal(by_name[name], own) and not torch.equal(by_name["random"], own), name
     fresh.ladder.float().init_weights(torch.Generator().manual_seed(0))
     assert torch.equal(queries[0], fresh.ladder.queries)
     assert all(row.keys() == plan.MLLMS.keys() for row in table.values())
     lines = tables.probes_by_state(table).splitlines()
-    assert len(lines) == 2 + 3 * 6 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + 4 * 6 and len({line.count("|") for line in lines}) == 1
     picture = np.array(Image.open(tmp_path / "probes.png").convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
     # What is drawn is drawn on the CPU, wherever it is needed.
@@ -404,8 +408,7 @@ def test_a_look_inside_writes_its_table_and_its_figure(study, tmp_path):
 
 @pytest.mark.parametrize("argv, message", [
     (["wirings", "--n", "0"], "must be a whole number from 1"),
-    (["wirings"], "--dit FOLDER"),
-    (["others", "--dit", "x"], "--captions FOLDER"),
+    (["wirings"], "--start FOLDER"),
     (["everything"], "invalid choice"),
 ])
 def test_options_that_say_nothing(argv, message, capsys):
@@ -414,30 +417,40 @@ def test_options_that_say_nothing(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_study_says_what_it_has_nothing_to_start_from(tmp_path):
+    (tmp_path / "dit").mkdir()
+    done = run("-m", "lab.ablate", "others", "--start", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"--start {tmp_path} has no mllm, captions, gist" in done.stderr
+
+
 def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
     """Other weights, other prompts, other options: another folder."""
     monkeypatch.setattr(trials, "cases", lambda args: SIX[:args.n])
     for case in SIX:
         monkeypatch.setattr(case, "prompt", "x", raising=False)
 
+    start = trials.all_of(TOY_FOLDER, tmp_path / "start")
+
     def folder(*argv):
-        words = ["wirings", "--out", str(tmp_path), "--dit", str(TOY_FOLDER), "--captions",
-                 str(TOY_FOLDER), "--dtype", "float32", *argv]
+        words = ["wirings", "--out", str(tmp_path), "--start", str(start), "--dtype", "float32",
+                 *argv]
         return trials.folder_of(ablate.options(words))
 
     given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"],
              ["--dtype", "bfloat16"], ["--looks", "7"], ["--n-early", "7"], ["--guidance", "7"])
-    other = tmp_path / "other"
-    TBAC.load(TOY_FOLDER).save(other, torch.bfloat16)
-    found = {folder(), *(folder(*argv) for argv in given), folder("--dit", str(other))}
+    other = trials.all_of(TOY_FOLDER, tmp_path / "other")
+    (other / "dit").unlink()
+    TBAC.load(TOY_FOLDER).save(other / "dit", torch.bfloat16)
+    found = {folder(), *(folder(*argv) for argv in given), folder("--start", str(other))}
     assert len(found) == 10 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
 
 
 @pytest.mark.slow
 def test_a_small_study_goes_on_where_it_was_stopped(tmp_path):
-    argv = ("-m", "lab.ablate", "primary", "--dit", TOY_FOLDER, "--captions", TOY_FOLDER, "--out",
-            tmp_path, "--seeds", 1, "--steps", 2, "--looks", 1, "--batch", 2, "--n", 1,
-            "--draw-steps", 1)
+    start = trials.all_of(TOY_FOLDER, tmp_path / "start")
+    argv = ("-m", "lab.ablate", "primary", "--start", start, "--out", tmp_path, "--seeds", 1,
+            "--steps", 2, "--looks", 1, "--batch", 2, "--n", 1, "--draw-steps", 1)
     done = run(*argv, "--minutes", 0)
     assert done.returncode == 0, done.stderr
     assert "stopped: 0 of 2 models are finished" in done.stdout
