@@ -19,11 +19,14 @@ from engine.options import store
 from lab import ablate, plan, trials
 from sample import TOY_FOLDER
 
+# Examples a step: more than the study's own, as other stages have.
+BATCH = 24
+
 
 def stacked(n, width, device, out):
     """-> one step of n models, in stacks of `width`, all of it"""
     start = trials.all_of(TOY_FOLDER, out / "start")
-    words = f"primary --start {start} --dtype float32 --n 1 --out {out}"
+    words = f"primary --start {start} --dtype float32 --n 1 --batch {BATCH} --out {out}"
     args = ablate.options([*words.split(), "--device", device, "--width", str(width)])
     group = trials.Group(plan.PARTS["primary"].runs((n + 1) // 2)[:n], args)
     batches = group.batches()
@@ -32,7 +35,7 @@ def stacked(n, width, device, out):
 
 def single(device, out):
     """-> one step of one model as train.py takes it"""
-    args = train.options(["--batch", str(plan.BATCH), "--dtype", "float32", "--device", device,
+    args = train.options(["--batch", str(BATCH), "--dtype", "float32", "--device", device,
                           "--out", str(out), "--wiring", "ladder"])
     out.mkdir(parents=True, exist_ok=True)
     store(args)
