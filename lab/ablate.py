@@ -2,13 +2,14 @@
 one that attends to the last? docs/study.md says what is asked and what was fixed before.
 
     python -m lab.ablate primary     ladder against final: the one question that the study is for
+    python -m lab.ablate penultimate the same against another single depth
     python -m lab.ablate wirings     every wiring of ladder.py
     python -m lab.ablate connectors  one connector for all blocks, or one for each
     python -m lab.ablate queries     4, 8, 16, 32 queries
     python -m lab.ablate pairs       2, 6, 12 pairs of colour and shape held out
-    python -m lab.ablate mllms       three MLLMs
+    python -m lab.ablate mllms       four MLLMs
     python -m lab.ablate shift       times shifted in training, or not
-    python -m lab.ablate others      these six: all but the primary one
+    python -m lab.ablate others      these six: all but the first two
 
 They train: stage t2i, several seeds of each model of lab/plan.py, all from the same DiT and
 autoencoder, many models at a time (lab/trials.py). What they start from lies in --start. What is
@@ -159,13 +160,23 @@ def minus(scores: dict, ours: str, theirs: str | None = None) -> np.ndarray:
     return scores[ours] - scores[theirs] if theirs else scores[ours]
 
 
-def several(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
+def again(args, part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
     """What is compared, once more: without the categories of a single object, which may be near
-    their ceiling."""
-    own = ~np.isin(groups, evaluate.ALONE)
-    scores = {label: table[:, own] for label, table in scores.items()}
-    return {f"{label}, several objects": found
-            for label, found in compare(part, scores, groups[own]).items()}
+    their ceiling; and by the prompts that no pilot run was judged by, which are not those of the
+    looks along the way."""
+    early = trials.early(args)
+    places = chosen(trials.cases(args), "seen", 2)
+    cases = [trials.cases(args)[i] for i in places]
+    ways = {"several objects": ~np.isin(groups, evaluate.ALONE),
+            "new prompts": np.array([case not in early for case in cases])}
+    found = {}
+    for way, own in ways.items():
+        if not own.any():
+            continue
+        kept = {label: table[:, own] for label, table in scores.items()}
+        found |= {f"{label}, {way}": test
+                  for label, test in compare(part, kept, groups[own]).items()}
+    return found
 
 
 def order(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
@@ -179,16 +190,18 @@ def order(part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estimate]:
     return found
 
 
-def last_quarter(args, part: Part) -> Estimate | None:
-    """By how much the mean of all arms moves in the last quarter of the steps. None where they were
-    scored at the end only."""
+def last_quarter(args, part: Part) -> dict[str, Estimate]:
+    """By how much the mean of all arms moves in the last quarter of the steps; each arm; and what
+    is compared. Nothing where they were scored at the end only."""
     start = trials.three_quarters(args)
     if start is None:
-        return None
+        return {}
     (before, groups), (after, _) = (scores_of(args, part, "seen", step)
                                     for step in (start, args.steps))
-    moved = [after[label] - before[label] for label in part.arms]
-    return statistics.estimate(np.mean(moved, 0), groups)
+    moved = {label: after[label] - before[label] for label in part.arms}
+    found = {"all arms": np.mean(list(moved.values()), 0)} | moved
+    found |= {difference(*pair): minus(moved, *pair) for pair in part.compared}
+    return {label: statistics.estimate(table, groups) for label, table in found.items()}
 
 
 def analyse(args, name: str) -> dict:
@@ -201,19 +214,28 @@ def analyse(args, name: str) -> dict:
                                         compared=compare(part, scores, groups),
                                         prompts=len(groups))
     contrasts = gaps(part, scored) | order(part, *scored["seen"])
-    if part.several:
-        contrasts = several(part, *scored["seen"]) | contrasts
-    moved = last_quarter(args, part)
+    if part.again:
+        contrasts = again(args, part, *scored["seen"]) | contrasts
+    moved = {label: test.json() for label, test in last_quarter(args, part).items()}
     runs = {run.name: trials.result(args, run) for run in part.runs(args.seeds)}
     return content | dict(
-        contrasts=contrasts, curve=curve_of(args, part), last_quarter=moved and moved.json(),
-        runs=runs)
+        contrasts=contrasts, curve=curve_of(args, part), last_quarter=moved, runs=runs)
 
 
 def tests_of(content: dict) -> dict[str, dict]:
     """{which prompts: {what is compared, in words: the test}}"""
     found = {pairs: scored["compared"] for pairs, scored in content["scored"].items()}
     return found | dict(contrasts=content["contrasts"])
+
+
+def at_the_floor(part: Part, content: dict) -> set[tuple[str, str]]:
+    """{(which prompts, what is compared)} where neither arm draws what it should."""
+    found = set()
+    for pairs, scored in content["scored"].items():
+        means = {label: list(row.values())[-1]["mean"] for label, row in scored["table"].items()}
+        found |= {(pairs, difference(*pair)) for pair in part.compared
+                  if max(means[label] for label in pair) < plan.FLOOR}
+    return found
 
 
 def correct(found: dict[str, dict]) -> None:
@@ -229,7 +251,10 @@ def correct(found: dict[str, dict]) -> None:
     for key, test in family.items():
         name, which, label = key
         p = corrected.get(key)
-        row = test.json() | dict(verdict=statistics.verdict(test, plan.SMALLEST / 100, p))
+        verdict = statistics.verdict(test, plan.SMALLEST / 100, p)
+        if (which, label) in at_the_floor(PARTS[name], found[name]):
+            verdict = "both at the floor"
+        row = test.json() | dict(verdict=verdict)
         if p is not None:
             row["holm"] = dict(p=p, of=plan.n_compared())
         tests_of(found[name])[which][label] = row
@@ -322,10 +347,12 @@ def options(argv=None):
     add_plan(p.add_argument)
     add_machine(p.add_argument, torch.cuda.is_available())
     args = p.parse_args(argv)
-    args.parts = list(PARTS)[1:] if args.study == "others" else [args.study]
-    of_the_plan = (plan.STEPS, plan.LOOKS)
-    if args.study != "primary":
-        of_the_plan = (plan.OTHER_STEPS, plan.OTHER_LOOKS)
+    args.parts = [args.study]
+    if args.study == "others":
+        args.parts = [name for name in PARTS if not plan.is_long(name)]
+    of_the_plan = (plan.OTHER_STEPS, plan.OTHER_LOOKS)
+    if plan.is_long(args.study):
+        of_the_plan = (plan.STEPS, plan.LOOKS)
     args.steps = args.steps or of_the_plan[0]
     args.looks = args.looks or of_the_plan[1]
     trains = args.study not in inside.STUDIES
@@ -351,12 +378,14 @@ def add_plan(add) -> None:
     add("--seeds", type=MANY, help="runs of each model (default: the plan's, 8 or 5; with 1, "
         "intervals and p know nothing of how seeds differ)")
     add("--steps", type=command.count(1, MAX_TRAINING_STEPS),
-        help=f"of training (default: {plan.STEPS} for the primary question, {plan.OTHER_STEPS} for "
-        "the others)")
+        help=f"of training (default: {plan.STEPS} for primary and penultimate, {plan.OTHER_STEPS} "
+        "for the others)")
     add("--batch", type=MANY, default=plan.BATCH,
         help=f"examples a step (default: {plan.BATCH})")
+    add("--lr", type=command.real(0, 1), default=plan.LR,
+        help=f"learning rate (default: {plan.LR})")
     add("--looks", type=MANY, help="how often models are scored, the last time at the end "
-        f"(default: {plan.LOOKS} for the primary question, {plan.OTHER_LOOKS} for the others)")
+        f"(default: {plan.LOOKS} for primary and penultimate, {plan.OTHER_LOOKS} for the others)")
     add("--n", type=MANY, help=f"prompts per category (default: {plan.PROMPTS} to train, 24 else; "
         "slots and noise: 100 in all)")
     add("--n-early", type=MANY, default=plan.PROMPTS_EARLY,

@@ -14,10 +14,11 @@ from toy.world import COLOURS, HELD_OUT, SHAPES
 SMALLEST = 3.0
 # A curve that moves less than this in its last quarter has arrived.
 STILL = 2.0
-# Of the primary question, and of the others, which are many.
+# Below this share of pictures, for both arms, a difference says nothing of them.
+FLOOR = 0.2
+# Of the primary question and the one beside it; and of the others, which are many.
 STEPS, OTHER_STEPS = 3000, 1000
-# Many small steps: for equal time they teach as much as few large ones, or more (docs/study.md:
-# "Pilot runs").
+# Chosen by pilot runs (docs/study.md).
 BATCH, LR = 8, 4e-4
 # Prompts per category: at the end, and along the way.
 PROMPTS = 96
@@ -89,16 +90,18 @@ class Part:
     seen (of pairs that no arm holds out) or never seen (with a pair that all arms hold out).
 
     And other prompts of the same models. gaps: seen minus never seen, of one label, or of one minus
-    another; several: what is compared, by prompts of several objects only; order: categories, each
-    of which is asked to be easier than the next, by all arms."""
+    another; again: what is compared, once more by prompts of several objects only, and by those
+    that no pilot run was judged by; order: categories, each of which is asked to be easier than the
+    next, by all arms. long: trained for STEPS, the others for OTHER_STEPS."""
     question: str
     arms: dict[str, Arm]
     compared: tuple[tuple[str, str], ...]
     seeds: int = 5
     scored: tuple[str, ...] = ("seen",)
     gaps: tuple[tuple[str, ...], ...] = ()
-    several: bool = False
+    again: bool = False
     order: tuple[str, ...] = ()
+    long: bool = False
 
     def runs(self, seeds: int | None = None) -> list[Run]:
         return [Run(arm, seed) for seed in range(seeds or self.seeds)
@@ -129,12 +132,14 @@ MLLM_ARMS, MLLM_PAIRS = table("MLLM {}", "mllm", MLLMS)
 CONNECTOR_ARMS, CONNECTOR_PAIRS = table("connector {}", "connector", CONNECTORS)
 
 PARTS = {
-    "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=8,
-                    several=True, order=DIFFICULTY),
-    # `final` is one depth, and normed; `penultimate` is one depth, and as the ladder's are.
+    "primary": Part("does the ladder help?", both(), (("ladder", "final"),), seeds=8, again=True,
+                    order=DIFFICULTY, long=True),
+    # `final` is one depth, normed, and no lesson asked for it; `penultimate` is one depth, too.
+    "penultimate": Part("is it the number of depths?",
+                        {wiring: Arm(wiring) for wiring in ("ladder", "final", "penultimate")},
+                        (("ladder", "penultimate"), ("penultimate", "final")), seeds=8, long=True),
     "wirings": Part("which states, in which order?", {wiring: Arm(wiring) for wiring in WIRINGS},
-                    tuple((wiring, "final") for wiring in WIRINGS if wiring != "final")
-                    + (("ladder", "penultimate"),)),
+                    tuple((wiring, "final") for wiring in WIRINGS if wiring != "final")),
     "connectors": Part("is it the connector?", CONNECTOR_ARMS, CONNECTOR_PAIRS + (
         ("ladder, connector per-block", "ladder, connector shared"),
         ("final, connector per-block", "final, connector shared"))),
@@ -150,6 +155,11 @@ PARTS = {
 }
 
 
+def is_long(study: str) -> bool:
+    """Is it a part whose runs are trained for STEPS?"""
+    return study in PARTS and PARTS[study].long
+
+
 def scored_by_never_seen(arm: Arm) -> bool:
     """Does a part ask for pairs that it has never seen?"""
     return any("never seen" in part.scored and arm in part.arms.values() for part in PARTS.values())
@@ -159,6 +169,6 @@ def n_compared() -> int:
     """All comparisons beside the primary one, whichever of them have been made so far."""
     n = -1
     for part in PARTS.values():
-        n += len(part.compared) * (len(part.scored) + part.several)
+        n += len(part.compared) * (len(part.scored) + 2 * part.again)
         n += len(part.gaps) + len(part.order[1:])
     return n

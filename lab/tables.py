@@ -373,16 +373,19 @@ def tests(title: str, found: dict) -> str:
     return table([title, "points", "p", "Holm", ""], rows)
 
 
-def arrival(moved: dict | None) -> str:
-    """Have the curves arrived? In words. Only an interval that holds nothing larger says so."""
-    if moved is None:
+def arrival(moved: dict) -> str:
+    """Have the curves arrived? In words, by the mean of all arms. Only an interval that holds
+    nothing larger says so."""
+    if not moved:
         return "scored at the end only: whether the curves have arrived is not known"
-    low, high = (100 * x for x in moved["interval"])
-    said = f"last quarter of the steps: {points(moved, 1)} points, the curves"
-    if low > -plan.STILL and high < plan.STILL:
-        return f"{said} have arrived"
+    whole = next(iter(moved.values()))
+    low, high = (100 * x for x in whole["interval"])
     moves = low > plan.STILL or high < -plan.STILL
-    return f"{said} {'have' if moves else 'may have'} not arrived: take more --steps"
+    said = f"{'have' if moves else 'may have'} not arrived: take more --steps"
+    if low > -plan.STILL and high < plan.STILL:
+        said = "have arrived"
+    each = "; ".join(f"{label} {points(row, 1)}" for label, row in moved.items())
+    return f"Last quarter of the steps, points: {each}. By the first the curves {said}."
 
 
 def part(content: dict) -> str:

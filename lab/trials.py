@@ -47,7 +47,7 @@ from toy import grader
 
 # How arms learn, as the toy does in this stage: warm-up, weight decay, clipping, running mean,
 # dropped texts. Steps, batch, learning rate and the shift of the times are the plan's.
-RECIPE = types.SimpleNamespace(**train.PRESETS["toy"]["t2i"] | dict(lr=plan.LR))
+RECIPE = types.SimpleNamespace(**train.PRESETS["toy"]["t2i"])
 # What runs start from, folders in --start: the DiT before it met a ladder, with its autoencoder;
 # and the MLLMs of the plan.
 MLLM_FOLDERS = {"gist": "gist", "facts": "mllm", "captions": "captions", "random": "mllm"}
@@ -70,9 +70,9 @@ def write_json(file: pathlib.Path, content) -> None:
 def cases(args) -> list:
     """The prompts that runs are scored by, the same for all: of GenEval's six categories, in words
     that training uses; first those of seen pairs. (Where nobody asks for the others, they are not
-    drawn. The primary question, whose runs are its own, does not.)"""
+    drawn. The primary question and the one beside it, whose runs are their own, do not.)"""
     found = [case for case in evaluate.cases("draw", args.n) if case.category in evaluate.GENEVAL]
-    if args.study == "primary":
+    if plan.is_long(args.study):
         return [case for case in found if case.pairs == "seen"]
     return sorted(found, key=lambda case: case.pairs != "seen")
 
@@ -83,7 +83,8 @@ def folder_of(args) -> pathlib.Path:
     prompts = "\n".join(case.prompt for case in cases(args))
     words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
     weights = weights_digest(*(args.start / name for name in STARTS))
-    settings = f"{args.steps}x{args.batch}-{args.draw_steps}-{args.guidance:g}-{args.dtype}"
+    settings = f"{args.steps}x{args.batch}x{args.lr:g}-{args.draw_steps}-{args.guidance:g}"
+    settings += f"-{args.dtype}"
     return args.out / f"runs-{weights}-{words}-{settings}-{args.looks}x{args.n_early}"
 
 
@@ -163,13 +164,13 @@ def build_stacks(model: TBAC, runs: list[Run], width: int) -> list[tuple[Stack, 
     return stacks
 
 
-def adamw(params: dict[str, Tensor]) -> torch.optim.Optimizer:
+def adamw(params: dict[str, Tensor], lr: float) -> torch.optim.Optimizer:
     """As train.adamw: weight decay for matrices only. A stack has one dimension more."""
     matrices = [p for p in params.values() if p.dim() > 2]
     vectors = [p for p in params.values() if p.dim() <= 2]
     groups = [dict(params=matrices, weight_decay=RECIPE.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=RECIPE.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 @torch.no_grad()
@@ -220,7 +221,8 @@ class Group:
         self.stacks = build_stacks(self.model, runs, args.width)
         params = {f"{i}.{name}": p for i, (stack, _) in enumerate(self.stacks)
                   for name, p in stack.params.items()}
-        self.state = State(params, adamw, RECIPE.ema, getattr(torch, args.dtype))
+        optimizer = functools.partial(adamw, lr=args.lr)
+        self.state = State(params, optimizer, RECIPE.ema, getattr(torch, args.dtype))
         self.folder = group_folder(runs, args)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
@@ -311,7 +313,8 @@ class Group:
             found.append(losses.detach())
         for i in range(len(self.stacks)):
             clip_each([p for name, p in state.params.items() if name.startswith(f"{i}.")])
-        settings = types.SimpleNamespace(**vars(RECIPE) | dict(steps=self.args.steps))
+        given = dict(steps=self.args.steps, lr=self.args.lr)
+        settings = types.SimpleNamespace(**vars(RECIPE) | given)
         for group in state.optimizer.param_groups:
             group["lr"] = train.learning_rate(state.step, settings)
         state.optimizer.step()
@@ -363,7 +366,7 @@ class Group:
         """ValueError where a model has become infinite or NaN."""
         if name := self.state.not_finite():
             raise ValueError(f"step {self.state.step}: {name} has values that are not finite; "
-                             "take a smaller learning rate (lab/trials.py:RECIPE)")
+                             "take a smaller --lr")
 
     def save(self) -> None:
         """A checkpoint, unless this step has one."""

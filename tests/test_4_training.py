@@ -660,10 +660,12 @@ def test_what_is_written_behind_gist_tokens_sees_nothing_but_these(tmp_path):
              for answer in answers]
     marked = [pretrain.tokenize_conversation(started.model, started.helper, talk, rng, started.args)
               for talk in talks]
-    batch, weight, (row,) = pretrain.join(mllm, [marked])
-    first, n = row.summary[0][0], started.helper.n
-    behind, end = first + n, len(marked[0].prompt.ids)
-    assert [place for place, _ in row.summary[:n]] == list(range(first, behind))
+    # The second row is longer, so the first one is padded.
+    batch, weight, (row, _) = pretrain.join(mllm, [marked, marked + marked[:1]])
+    pad, n = batch.ids.shape[1] - len(row.prompt.ids), started.helper.n
+    first = pad + row.summary[0][0]
+    behind, end = first + n, pad + len(marked[0].prompt.ids)
+    assert pad > 0 and [pad + place for place, _ in row.summary[:n]] == list(range(first, behind))
     said = mllm.tokenizer.encode(answers[0] + "<|im_end|>")
     # The token before them is asked for nothing: it stands for the end of a picture.
     assert batch.ids[0, behind + 1:end].tolist() == said
@@ -671,7 +673,7 @@ def test_what_is_written_behind_gist_tokens_sees_nothing_but_these(tmp_path):
 
     x = mllm.embed(batch)
     other = x.clone()
-    other[0, :first] = x[0, :first].flip(0)
+    other[0, pad:first] = x[0, pad:first].flip(0)
     states, others = (mllm(x, batch.positions, batch.attention_mask) for x in (x, other))
     changed = [[not torch.equal(a[0, part], b[0, part]) for a, b in zip(states[1:3], others[1:3])]
                for part in (slice(first, behind), slice(behind, end), slice(end, None))]

@@ -21,7 +21,7 @@ CIRCLE = world.Scene((world.Thing("circle", "red", "medium", 0.5, 0.5),))
 SIX = [types.SimpleNamespace(category=category, pairs="seen", target=CIRCLE)
        for category in evaluate.GENEVAL for _ in range(4)]
 PART = plan.Part("?", plan.both(), (("ladder", "final"),), seeds=3)
-ORDERED = dataclasses.replace(PART, several=True, order=plan.DIFFICULTY)
+ORDERED = dataclasses.replace(PART, again=True, order=plan.DIFFICULTY)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_the_tables_are_of_the_last_step_and_paired(study):
     assert harder["holm"]["of"] == plan.n_compared()
     # The rest is corrected for all that the plan asks, whatever is done. The primary: not at all.
     other = found["wirings"]["scored"]["seen"]["compared"]["ladder minus final"]
-    of = 1 + 4 + 4 + 6 + 9 + 6 + 1 + 1 + 2
+    of = 1 + 2 + 4 + 4 + 6 + 9 + 6 + 1 + 2 + 2
     assert "holm" not in test and other["holm"] == dict(p=min(1, of * other["p"]), of=of)
     shown = tables.part(found["primary"])
     assert f"| ladder minus final | {tables.points(test)} | {tables.chance(test['p'])} |" in shown
@@ -139,10 +139,39 @@ def test_the_last_quarter_is_that_of_all_prompts(study):
     assert trials.three_quarters(study) == 3
     moved = ablate.last_quarter(study, PART)
     (before, _), (after, _) = (ablate.scores_of(study, PART, "seen", step) for step in (3, 4))
-    wanted = np.mean([(after[label] - before[label]).mean() for label in before])
-    assert moved.mean == pytest.approx(wanted) and moved.low < moved.mean < moved.high
+    wanted = {label: (after[label] - before[label]).mean() for label in before}
+    ladder, final = wanted.values()
+    wanted |= {"all arms": (ladder + final) / 2, "ladder minus final": ladder - final}
+    assert list(moved) == ["all arms", "ladder", "final", "ladder minus final"]
+    for label, found in moved.items():
+        assert found.mean == pytest.approx(wanted[label]) and found.low < found.mean < found.high
     study.looks = 1
-    assert ablate.last_quarter(study, PART) is None
+    assert ablate.last_quarter(study, PART) == {}
+
+
+def test_new_prompts_are_those_that_no_pilot_was_judged_by(study, monkeypatch):
+    """The first prompt of each category has told the pilots something, the other three have not."""
+    cases = [types.SimpleNamespace(**vars(case), prompt=i) for i, case in enumerate(SIX)]
+    monkeypatch.setattr(trials, "cases", lambda args: cases)
+    scores, groups = ablate.scores_of(study, PART, "seen")
+    found = ablate.again(study, PART, scores, groups)["ladder minus final, new prompts"]
+    new = [i for i in range(24) if i % 4]
+    wanted = (scores["ladder"] - scores["final"])[:, new].mean()
+    assert found.mean == pytest.approx(wanted)
+
+
+def test_what_neither_arm_can_draw_says_nothing_of_them(study, monkeypatch):
+    """However alike they are."""
+    monkeypatch.setattr(plan, "FLOOR", 0.0)
+    found = {name: ablate.analyse(study, name) for name in ("primary", "wirings")}
+    ablate.correct(found)
+    monkeypatch.setattr(plan, "FLOOR", 1.1)
+    low = {name: ablate.analyse(study, name) for name in ("primary", "wirings")}
+    ablate.correct(low)
+    tests = [content["wirings"]["scored"]["seen"]["compared"]["ladder minus final"]
+             for content in (found, low)]
+    assert tests[0]["p"] == tests[1]["p"] and tests[1]["verdict"] == "both at the floor"
+    assert tests[0]["verdict"] in ("more", "open")
 
 
 @pytest.mark.parametrize("steps, looks, found", [
@@ -167,12 +196,15 @@ def test_pairs_never_seen_are_drawn_where_a_part_asks_for_them():
 @pytest.mark.parametrize("moved, words", [
     ((1.0, 0.1, 1.9), "curves have arrived"), ((-1.0, -1.9, -0.1), "curves have arrived"),
     ((1.0, -0.5, 2.5), "may have not arrived: take more"), ((3, 2.1, 3.9), "curves have not"),
-    ((-3, -3.9, -2.1), "curves have not"), (None, "not known"),
+    ((-3, -3.9, -2.1), "curves have not"),
 ])
 def test_whether_curves_have_arrived(moved, words):
-    """As far as the interval says so."""
-    row = moved and dict(mean=moved[0] / 100, interval=[x / 100 for x in moved[1:]])
-    assert words in tables.arrival(row)
+    """As far as the interval of all arms says so."""
+    row = dict(mean=moved[0] / 100, interval=[x / 100 for x in moved[1:]])
+    other = dict(mean=0.5, interval=[0.4, 0.6])
+    said = tables.arrival({"all arms": row, "ladder": other})
+    assert words in said and "ladder +50.0 [+40.0, +60.0]" in said
+    assert "not known" in tables.arrival({})
 
 
 def test_a_difference_of_nothing_has_no_sign_of_its_own():
@@ -438,12 +470,13 @@ def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
         return trials.folder_of(ablate.options(words))
 
     given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"],
-             ["--dtype", "bfloat16"], ["--looks", "7"], ["--n-early", "7"], ["--guidance", "7"])
+             ["--dtype", "bfloat16"], ["--looks", "7"], ["--n-early", "7"], ["--guidance", "7"],
+             ["--lr", "0.1"])
     other = trials.all_of(TOY_FOLDER, tmp_path / "other")
     (other / "dit").unlink()
     TBAC.load(TOY_FOLDER).save(other / "dit", torch.bfloat16)
     found = {folder(), *(folder(*argv) for argv in given), folder("--start", str(other))}
-    assert len(found) == 10 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
+    assert len(found) == 11 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
 
 
 @pytest.mark.slow

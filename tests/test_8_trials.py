@@ -346,6 +346,7 @@ def test_the_plan_is_what_was_announced():
     primary = plan.PARTS["primary"]
     assert primary.compared == (("ladder", "final"),) and primary.seeds >= 5
     assert {arm.mllm for arm in primary.arms.values()} == {"gist"}
+    assert [name for name in plan.PARTS if plan.is_long(name)] == ["primary", "penultimate"]
     assert plan.PARTS["wirings"].arms.keys() == set(WIRINGS)
     for part in plan.PARTS.values():
         assert part.seeds >= 5 and part.compared
@@ -359,3 +360,4 @@ def test_parts_share_their_runs():
     assert len(set(runs)) < len(runs)
     assert len({run.name for run in runs}) == len(set(runs))
     assert {run.examples for run in plan.PARTS["primary"].runs()} == {("gist", 2)}
+    assert set(plan.PARTS["primary"].runs()) < set(plan.PARTS["penultimate"].runs())
