@@ -705,7 +705,7 @@ def reading(mask: Tensor, begin: int, apart: list) -> None:
 def depths(lengths: tuple, cosines: Tensor, taps: list) -> None:
     """Mean sizes of the queries' states and of their rungs, (N + 1,) each; and the cosine of the
     states of two depths (N + 1, N + 1)."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 4), width_ratios=(1, 1.35))
     for values, name, mark in zip(lengths, ("state", "behind the connector"), ("o-", "s--")):
         left.semilogy(values, mark, label=name)
     left.axvspan(min(taps) - 0.3, max(taps) + 0.3, color="0.92", label="tapped")
@@ -716,7 +716,7 @@ def depths(lengths: tuple, cosines: Tensor, taps: list) -> None:
     for (y, x), value in np.ndenumerate(cosines.numpy()):
         colour = "white" if abs(value) > 0.7 else "black"
         right.text(x, y, f"{value:.1f}".replace("-0.0", "0.0"), ha="center", va="center",
-                   fontsize=8, color=colour)
+                   fontsize=9, color=colour)
     right.set(xlabel="depth", ylabel="depth", xticks=range(len(cosines)),
               yticks=range(len(cosines)))
     fig.colorbar(shown, ax=right, label="cosine")
@@ -728,11 +728,12 @@ def gradients(norms: dict, taps: dict) -> None:
     fig, axes = plt.subplots(1, len(norms), figsize=(8, 3.2), sharey=True)
     for ax, (wiring, values) in zip(axes, norms.items()):
         colours = ["tab:red" if i in taps[wiring] else "tab:blue" for i in range(len(values))]
-        ax.bar(range(len(values)), values, color=colours)
+        # On this axis 0 has no place, and a bar no foot.
+        ax.scatter(range(len(values)), values, 60, colours)
         ax.set(title=f"{wiring} (red: tapped)", xlabel="depth", yscale="log",
-               xticks=range(len(values)))
+               xticks=range(len(values)), xlim=(-0.5, len(values) - 0.5))
         ax.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("gradient at the queries' states")
+    axes[0].set_ylabel("norm of the gradient\nat the queries' states")
     plt.show()
 
 
@@ -774,7 +775,7 @@ def exchanged(moved: Tensor, error: Tensor, taps: list) -> None:
         ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=2.5))
     ax.set(xlabel="depth of the rung it is given (the last one: the normed end)", ylabel="block",
            xticks=range(moved.shape[1]), yticks=range(len(moved)))
-    fig.colorbar(shown, ax=ax, label="velocity moved, % of silence")
+    fig.colorbar(shown, ax=ax, label="velocity moved, % of what the null prompt does")
     plt.show()
 
 
@@ -794,15 +795,12 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def stages(losses: dict, right: dict) -> None:
-    """{task: {stage: losses (n,)}} and {task: {stage: which pictures are right}}, with intervals:
-    of the change of the loss since the stage before, and of the share."""
+    """{task: {stage: losses (n,)}}: means; and {task: {stage: which pictures are right}}: shares,
+    with intervals."""
     fig, (loss, share) = plt.subplots(1, 2, figsize=(8, 3.4))
     for k, (task, by_stage) in enumerate(losses.items()):
         places = np.arange(len(by_stage)) + 0.12 * k
-        rows = list(by_stage.values())
-        changes = [b - a for a, b in zip(rows, rows[1:])]
-        bars = [0, *(2 * change.std().item() / len(change) ** 0.5 for change in changes)]
-        loss.errorbar(places, [row.mean().item() for row in rows], bars, fmt="o-", capsize=3)
+        loss.plot(places, [row.mean().item() for row in by_stage.values()], "o-")
         counts = [(sum(found), len(found)) for found in right[task].values()]
         shares = np.array([100 * r / n for r, n in counts])
         low, high = 100 * np.array([wilson(*count) for count in counts]).T
@@ -811,7 +809,7 @@ def stages(losses: dict, right: dict) -> None:
     for ax in (loss, share):
         ax.set_xticks(range(len(by_stage)), list(by_stage))
         ax.set_xlabel("after stage")
-    loss.set(title="held-out loss\n(bar: of the change)", ylim=(0, None))
+    loss.set(title="held-out loss", ylim=(0, None))
     share.set(title="pictures right, %\n(bar: 95 % interval)", ylim=(-2, 102))
     share.legend()
     plt.show()
@@ -831,8 +829,8 @@ def plane(ended: dict) -> None:
 
 
 def loss_by_time(times: Tensor, by_time: dict) -> None:
-    """{prompt: losses (times, n)}: means, with bands of two standard errors; and what a prompt
-    costs above the first one."""
+    """{prompt: losses (times, n)}: means; and what a prompt costs above the first one, with bars of
+    two standard errors."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
     first = next(iter(by_time.values()))
     for name, rows in by_time.items():
@@ -944,19 +942,20 @@ def smaller(part: str) -> str:
 
 
 def attention_and_change(shares: Tensor, changes: Tensor) -> None:
-    """(prompts, Q) each: per cent of attention, and change of the picture without the query. A dot
+    """(prompts, Q) each: per cent of attention, and change of the picture without the query. A mark
     for each prompt, a bar for their mean."""
     fig, axes = plt.subplots(2, 1, figsize=(8, 4.2), sharex=True)
     names = ("attention, %", "change of picture\nwithout it, of 255")
     for ax, values, name, colour in zip(axes, (shares, changes), names, ("tab:blue", "tab:red")):
         queries = range(values.shape[1])
         ax.bar(queries, values.mean(0), color=colour, alpha=0.5)
-        for row in values:
-            ax.plot(queries, row, "k.", ms=5)
+        for row, mark in zip(values, "o^s"):
+            ax.plot(queries, row, f"k{mark}", ms=5, alpha=0.7)
         ax.set_ylabel(name, fontsize=11)
         ax.grid(axis="y", alpha=0.3)
     axes[0].axhline(100 / shares.shape[1], color="grey", ls="--")
-    axes[0].set_title("bars: means; dots: prompts; dashed: an equal share", fontsize=11)
+    axes[0].set_title("bars: means; circle, triangle, square: the three prompts; "
+                      "dashed: an equal share", fontsize=11)
     axes[1].set(xlabel="query", xticks=queries)
     plt.show()
 
@@ -1009,7 +1008,7 @@ def traced(back: np.ndarray, labels: list, ends: list) -> None:
     for (y, x), value in np.ndenumerate(back):
         if abs(value) >= 0.05:
             colour = "white" if value > 0.6 else "black"
-            axes["map"].text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=9,
+            axes["map"].text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=10,
                              color=colour)
     words = [label.replace("\n", "\\n") for label in labels]
     axes["map"].set_yticks(range(len(words)), words, fontsize=10)
