@@ -164,11 +164,9 @@ def again(args, part: Part, scores: dict, groups: np.ndarray) -> dict[str, Estim
     """What is compared, once more: without the categories of a single object, which may be near
     their ceiling; and by the prompts that no pilot run was judged by, which are not those of the
     looks along the way."""
-    early = trials.early(args)
-    places = chosen(trials.cases(args), "seen", 2)
-    cases = [trials.cases(args)[i] for i in places]
-    ways = {"several objects": ~np.isin(groups, evaluate.ALONE),
-            "new prompts": np.array([case not in early for case in cases])}
+    early, cases = trials.early(args), trials.cases(args)
+    new = [cases[i] not in early for i in chosen(cases, "seen", 2)]
+    ways = {"several objects": ~np.isin(groups, evaluate.ALONE), "new prompts": np.array(new)}
     found = {}
     for way, own in ways.items():
         if not own.any():
@@ -248,11 +246,12 @@ def correct(found: dict[str, dict]) -> None:
             family |= {(name, which, label): test for label, test in tests.items()}
     rest = {key: test.p for key, test in family.items() if key[:2] != ("primary", "seen")}
     corrected = statistics.holm(rest, plan.n_compared())
+    floor = {name: at_the_floor(PARTS[name], content) for name, content in found.items()}
     for key, test in family.items():
         name, which, label = key
         p = corrected.get(key)
         verdict = statistics.verdict(test, plan.SMALLEST / 100, p)
-        if (which, label) in at_the_floor(PARTS[name], found[name]):
+        if (which, label) in floor[name]:
             verdict = "both at the floor"
         row = test.json() | dict(verdict=verdict)
         if p is not None:
@@ -350,11 +349,9 @@ def options(argv=None):
     args.parts = [args.study]
     if args.study == "others":
         args.parts = [name for name in PARTS if not plan.is_long(name)]
-    of_the_plan = (plan.OTHER_STEPS, plan.OTHER_LOOKS)
-    if plan.is_long(args.study):
-        of_the_plan = (plan.STEPS, plan.LOOKS)
-    args.steps = args.steps or of_the_plan[0]
-    args.looks = args.looks or of_the_plan[1]
+    long = plan.is_long(args.study)
+    args.steps = args.steps or (plan.STEPS if long else plan.OTHER_STEPS)
+    args.looks = args.looks or (plan.LOOKS if long else plan.OTHER_LOOKS)
     trains = args.study not in inside.STUDIES
     args.n = args.n or (plan.PROMPTS if trains else N_INSIDE.get(args.study, 24))
     args.n_early = min(args.n, args.n_early)

@@ -50,8 +50,8 @@ from toy import grader
 RECIPE = types.SimpleNamespace(**train.PRESETS["toy"]["t2i"])
 # What runs start from, folders in --start: the DiT before it met a ladder, with its autoencoder;
 # and the MLLMs of the plan.
-MLLM_FOLDERS = {"gist": "gist", "facts": "mllm", "captions": "captions", "random": "mllm"}
-STARTS = ("dit", "mllm", "captions", "gist")
+MLLM_FOLDERS = {"facts": "mllm", "captions": "captions", "gist": "gist", "random": "mllm"}
+STARTS = ("dit", *dict.fromkeys(MLLM_FOLDERS.values()))
 # Seconds between checkpoints: of 30 models one has 2 GB.
 SAVE_EVERY = 180
 # Pictures that are drawn at once, by all models of a stack together.
