@@ -301,10 +301,18 @@ def is_complete(args, part: Part) -> bool:
     return all(trials.is_finished(args, run) for run in part.runs(args.seeds))
 
 
+def starts(args) -> list[str]:
+    """The folders in --start that these parts need; probes take the MLLM of --model, too."""
+    if args.study in inside.STUDIES:
+        return list(inside.OTHER_MLLMS.values())
+    mllms = {arm.mllm for name in args.parts for arm in PARTS[name].arms.values()}
+    return sorted({folder for mllm in mllms for folder in trials.starts(mllm)})
+
+
 def train(args, names: list[str]) -> None:
     """Trains what is missing of these parts, then analyses those that are complete. ValueError
     where they have nothing to start from."""
-    missing = [name for name in trials.STARTS if not (args.start / name).is_dir()]
+    missing = [name for name in starts(args) if not (args.start / name).is_dir()]
     if missing:
         raise ValueError(f"--start {args.start} has no {', '.join(missing)}: docs/study.md says "
                          'under "To repeat it" how to make them')
@@ -414,7 +422,7 @@ def add_machine(add, gpu: bool) -> None:
 def refuse_missing(p, args) -> None:
     """The parts that runs start from."""
     if not args.start:
-        p.error(f"--start FOLDER: what runs start from, {', '.join(trials.STARTS)}; made as "
+        p.error(f"--start FOLDER: what runs start from, {', '.join(starts(args))}; made as "
                 "docs/study.md says under \"To repeat it\"")
 
 
@@ -425,7 +433,7 @@ def origin(args) -> dict:
         said[folder] = pathlib.Path(said[folder] or "").name
     said["weights"] = weights_digest(args.model)
     if args.start:
-        said |= {f"{name} weights": weights_digest(args.start / name) for name in trials.STARTS}
+        said |= {f"{name} weights": weights_digest(args.start / name) for name in starts(args)}
     return dict(options=said, commit=commit(), machine=machine(args.device))
 
 

@@ -42,6 +42,9 @@ PROMPTS = 100
 # Prompts that probes are fitted to, and those that they are tested on.
 FITTED = 1200
 TESTED = 400
+# The MLLMs that are not that of --model, trained or not, and their folders in --start.
+OTHER_MLLMS = {name: folder for name, folder in trials.MLLM_FOLDERS.items()
+               if folder != trials.MLLM_FOLDERS["facts"]}
 
 
 def load(folder, device):
@@ -253,11 +256,11 @@ def probes(args):
     table = {fact: {} for fact in facts[0]}
     for name in plan.MLLMS:
         folder = args.model
-        if name not in ("facts", "random"):
+        if name in OTHER_MLLMS:
             if not args.start:
                 print(f"{name}: left out without --start FOLDER")
                 continue
-            folder = args.start / name
+            folder = args.start / OTHER_MLLMS[name]
         model = fast.enable(trials.with_mllm(folder, name, args.device))
         states = probe_states(model, texts)                            # (depths, prompts, Q, M)
         for fact in tqdm(table, name):

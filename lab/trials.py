@@ -51,7 +51,6 @@ RECIPE = types.SimpleNamespace(**train.PRESETS["toy"]["t2i"])
 # What runs start from, folders in --start: the DiT before it met a ladder, with its autoencoder;
 # and the MLLMs of the plan.
 MLLM_FOLDERS = {"facts": "mllm", "captions": "captions", "gist": "gist", "random": "mllm"}
-STARTS = ("dit", *dict.fromkeys(MLLM_FOLDERS.values()))
 # Seconds between checkpoints: of 30 models one has 2 GB.
 SAVE_EVERY = 180
 # Pictures that are drawn at once, by all models of a stack together.
@@ -77,12 +76,24 @@ def cases(args) -> list:
     return sorted(found, key=lambda case: case.pairs != "seen")
 
 
-def folder_of(args) -> pathlib.Path:
-    """Where runs are kept: named after all that their scores depend on beside arm, seed and the
-    code, whose commit each of them names; and after when they are scored, by how many prompts."""
+def starts(mllm: str) -> tuple[str, str]:
+    """The folders in --start that runs on this MLLM start from."""
+    return "dit", MLLM_FOLDERS[mllm]
+
+
+@functools.cache
+def start_weights(start: pathlib.Path, mllm: str) -> str:
+    """Eight letters that stand for them."""
+    return weights_digest(*(start / name for name in starts(mllm)))
+
+
+def folder_of(args, mllm: str) -> pathlib.Path:
+    """Where runs on an MLLM are kept: named after all that their scores depend on beside arm, seed
+    and the code, whose commit each of them names; and after when they are scored, by how many
+    prompts."""
     prompts = "\n".join(case.prompt for case in cases(args))
     words = hashlib.sha256(prompts.encode()).hexdigest()[:8]
-    weights = weights_digest(*(args.start / name for name in STARTS))
+    weights = start_weights(args.start, mllm)
     settings = f"{args.steps}x{args.batch}x{args.lr:g}-{args.draw_steps}-{args.guidance:g}"
     settings += f"-{args.dtype}"
     return args.out / f"runs-{weights}-{words}-{settings}-{args.looks}x{args.n_early}"
@@ -90,7 +101,7 @@ def folder_of(args) -> pathlib.Path:
 
 def result(args, run: Run) -> dict:
     """What is known of a run: {"scores": {step: "0110...", right or wrong of each prompt}, ...}"""
-    file = folder_of(args) / f"{run.name}.json"
+    file = folder_of(args, run.arm.mllm) / f"{run.name}.json"
     return read_json(file) if file.is_file() else dict(scores={})
 
 
@@ -101,7 +112,8 @@ def is_finished(args, run: Run) -> bool:
 def group_folder(runs: list[Run], args) -> pathlib.Path:
     """Of runs that learn together, until they are finished."""
     names = " ".join(run.name for run in runs)
-    return folder_of(args) / hashlib.sha256(names.encode()).hexdigest()[:8]
+    mllm = runs[0].arm.mllm
+    return folder_of(args, mllm) / hashlib.sha256(names.encode()).hexdigest()[:8]
 
 
 # --------------------------------------------------------------------------- models of one group
@@ -109,7 +121,7 @@ def group_folder(runs: list[Run], args) -> pathlib.Path:
 def all_of(folder, start: pathlib.Path) -> pathlib.Path:
     """For a rehearsal: a --start, all of whose parts are this folder's -> start"""
     start.mkdir(parents=True, exist_ok=True)
-    for name in STARTS:
+    for name in ("dit", *MLLM_FOLDERS.values()):
         if not (start / name).exists():
             (start / name).symlink_to(folder.resolve(), target_is_directory=True)
     return start
@@ -360,7 +372,8 @@ class Group:
             scores = result(self.args, run)["scores"]
             scores[str(self.state.step)] = "".join(map(str, row.int().tolist()))
             about = dict(arm=dataclasses.asdict(run.arm), seed=run.seed, commit=self.commit)
-            write_json(folder_of(self.args) / f"{run.name}.json", about | dict(scores=scores))
+            file = folder_of(self.args, run.arm.mllm) / f"{run.name}.json"
+            write_json(file, about | dict(scores=scores))
 
     def check_finite(self) -> None:
         """ValueError where a model has become infinite or NaN."""

@@ -449,11 +449,16 @@ def test_options_that_say_nothing(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_study_says_what_it_has_nothing_to_start_from(tmp_path):
+@pytest.mark.parametrize("study, missing", [
+    ("primary", "gist"), ("wirings", "gist"), ("mllms", "captions, gist, mllm"),
+    ("others", "captions, gist, mllm"),
+])
+def test_a_study_says_what_it_has_nothing_to_start_from(tmp_path, study, missing):
+    """Of what its own arms need."""
     (tmp_path / "dit").mkdir()
-    done = run("-m", "lab.ablate", "others", "--start", tmp_path, "--out", tmp_path / "out")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert f"--start {tmp_path} has no mllm, captions, gist" in done.stderr
+    args = ablate.options([study, "--start", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match=f"has no {missing}: docs/study.md says"):
+        ablate.train(args, args.parts)
 
 
 def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
@@ -467,16 +472,19 @@ def test_scores_are_known_by_all_that_makes_them(tmp_path, monkeypatch):
     def folder(*argv):
         words = ["wirings", "--out", str(tmp_path), "--start", str(start), "--dtype", "float32",
                  *argv]
-        return trials.folder_of(ablate.options(words))
+        return trials.folder_of(ablate.options(words), "gist")
 
     given = (["--n", "3"], ["--draw-steps", "3"], ["--steps", "7"], ["--batch", "7"],
              ["--dtype", "bfloat16"], ["--looks", "7"], ["--n-early", "7"], ["--guidance", "7"],
              ["--lr", "0.1"])
-    other = trials.all_of(TOY_FOLDER, tmp_path / "other")
-    (other / "dit").unlink()
-    TBAC.load(TOY_FOLDER).save(other / "dit", torch.bfloat16)
-    found = {folder(), *(folder(*argv) for argv in given), folder("--start", str(other))}
-    assert len(found) == 11 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
+    found = {folder(), *(folder(*argv) for argv in given)}
+    for part in ("dit", "gist", "captions"):
+        other = trials.all_of(TOY_FOLDER, tmp_path / part)
+        (other / part).unlink()
+        TBAC.load(TOY_FOLDER).save(other / part, torch.bfloat16)
+        found.add(folder("--start", str(other)))
+    # Runs on the MLLM gist know nothing of the other MLLMs.
+    assert len(found) == 12 and folder("--seeds", "9", "--width", "3", "--minutes", "1") in found
 
 
 @pytest.mark.slow
