@@ -205,6 +205,7 @@ class DiT(nn.Module):
     def project_kv(self, rungs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Rungs (L, B, Q, caption_dim) -> for each block its keys and values, (B, H, Q, K) each.
         They do not depend on the timestep."""
+        rungs = rungs.to(self.proj_out.weight.dtype)
         captions = self.caption(rungs)                                 # (L, B, Q, D)
         return [block.cross.project_kv(caption)
                 for block, caption in zip(self.blocks, captions, strict=True)]

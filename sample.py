@@ -31,6 +31,7 @@ from engine.live import Live
 from engine.outputs import check_outputs, outputs, save_png
 from engine.pictures import contact_sheet, open_image
 from engine.sources import check_shape
+from mllm import matching_images
 from tbac import TBAC
 
 TOY_FOLDER = pathlib.Path(__file__).parent / "toy" / "weights"
@@ -96,7 +97,7 @@ def encode_for_guidance(model: TBAC, prompts: list[str], images: list | None,
                         image_guidance: float, negative: str) -> tuple[Tensor, int]:
     """-> rungs (L, k B, Q, caption_dim) of the k rows that guidance compares, null prompts first;
     and k: 3 if there is an image to be guided by, else 2."""
-    images = [[] for _ in prompts] if images is None else [list(row) for row in images]
+    images = matching_images(prompts, images)
     null = [negative] * len(prompts)
     if not any(images) or image_guidance <= 1:
         # Both rows are given the images.
@@ -244,7 +245,7 @@ def add_machine(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", type=command.device,
                    default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the "
-                   "model's; of the two short ones, the one that the GPU can do)")
+                   "model's; half precision is the one that the GPU has)")
     p.add_argument("--int8", action="store_true", help="most weights in 8 bits: half the memory")
     p.add_argument("--low-memory", action="store_true", help="the parts take turns in memory, "
                    "which then has to hold the largest one only")
@@ -285,7 +286,7 @@ def guide_as_usual(args, model: TBAC) -> None:
             setattr(args, name, getattr(model.config, name))
 
 
-# Of a request, beside what is to be drawn.
+# The settings of a request; its prompt and images stand beside them.
 SETTINGS = ("guidance", "image_guidance", "negative", "solver", "steps", "size")
 
 
@@ -342,7 +343,7 @@ def draw_one(model: TBAC, request: dict, bar: tqdm, watch: explain.Drawn | None)
 def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare: str | None = None,
               seed: int = 0, **settings) -> explain_html.Explanation:
     """What --explain writes as a page, of a picture drawn now; in a notebook it displays itself.
-    settings: other ones than those of the command line."""
+    settings: those that differ from the command line's defaults."""
     args = options(["a prompt"])
     guide_as_usual(args, model)
     usual = {name: getattr(args, name) for name in SETTINGS}
@@ -356,7 +357,7 @@ def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare:
 
 def explanation(model: TBAC, request: dict, seed: int, picture: Image.Image,
                 watch: explain.Drawn, compare: str | None) -> explain_html.Explanation:
-    """Of a picture that was drawn of this request, and watched."""
+    """The page on a picture that was drawn for this request while `watch` looked on."""
     exchanges = None
     if compare is not None:
         exchanges = compare, draw_exchanges(model, request, seed, compare)
@@ -391,7 +392,7 @@ def ask(args, model: TBAC, images: list[Image.Image]) -> None:
     """Prints the answer; with --explain it also writes the pages on it."""
     files = outputs(args)
     if not files.page:
-        for piece in model.answer(args.ask, images):
+        for piece in model.stream_answer(args.ask, images):
             print(piece, end="", flush=True)
         print()
         return

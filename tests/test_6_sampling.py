@@ -199,6 +199,23 @@ def test_size_is_height_and_width(tiny):
     assert command.size("512") == 512
 
 
+@pytest.mark.parametrize("prompts, images, said", [
+    ("a dog", None, "expected a list of prompts"), ([], None, "expected a list of prompts"),
+    (["a dog", "a cat"], [[]], "2 prompts but 1 lists"),
+])
+def test_what_is_no_list_of_prompts_is_refused(tiny, prompts, images, said):
+    """A string is a list of letters, too."""
+    with pytest.raises(ValueError, match=said):
+        sample.generate(tiny, prompts, images, steps=1)
+
+
+@pytest.mark.parametrize("part", ["ladder", "dit"])
+def test_parts_of_other_dtypes_draw_together(tiny, part):
+    tiny.to(torch.bfloat16)
+    getattr(tiny, part).float()
+    assert len(sample.generate(tiny, ["a dog"], steps=1, generator=seeded())) == 1
+
+
 def test_pictures_of_one_prompt_share_the_conditioning(tiny, monkeypatch):
     """The MLLM reads once for all of them, and the pictures are the ones that they are by
     themselves."""
