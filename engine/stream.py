@@ -74,12 +74,13 @@ def first_examples(reader: Reader, n: int) -> list:
 def batches(reader: Reader, state, args):
     """Yields the rows of one pass, [(example, random.Random of its own), ...]. What is random about
     an example depends on (seed, step, its number), not on who reads it."""
-    examples, kept = iter(reader), None
+    examples = iter(reader)
+    if args.overfit:
+        # Those of the first step, again and again.
+        first = list(itertools.islice(examples, args.batch * args.accumulate))
+        examples = itertools.cycle(first)
     while True:
-        batch = kept or list(itertools.islice(examples, args.batch))
-        if args.overfit:
-            kept = batch
         rows = []
-        for number, example in batch:
+        for number, example in itertools.islice(examples, args.batch):
             rows.append((example, random.Random(f"{args.seed} {state.step} {number}")))
         yield rows

@@ -476,12 +476,15 @@ def test_cached_latents_change_nothing_and_go_with_size_and_weights(tmp_path):
     assert changed.known(str(folder / "0.png")) is None
 
 
-def test_overfit_trains_on_one_batch(tmp_path):
-    started = start(tmp_path, "--overfit")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_overfit_trains_on_the_examples_of_one_step(tmp_path, passes):
+    started = start(tmp_path, "--overfit", "--accumulate", passes)
     seen, loss = [], started.loss
     started.loss = lambda rows: seen.append([e.prompt for e, _ in rows]) or loss(rows)
     list(started.steps())
-    assert seen[0] == seen[1] == seen[2]
+    steps = [seen[i:i + passes] for i in range(0, len(seen), passes)]
+    assert steps[0] == steps[1] == steps[2]
+    assert len(set(map(tuple, steps[0]))) == passes
 
 
 def test_what_learns_is_float32_and_what_is_frozen_is_not(tmp_path):
