@@ -3,11 +3,11 @@ variant that SANA uses: f32c32, "sana-1.0".
 
 pixels (B, 3, 32h, 32w) in [-1, 1] <-> latents (B, 32, h, w). It is deterministic: no mean and
 variance, no sampling. Both halves go through the same stages, stage i at 1/2^i of the picture's
-side: ResBlocks in the outer stages, where positions are many, and EfficientViT blocks (arXiv
-2205.14756: linear attention + a gated convolution) in the inner ones. Around every Down and Up,
-and around the convolutions next to the latents, runs a shortcut without parameters: it moves pixels
-into channels or back where the side changes, and averages or repeats channels to the new width: the
-paper's "residual autoencoding".
+side: ResBlocks in the outer stages, where positions are many, and EfficientViT blocks in the inner
+ones (multi-scale linear attention, arXiv 2205.14756; the feed-forward is SANA's gated convolution).
+The paper's "residual autoencoding": around every Down and Up, and around the convolutions next to
+the latents, runs a shortcut without parameters. It moves pixels into channels or back where the
+side changes, and averages or repeats channels to the new width.
 
 Dimension key: B batch, D width of a stage, H heads, K head dim, h x w height and width, N = h * w
 positions, C latent channels, f `DCAEConfig.factor`.
@@ -101,8 +101,7 @@ class MultiScaleAttention(nn.Module):
 
 
 class GatedConv(nn.Module):
-    """The feed-forward of an EfficientViT block ("GLUMBConv"): widen, 3x3 depthwise, gate,
-    narrow."""
+    """The feed-forward ("GLUMBConv"), SANA's Mix-FFN: widen, 3x3 depthwise, gate, narrow."""
 
     def __init__(self, dim: int, ratio: int = 4):
         super().__init__()
@@ -167,7 +166,7 @@ class DCAEConfig:
     widths: tuple = (128, 256, 512, 512, 1024, 1024)
     encoder_layers: tuple = (2, 2, 2, 3, 3, 3)
     decoder_layers: tuple = (3, 3, 3, 3, 3, 3)
-    # So many of the innermost stages are EfficientViT blocks; the others are ResBlocks.
+    # How many of the innermost stages are EfficientViT blocks; the others are ResBlocks.
     attention_stages: int = 3
     in_channels: int = 3
     latent_channels: int = 32

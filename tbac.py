@@ -188,8 +188,8 @@ class TBAC(nn.Module):
         """A question and a list of PIL images (or None) -> the answer, greedy."""
         return self.ask_all([question], [images or []], max_new_tokens)[0]
 
-    def answer(self, question: str, images: list[Image.Image] | None = None,
-               max_new_tokens: int = 64) -> Iterator[str]:
+    def stream_answer(self, question: str, images: list[Image.Image] | None = None,
+                      max_new_tokens: int = 64) -> Iterator[str]:
         """`ask`, piece by piece, each as soon as it is known."""
         batch = self.mllm.tokenize([question], [images or []], ASK)
         ids, said = [], ""
@@ -225,9 +225,9 @@ class TBAC(nn.Module):
     def load(cls, folder, device="cpu", dtype: torch.dtype | dict | None = None, *,
              int8: bool = False, low_memory: bool = False) -> "TBAC":
         """The model in a folder written by `save` or weights_convert.py. dtype: default the
-        config's, on a GPU what it can do; or one for some of the parts, {"dit": torch.float32}.
-        int8: most weights in 8 bits (engine/int8.py); low_memory: parts are in memory only while
-        they work (engine/low_memory.py).
+        config's (half precision is bfloat16 or float16, as the GPU has it); or a dict for some of
+        the parts, {"dit": torch.float32}. int8: most weights in 8 bits (engine/int8.py);
+        low_memory: parts are in memory only while they work (engine/low_memory.py).
 
         Parameters are made without memory and filled one by one, straight on the device. ValueError
         names the tensor or file for anything missing, left over, mis-shaped, non-finite or damaged.

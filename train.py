@@ -6,7 +6,7 @@ stages teach the ladder (queries and connector) and the DiT; everything else is 
     mix    fine-tuning on both
 
     python train.py                                    the toy's t2i, on from the weights in toy/
-    python train.py --preset paper --stage t2i --model weights --data 'shards-{000..123}.tar'
+    python train.py --preset paper --stage t2i --model weights/fresh --data 'shards-{000..123}.tar'
     torchrun --nproc-per-node 8 train.py --fsdp ...    the same on 8 GPUs
 
 What is random about an example (its noise, its time, whether its text is dropped) is drawn from
@@ -91,8 +91,8 @@ def pairs_beside(scene: world.Scene) -> set[tuple[str, str]]:
 def draw_example(rng: random.Random, number: int, size: int,
                  held_out: frozenset = world.HELD_OUT) -> Example:
     """A scene of the toy world and a request for it. held_out: pairs that may only stand alone.
-    A scene that breaks this is drawn again with as many things, so that holding out more pairs does
-    not change how many things there are."""
+    A scene that shows one beside another thing gives way to a new one of as many things: without
+    that, the more pairs were held out, the rarer would scenes of many things be."""
     scene = language.scene_to_draw(rng)
     n = len(scene.things)
     while len(scene.things) != n or pairs_beside(scene) & held_out:
@@ -300,11 +300,11 @@ class Run:
         args, dtype = self.args, getattr(torch, self.args.dtype)
         learns = self.task.learns if args.train == "all" else LEARNS[args.train]
         check_learnable(self.model, learns)
-        trained = {name for name, _ in self.model.named_parameters() if belongs(name, learns)}
+        names = {name for name, _ in self.model.named_parameters() if belongs(name, learns)}
         # Taken first: below the model gets new tensors, these stay as they were stored.
-        frozen = {name: t for name, t in self.model.state_dict().items() if name not in trained}
+        frozen = {name: t for name, t in self.model.state_dict().items() if name not in names}
         for name, p in self.model.named_parameters():
-            p.requires_grad_(name in trained)
+            p.requires_grad_(name in names)
             if not p.requires_grad:
                 p.data = p.data.to(dtype)
         if args.grad_checkpoint:
@@ -334,9 +334,9 @@ class Run:
             loss, norm, skipped, results = training_step(self, passes)
             # Whoever looks at the model between steps finds it up to date.
             state.weights.cast(state.params)
+            lr = learning_rate(state.step, args)
             state.step += 1
             state.seen += per_step
-            lr = learning_rate(state.step - 1, args)
             names = log.example_names(passes) if skipped else None
             yield log.Report(state.step, loss, norm, lr, skipped, log.loss_by_time(results), names)
 

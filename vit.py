@@ -39,24 +39,24 @@ class ViTConfig:
 
 # ------------------------------------------------------------------------------------ pictures
 
-def smart_size(width: int, height: int, unit: int, area: int) -> tuple[int, int]:
-    """(width, height), both multiples of `unit`, with about `area` pixels and about the same aspect
-    ratio. ValueError for an aspect ratio above 200."""
+def smart_size(width: int, height: int, factor: int, area: int) -> tuple[int, int]:
+    """(width, height), both multiples of `factor`, with about `area` pixels and about the same
+    aspect ratio. ValueError for an aspect ratio above 200."""
     if max(width, height) > 200 * min(width, height):
         raise ValueError(f"picture of {width}x{height} is too thin: aspect ratio above 200")
-    w, h = round(width / unit) * unit, round(height / unit) * unit
+    w, h = round(width / factor) * factor, round(height / factor) * factor
     if w * h == area:
         return w, h
     # Never above the area when the picture is too large, nor below it when too small. (Dividing by
     # a scale rounds differently from multiplying by its inverse; this follows the public code.)
     if w * h > area:
         scale = math.sqrt(width * height / area)
-        w = max(unit, math.floor(width / scale / unit) * unit)
-        h = max(unit, math.floor(height / scale / unit) * unit)
+        w = max(factor, math.floor(width / scale / factor) * factor)
+        h = max(factor, math.floor(height / scale / factor) * factor)
     else:
         scale = math.sqrt(area / (width * height))
-        w = math.ceil(width * scale / unit) * unit
-        h = math.ceil(height * scale / unit) * unit
+        w = math.ceil(width * scale / factor) * factor
+        h = math.ceil(height * scale / factor) * factor
     return w, h
 
 
@@ -254,6 +254,8 @@ class ViT(nn.Module):
             """(B, W * S, ...) -> (B * W, S, ...)"""
             return t.unflatten(1, (len(index), -1)).flatten(0, 1)
 
+        # All blocks keep the windows' order, with what fills them up: full attention does not
+        # depend on the order (angles travel along), and the mask hides the filling.
         window_angle, window_valid = per_window(angle), per_window(valid_patch)
         for i, block in enumerate(self.blocks):
             if i in c.full_attention:

@@ -5,8 +5,9 @@ and every place is filled.
     python weights_convert.py --qwen DIR --sana DIR --out DIR             backbones, a new ladder
     python weights_convert.py --export DIR --out DIR                      back to released layout
 
-DIR: a Hugging Face folder of Qwen2.5-VL (config.json, tokenizer.json; its weights only without
---tbac), a diffusers folder of SANA (transformer/, vae/), the released TBAC-UniImage checkpoint.
+DIR: a Hugging Face folder of Qwen2.5-VL (config.json, tokenizer.json), a diffusers folder of SANA
+(transformer/, vae/), the released TBAC-UniImage checkpoint. With --tbac only configs and tokenizer
+are read of the first two, without it their weights, too.
 Tensors pass through one at a time, so memory stays near one shard.
 """
 import json

@@ -163,7 +163,7 @@ class Live:
     def answering(self, request: dict) -> Iterator[Event]:
         words.listen(self.args.model, request["question"])
         images = picture_in(request["image"])
-        for text in itertools.accumulate(self.model.answer(request["question"], images)):
+        for text in itertools.accumulate(self.model.stream_answer(request["question"], images)):
             yield "answer", dict(text=text)
 
     def about(self) -> dict:

@@ -70,7 +70,7 @@ def check_count(sources, where: str) -> None:
 def check_shape(size: tuple[int, int], where: str) -> None:
     """Unusable for a picture whose aspect ratio the ViT does not read."""
     try:
-        smart_size(*size, unit=1, area=1)
+        smart_size(*size, factor=1, area=1)
     except ValueError as e:
         raise Unusable(where, "a picture is too thin", f": {e}") from None
 

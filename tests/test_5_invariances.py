@@ -110,12 +110,12 @@ def test_answers_do_not_depend_on_the_batch(model):
 
 def test_an_answer_comes_piece_by_piece(tiny, monkeypatch):
     question = "what is it?"
-    pieces = list(tiny.answer(question, [RED], 12))
+    pieces = list(tiny.stream_answer(question, [RED], 12))
     assert len(pieces) > 2 and "".join(pieces) == tiny.ask(question, [RED], 12)
     # Characters of several tokens come whole, and no space comes before it is known what follows.
     ids = [[id] for id in tiny.mllm.tokenizer.encode(" größe, 5 字 and 🦒 ")]
     monkeypatch.setattr(tiny.mllm, "next_tokens", lambda *_: map(torch.tensor, ids))
-    pieces = list(tiny.answer(question))
+    pieces = list(tiny.stream_answer(question))
     assert "".join(pieces) == "größe, 5 字 and 🦒"
     assert not any("\ufffd" in piece or piece.endswith(" ") for piece in pieces)
 
