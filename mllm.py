@@ -47,7 +47,7 @@ class MLLMConfig:
 # ---------------------------------------------------------------------------------------- text
 
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")
-# A byte-level tokenizer gives every text back unchanged; this one tries three scripts.
+# A byte-level tokenizer gives every text back unchanged: tried on Latin, Chinese and an emoji.
 ANY_TEXT = "größe, 5 字 and 🦒"
 
 
@@ -69,7 +69,7 @@ class Tokenizer:
         lost = [name for name, id in self.special.items() if self.encode(f"<|{name}|>") != [id]]
         if lost:
             raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {lost}")
-        # Of an answer.
+        # Either of these tokens ends an answer.
         self.ends = [self.special["im_end"], self.special["endoftext"]]
         if self.decode(self.encode(ANY_TEXT)) != ANY_TEXT:
             raise ValueError(f"{file}: not byte-level, it loses characters of {ANY_TEXT!r}")
@@ -193,7 +193,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angle: Tensor, mask: Tensor, cache: KVCache | None,
                 layer: int) -> Tensor:
-        """x (B, S, M), angle (B, 1, S, K/2), mask (B, 1, S, T), False where nobody attends;
+        """x (B, S, M), angle (B, 1, S, K/2), mask (B, 1, S, T), False where s must not see t;
         layer: the cache's entry -> (B, S, M)"""
         q = apply_rope(self.heads(self.q(x)), angle)         # (B, H, S, K)
         k = apply_rope(self.heads(self.k(x)), angle)         # (B, G, S, K)
@@ -232,9 +232,10 @@ class MLLM(nn.Module):
         self.norm = RMSNorm(config.dim)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """A start for training from nothing: normal, 1/sqrt(inputs); what writes to the residual
-        stream is smaller the deeper the stack. (The usual 0.02 is 1/sqrt(2048). At the toy's width
-        of 128 it is four times too small, and shapes stay unlearnt.)"""
+        """Starting values for training from nothing: normal, standard deviation 1/sqrt(inputs);
+        what writes to the residual stream is smaller the deeper the stack. (The usual 0.02 is
+        1/sqrt(2048). At the toy's width of 128 it is four times too small, and circles and squares
+        are never told apart.)"""
         for name, p in self.named_parameters():
             in_vision = name.startswith("vision.")
             depth = self.config.vision.n_layer if in_vision else self.config.n_layer
@@ -347,17 +348,16 @@ class MLLM(nn.Module):
         return F.linear(x, self.embed_tokens.weight)
 
     @torch.no_grad()
-    def next_tokens(self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0,
-                    generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """Batch -> the next token of each row, (B,), again and again, until every row has come to
-        its end. Greedy at temperature 0."""
+    def next_tokens(self, batch: Batch, max_new_tokens: int = 64) -> Iterator[Tensor]:
+        """Batch -> the likeliest next token of each row, (B,), again and again, until every row has
+        come to its end."""
         cache = KVCache()
         x = self.embed(batch)                                              # (B, S, M)
         positions, mask = batch.positions, batch.attention_mask
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
             last = self(x, positions, mask, cache)[-1][:, -1]              # (B, M)
-            token = pick(self.logits(last).float(), temperature, generator)  # (B,)
+            token = self.logits(last).float().argmax(-1)                   # (B,)
             yield token
             done |= torch.isin(token, torch.tensor(self.tokenizer.ends, device=token.device))
             if done.all():
@@ -368,11 +368,9 @@ class MLLM(nn.Module):
             positions = position.expand(3, -1, 1)
             mask = F.pad(mask, (0, 1), value=True)
 
-    def generate(self, batch: Batch, max_new_tokens: int = 64, temperature: float = 0.0,
-                 generator: torch.Generator | None = None) -> list[list[int]]:
+    def generate(self, batch: Batch, max_new_tokens: int = 64) -> list[list[int]]:
         """`next_tokens` to the end -> each row's answer as token ids, up to <|im_end|>."""
-        tokens = self.next_tokens(batch, max_new_tokens, temperature, generator)
-        rows = torch.stack(list(tokens), 1).tolist()
+        rows = torch.stack(list(self.next_tokens(batch, max_new_tokens)), 1).tolist()
         return [up_to_end(row, self.tokenizer.ends) for row in rows]
 
 
@@ -385,14 +383,6 @@ def matching_images(texts: list[str], images: list | None) -> list[list]:
     if len(images) != len(texts):
         raise ValueError(f"{len(texts)} prompts but {len(images)} lists of images")
     return images
-
-
-def pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """logits (B, vocab) -> the next token of each row, (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = F.softmax(logits / temperature, -1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def up_to_end(row: list[int], ends: list[int]) -> list[int]:
