@@ -10,7 +10,7 @@ import pathlib
 
 from engine.command import Parser, one_line_errors
 from engine.files import read_json, write_text
-from lab import plan
+from lab import make, plan
 from lab.evaluate import GENEVAL, OTHER, percent
 from sample import TOY_FOLDER
 
@@ -111,6 +111,15 @@ def answers() -> str:
                          "words": "questions about scenes in words"})
 
 
+def ceiling() -> str:
+    """What the grader reads in correct pictures that have gone through the autoencoder."""
+    whats = {"drawings": "draw: category"} | {
+        f"edits: {what}": f"edit: {what}" for what in ("followed", "unchanged", "both")}
+    found = {name: scores("grader")[row]["right pictures, reconstructed"]
+             for name, row in whats.items()}
+    return table(list(found), [[percent(row) for row in found.values()]])
+
+
 def cpu_minutes(record: dict) -> float:
     """Of all stages."""
     return sum(stage["cpu_minutes"] for stage in record["stages"].values())
@@ -119,10 +128,33 @@ def cpu_minutes(record: dict) -> float:
 def recipe() -> str:
     """A row for each stage."""
     record = read_json(RECORD)
-    rows = [[name, str(stage["steps"]), str(stage["batch"]), f"{stage['minutes']:.0f}",
-             f"{stage['cpu_minutes']:.0f}"] for name, stage in record["stages"].items()]
-    rows.append(["**all**", "", "", "", f"{cpu_minutes(record):.0f}"])
-    return table(["stage", "steps", "batch", "minutes", "CPU minutes"], rows)
+    rows = []
+    for stage in make.RECIPE:
+        made = record["stages"][stage.name]
+        rows.append([stage.name, str(made["steps"]), str(made["batch"]),
+                     f"{stage.preset()['lr']:g}", f"{made['minutes']:.0f}",
+                     f"{made['cpu_minutes']:.0f}"])
+    minutes = sum(made["minutes"] for made in record["stages"].values())
+    rows.append(["**all**", "", "", "", f"{minutes:.0f}", f"{cpu_minutes(record):.0f}"])
+    return table(["stage", "steps", "batch", "learning rate", "minutes", "CPU minutes"], rows)
+
+
+def on_the_way() -> str:
+    """Of each stage and each sheet of pictures: its step, after how many minutes, and the mean loss
+    of the tenth of these steps before it."""
+    logs = read_json(TOY_FOLDER / "logs.json")
+    rows = []
+    for name, made in read_json(RECORD)["stages"].items():
+        found = []
+        for sheet in sorted(TOY_FOLDER.glob(f"{name}-sheet-*.png")):
+            step = int(sheet.stem.split("-")[-1])
+            losses = [loss for at, loss in zip(logs[name]["step"], logs[name]["loss"])
+                      if 0.9 * step < at <= step]
+            minute = made["minutes"] * step / made["steps"]
+            found.append(f"[{step}](../toy/weights/{sheet.name}) ({minute:.0f} min): "
+                         f"{sum(losses) / len(losses):.2g}")
+        rows.append([name, *found, *[""] * (4 - len(found))])
+    return table(["stage", "step (minutes): loss", "", "", ""], rows)
 
 
 def seeds() -> list[dict]:
@@ -131,15 +163,22 @@ def seeds() -> list[dict]:
     return [record, *record["other_seeds"]]
 
 
+ON_THE_BOARD = {
+    "mean of six": ("draw", "category, seen"), "answers": ("ask", "a picture, seen"),
+    "edits followed": ("edit", "followed, seen"), "unchanged": ("edit", "unchanged, seen"),
+}
+
+
 def board() -> str:
-    """This recipe's row: of its seeds, the slower one's minutes and the lower score."""
+    """This recipe's row: of its seeds, the slower one's minutes and the lowest scores."""
     records = seeds()
-    minutes = max(map(cpu_minutes, records)) / 2
-    lowest = min((mean(record["scores"]["scores"]["draw"])["category, seen"]
-                  for record in records), key=lambda score: score["mean"])
-    row = [f"{minutes:.0f}", percent(lowest), f"{len(records)}", "the recipe above",
-           records[0]["commit"]]
-    return table(["minutes", "mean of six", "seeds", "what is new", "commit"], [row])
+    slowest = max(records, key=cpu_minutes)
+    row = [f"{cpu_minutes(slowest) / 2:.0f}", slowest["machine"]["processor"]]
+    for task, column in ON_THE_BOARD.values():
+        found = [mean(record["scores"]["scores"][task])[column] for record in records]
+        row.append(percent(min(found, key=lambda score: score["mean"])))
+    row += [f"{len(records)}", "the recipe above", records[0]["commit"]]
+    return table(["minutes", "machine", *ON_THE_BOARD, "seeds", "what is new", "commit"], [row])
 
 
 IN_A_ROW = ["drawing, mean of six", f"drawing, {OTHER}", "edits: followed", "edits: unchanged",
@@ -403,15 +442,16 @@ def part(content: dict) -> str:
 PAGES = {
     "README.md": dict(scores=scores_in_short),
     "docs/scores.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers,
-                           int8=in_8_bits),
+                           int8=in_8_bits, ceiling=ceiling),
     "docs/study.md": {"rungs": rungs, "probes": probes, "slots": slots,
                       "slots by depth": slots_by_depth, "noise": noise},
     "toy/README.md": dict(examples=examples),
     "toy/weights/README.md": {"scores": scores_in_short, "by seed": by_seed},
-    "docs/training.md": {"recipe": recipe, "board": board, "guidance": guidance, "solvers": solvers,
-                         "image guidance": image_guidance, "other edits": other_edits,
-                         "told": told, "parts": parts, "overfit": overfit,
-                         "overfit by time": overfit_by_time, "probes": probes_in_short},
+    "docs/training.md": {"recipe": recipe, "on the way": on_the_way, "board": board,
+                         "guidance": guidance, "solvers": solvers, "image guidance": image_guidance,
+                         "other edits": other_edits, "told": told, "parts": parts,
+                         "overfit": overfit, "overfit by time": overfit_by_time,
+                         "probes": probes_in_short},
 }
 
 

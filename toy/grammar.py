@@ -38,7 +38,7 @@ SYNONYMS = {
     "four": ("4",),
 }
 
-# Training never says the two words of a pair in one text.
+# Training never says the two words of a pair in one sentence.
 APART = (
     ("disc", "beneath"), ("ball", "underneath"), ("box", "over "), ("block", "beside"),
     ("dot", "under "), ("disk", "right of"), ("cube", "left of"), ("wedge", "on top of"),
