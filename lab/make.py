@@ -103,17 +103,17 @@ def git(*words: str) -> str:
 
 
 def open_diary(args) -> dict:
-    """{commit, seed, dry_run, minutes: {stage: so far}, cpu_minutes: the same} of this --out.
-    ValueError where it was made otherwise so far: one toy is trained by one commit."""
+    """{commit, seed, dry_run, minutes: {stage: so far}, cpu_minutes: the same, finished: [stages]}
+    of this --out. ValueError where it was made otherwise so far: one toy is of one commit."""
     made = dict(commit=commit(), seed=args.seed, dry_run=args.dry_run)
     file = args.out / "make.json"
     if not file.exists():
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"--out {args.out} is not empty, and not of this command")
         args.out.mkdir(parents=True, exist_ok=True)
-        return made | {what: {} for what in MINUTES}
+        return made | {what: {} for what in MINUTES} | dict(finished=[])
     diary = read_json(file)
-    if all(finished(stage, args) for stage in RECIPE):
+    if len(diary["finished"]) == len(RECIPE):
         made["commit"] = diary["commit"]
     for name, value in made.items():
         if diary.get(name) != value:
@@ -161,8 +161,9 @@ def done(stage: Stage, args) -> int:
     return 0
 
 
-def finished(stage: Stage, args) -> bool:
-    """Is its last checkpoint that of its last step, and its model there?"""
+def at_its_end(stage: Stage, args) -> bool:
+    """Is its last checkpoint that of its last step, and its model there? (Then it may still have
+    something to do: pretrain.FINISH. The diary says which stages have done all.)"""
     last = f"step-{steps(stage, args):08d}"
     found = [folder.name for folder in checkpoints(args.out / stage.name)]
     return found[-1:] == [last] and (args.out / stage.name / "model.safetensors").exists()
@@ -178,7 +179,7 @@ def train_all(args, diary: dict) -> None:
     total = sum(steps(stage, args) for stage in stages)
     with tqdm(total=total, desc="steps", mininterval=1) as bar:
         for stage in stages:
-            if not finished(stage, args):
+            if stage.name not in diary["finished"]:
                 run(stage, args, diary, lambda: left.show(bar))
 
 
@@ -205,9 +206,11 @@ def run(stage: Stage, args, diary: dict, show: Callable) -> None:
         before = diary["cpu_minutes"].get(stage.name, 0)
         diary["cpu_minutes"][stage.name] = before + (cpu_seconds() - worked) / 60
         keep(diary, args)
-    if status or not finished(stage, args):
+    if status or not at_its_end(stage, args):
         said = file.read_text(errors="replace")
         raise ValueError(f"stage {stage.name} failed (status {status}):\n" + said[-2000:])
+    diary["finished"].append(stage.name)
+    keep(diary, args)
 
 
 class Left:

@@ -1,5 +1,7 @@
 """From nothing to the toy: lab/make.py."""
+import contextlib
 import json
+import sys
 import types
 
 import pytest
@@ -31,7 +33,7 @@ def test_each_stage_is_a_command_line_that_its_script_understands(tmp_path):
             before = str(parsed.out)
 
 
-def test_one_toy_is_of_one_commit_and_seed(tmp_path, monkeypatch):
+def test_one_toy_is_of_one_commit_and_seed(tmp_path):
     args = arguments("--out", tmp_path / "toy", "--seed", 1)
     diary = make.open_diary(args)
     (args.out / "make.json").write_text(json.dumps(diary))
@@ -44,11 +46,28 @@ def test_one_toy_is_of_one_commit_and_seed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="begun with commit 0000000"):
         make.open_diary(args)
     # Its weights are all there: another commit may score and ship them.
-    monkeypatch.setattr(make, "finished", lambda stage, args: True)
+    whole = dict(commit="0000000", finished=[stage.name for stage in make.RECIPE])
+    (args.out / "make.json").write_text(json.dumps(diary | whole))
     assert make.open_diary(args)["commit"] == "0000000"
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="not empty"):
         make.open_diary(arguments("--out", tmp_path))
+
+
+@pytest.mark.parametrize("killed, left", [(True, ["dcae", "mllm"]), (False, ["mllm"])])
+def test_a_stage_is_finished_when_its_process_has_ended_well(tmp_path, monkeypatch, killed, left):
+    """Not when its last checkpoint and some model are there: what FINISH does comes after them."""
+    args = arguments("--out", tmp_path, "--stop-after", "mllm")
+    diary = make.open_diary(args) | dict(finished=["vit"])
+    monkeypatch.setattr(make, "at_its_end", lambda stage, args: True)
+    monkeypatch.setattr(make, "command", lambda stage, args: [sys.executable, "-c", ending])
+    ending = "import os; os.kill(os.getpid(), 9)" if killed else ""
+    with pytest.raises(ValueError, match="dcae failed") if killed else contextlib.nullcontext():
+        make.run(make.RECIPE[1], args, diary, lambda: None)
+    ran = []
+    monkeypatch.setattr(make, "run", lambda stage, *rest: ran.append(stage.name))
+    make.train_all(args, json.loads((tmp_path / "make.json").read_text()))
+    assert ran == left
 
 
 def test_logs_are_thinned_to_means():
