@@ -41,7 +41,6 @@ from engine.state import State, checkpoints, ema_weights, write_checkpoint
 from lab import evaluate, plan
 from lab.make import commit
 from lab.plan import Run
-from ladder import Ladder
 from tbac import TBAC, flow_matching
 from toy import grader
 
@@ -68,8 +67,9 @@ def write_json(file: pathlib.Path, content) -> None:
 
 def cases(args) -> list:
     """The prompts that runs are scored by, the same for all: of GenEval's six categories, in words
-    that training uses; first those of seen pairs. (Where nobody asks for the others, they are not
-    drawn. The primary question and the one beside it, whose runs are their own, do not.)"""
+    that training uses; first those of seen pairs. (Those of pairs never seen are drawn
+    for parts that ask for them. `primary` and `penultimate`, whose runs no other part has, do not.)
+    """
     found = [case for case in evaluate.cases("draw", args.n) if case.category in evaluate.GENEVAL]
     if plan.is_long(args.study):
         return [case for case in found if case.pairs == "seen"]
@@ -153,13 +153,13 @@ def base_model(args, mllm: str) -> TBAC:
 
 def learner(model: TBAC, run: Run) -> Learner:
     """A fresh ladder by the run's arm and seed, and a copy of the DiT."""
-    c = model.config
     arm = run.arm
-    ladder = Ladder(arm.n_query, c.mllm.dim, c.dit.caption_dim, c.mllm.n_layer, c.dit.n_layer,
-                    arm.wiring, arm.connector)
+    config = dataclasses.replace(model.config, wiring=arm.wiring, connector=arm.connector,
+                                 n_query=arm.n_query)
+    ladder = config.build_ladder()
     ladder.init_weights(torch.Generator().manual_seed(run.seed))
     device = model.ladder.queries.device
-    return Learner(ladder.to(device), copy.deepcopy(model.dit), c.mllm.n_layer + 1)
+    return Learner(ladder.to(device), copy.deepcopy(model.dit), config.mllm.n_layer + 1)
 
 
 def build_stacks(model: TBAC, runs: list[Run], width: int) -> list[tuple[Stack, list[Run]]]:
@@ -262,6 +262,9 @@ class Group:
         examples = iter(self.reader)
         on_gpu = self.args.device.startswith("cuda")
         stream = torch.cuda.Stream() if on_gpu else None
+        if on_gpu:
+            # The weights that it reads were written on the other one.
+            stream.wait_stream(torch.cuda.current_stream())
         ahead = AHEAD["cuda" if on_gpu else "cpu"]
         for first in itertools.count(self.state.step, ahead):
             rows, offsets = [], []
@@ -452,11 +455,15 @@ def groups_of(runs: list[Run], args) -> list[list[Run]]:
     --together of them."""
     by_examples = {}
     for run in dict.fromkeys(runs):
-        if not is_finished(args, run):
-            by_examples.setdefault(run.examples, []).append(run)
+        by_examples.setdefault(run.examples, []).append(run)
     groups = []
     for own in by_examples.values():
-        groups += [own[i:i + args.together] for i in range(0, len(own), args.together)]
+        for i in range(0, len(own), args.together):
+            part = own[i:i + args.together]
+            left = [run for run in part if not is_finished(args, run)]
+            if left:
+                # Those of a checkpoint go on together, even if some were written as finished.
+                groups.append(part if checkpoints(group_folder(part, args)) else left)
     return groups
 
 
@@ -478,6 +485,9 @@ def claimed(folder: pathlib.Path):
 def train_all(runs: list[Run], args, stop: Callable) -> bool:
     """Trains and scores the runs that are not finished, group by group, but those that another
     process is training -> are all finished now?"""
+    if args.device.startswith("cuda:"):
+        # Streams and CUDA graphs are those of the current device.
+        torch.cuda.set_device(args.device)
     groups = groups_of(runs, args)
     if not groups:
         return True

@@ -201,6 +201,19 @@ def test_nothing_is_trained_twice(tmp_path, monkeypatch):
     assert trials.train_all(runs, args, never) and not built
 
 
+def test_a_group_whose_writing_was_cut_short_goes_on_as_one(tmp_path):
+    """Its checkpoint is of all its runs; and the groups behind it stay what they are."""
+    args = options(tmp_path, "--steps", 1, "--looks", 1, "--together", 2)
+    runs = plan.PARTS["primary"].runs(2)
+    first, second = trials.groups_of(runs, args)
+    (trials.group_folder(first, args) / "checkpoints" / "step-00000001").mkdir(parents=True)
+    done = dict(scores={"1": "0"})
+    for run in first[:1] + second[:1]:
+        folder = trials.folder_of(args, run.arm.mllm)
+        trials.write_json(folder / f"{run.name}.json", done)
+    assert trials.groups_of(runs, args) == [first, second[1:]]
+
+
 HOLD = """
 import pathlib, sys
 from engine.runs import lock
