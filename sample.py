@@ -257,6 +257,8 @@ def add_machine(p: argparse.ArgumentParser) -> None:
 
 def check(args) -> None:
     """ValueError for options that make no sense together, before any work."""
+    if args.serve and args.steps > limits.MAX_PAGE_STEPS:
+        raise ValueError(f"--serve: {limits.MAX_PAGE_STEPS} --steps are the limit")
     if args.explain and args.compile:
         raise ValueError("--explain reads what --compile fuses away: leave one out")
     if args.low_memory and args.compile:

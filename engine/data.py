@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.checks import printable
+from engine.checks import check_config, printable
 from engine.command import Parser, count, one_line_errors, path, path_text
 from engine.files import read_json, save_png
 from engine.limits import MAX_SIZE
@@ -164,7 +164,7 @@ class Reader:
                 bad_in_a_row += 1
                 if bad_in_a_row == 1000 or self.too_many_bad():
                     message = (f"{len(self.bad)} of {self.seen} records are broken, "
-                               "more than --max-bad allows:")
+                               "more than --max-bad allows, or a thousand in a row:")
                     raise ValueError("\n".join([message, *self.bad]))
             else:
                 bad_in_a_row = 0
@@ -285,7 +285,8 @@ class Summary:
         self.tokenizer = None
         if args.model:
             self.tokenizer = Tokenizer(args.model / "tokenizer.json")
-            self.max_prompt = read_json(args.model / "config.json").get("max_prompt")
+            file = args.model / "config.json"
+            self.max_prompt = check_config(read_json(file), file)["max_prompt"]
         self.began = time.time()
         self.records = 0
         self.n_usable = 0

@@ -69,7 +69,7 @@ def version(package: str) -> str | None:
 
 def machine(device: str) -> dict:
     """What a number was measured on: processor, cores, threads, versions."""
-    name = processor() if device == "cpu" else torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
     packages = ("torch", "transformers", "diffusers", "triton")
     versions = {package: version(package) for package in packages}
     return dict(device=name, processor=processor(), cores=os.cpu_count(),

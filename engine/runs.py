@@ -3,6 +3,7 @@ the lock that keeps a second run out.
 
     options.json  log.jsonl  curves.png  sheet-00000500.png  tokenizer.json  .lock
     config.json  model.safetensors                                      the model, see files.py
+    code.safetensors                                                    see lab/pretrain.py
     checkpoints/step-00000500/                                          see state.py
     latents/0123456789abcdef/...                                        see data.Latents
 """

@@ -496,7 +496,8 @@ class Folder(Pictures):
                 row = parse_json(text, "the line")
                 if not isinstance(row, dict):
                     raise ValueError("not an object, {...}")
-                return row
+                # null says that there is nothing, as an empty field of CSV does.
+                return {name: value for name, value in row.items() if value is not None}
             # strict: a quote that is never closed is an error, not a text of many lines.
             values, = csv.reader(io.StringIO(text, newline=""), strict=True)
             if len(values) != len(self.columns):

@@ -316,6 +316,7 @@ def train(args, names: list[str]) -> None:
     if missing:
         raise ValueError(f"--start {args.start} has no {', '.join(missing)}: docs/study.md says "
                          'under "To repeat it" how to make them')
+    about = origin(args)
     runs = [run for name in names for run in PARTS[name].runs(args.seeds)]
     clock = Clock(args.minutes)
     finished = trials.train_all(runs, args, clock)
@@ -324,7 +325,7 @@ def train(args, names: list[str]) -> None:
     for name, content in found.items():
         print(f"\n## {name}: {content['question']}\n\n{tables.part(content)}")
         plot_part(name, content, args.out)
-        write_json(args.out / f"{name}.json", origin(args) | content)
+        write_json(args.out / f"{name}.json", about | content)
     if not finished:
         n = sum(trials.is_finished(args, run) for run in set(runs))
         why = "stopped" if clock() else "another process is at the rest"
@@ -332,8 +333,9 @@ def train(args, names: list[str]) -> None:
 
 
 def look(args, name: str) -> None:
-    found = inside.STUDIES[name](args)
-    write_json(args.out / f"{name}.json", origin(args) | found)
+    # First: what is missing should not show after the work only.
+    about = origin(args)
+    write_json(args.out / f"{name}.json", about | inside.STUDIES[name](args))
     print(f"wrote {args.out / name}.json")
 
 

@@ -134,11 +134,15 @@ def replaced(model, j, how):
         # null prompts, then prompts
         rungs = encode(prompts, images).clone()         # (L, 2 B, Q, caption_dim)
         null, own = rungs.chunk(2, 1)
+        texts, half = prompts[len(prompts) // 2:], own.shape[1] // 2
+        if any(text == texts[i - half] for i, text in enumerate(texts)):
+            raise ValueError("rungs: half a batch further on stands the same prompt: take fewer "
+                             "--pictures, or another --n")
         distant = (j + len(rungs) // 2) % len(rungs)
         ways = {
             "null prompt": null[j],
             "another rung": own[distant],
-            "another prompt": own[j].roll(own.shape[1] // 2, 0),
+            "another prompt": own[j].roll(half, 0),
         }
         own[j] = ways[how].clone()
         return rungs
@@ -370,15 +374,12 @@ def painted(model, own, null, args) -> list[Image.Image]:
     return model.decode(last.x_t)
 
 
-THINGS = ("its first", "its second", "the other's first", "the other's second")
-
-
 def things_there(pictures, asked) -> dict[str, list[bool]]:
     """{which of the four things: is it in the picture?}"""
-    found = {what: [] for what in THINGS}
+    found = {what: [] for what in tables.THINGS}
     for picture, four in zip(pictures, asked):
         names = {thing.name for thing in grader.grade(picture).things}
-        for what, thing in zip(THINGS, four):
+        for what, thing in zip(tables.THINGS, four):
             found[what].append(thing.name in names)
     return found
 

@@ -29,7 +29,7 @@ from collections.abc import Callable
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ from dcae import DCAEConfig
 from dit import DiTConfig
 from engine.data import noise
 from engine.fast import pack_mask
-from engine.files import write_text
+from engine.files import new_file, write_text
 from engine.options import parse
 from engine.pictures import to_pixels
 from engine.stream import first_examples
@@ -173,7 +173,8 @@ def muon(params: dict[str, nn.Parameter], args) -> Together:
     update of Muon is the momentum with all its singular values made equal, so that rare directions
     are learnt as fast as common ones. The table of embeddings is looked up, not multiplied through,
     and stays with AdamW, as heads do; so do, by their names, the ViT's first layer and the DiT's
-    time embedding."""
+    time embedding. (Its tables of offsets, scale_shift_table, have two dimensions and count as
+    matrices.)"""
     def is_matrix(name: str, p: nn.Parameter) -> bool:
         return p.dim() == 2 and "embed" not in name and not name.startswith("aux_head.")
 
@@ -597,7 +598,8 @@ def keep_code(run) -> None:
     """For stage dit, and for whoever wants to read what the queries say (lab/inside.py:told)."""
     mean = {name: run.state.ema[f"aux_head.{name}"].detach().contiguous()
             for name in run.helper.state_dict()}
-    save_file(mean, run.args.out / CODE)
+    with new_file(run.args.out / CODE) as file:
+        file.write(save(mean))
 
 
 def places(joined: list[Marked], kind: str, S: int) -> tuple[tuple[list, list], list[dict]]:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from engine import data
+from sample import TOY_FOLDER
 from tests.conftest import ROOT, TINY, run
 from tests.test_4_sources import GOOD, picture, write_tar
 
@@ -48,7 +49,7 @@ def test_all_good_is_status_0_and_tokens_are_counted(tmp_path):
         write_tar(tmp_path / f"{i}.tar", ("1.png", picture()), ("1.txt", text.encode()))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tokenizer.json").symlink_to(TINY / "qwen" / "tokenizer.json")
-    (tmp_path / "model" / "config.json").write_text('{"max_prompt": 256}')
+    (tmp_path / "model" / "config.json").symlink_to(TOY_FOLDER / "config.json")
     done = run("-m", "engine.data", tmp_path / "{0..1}.tar", "--check", "--model",
                tmp_path / "model")
     assert done.returncode == 0, done.stderr
@@ -56,6 +57,13 @@ def test_all_good_is_status_0_and_tokens_are_counted(tmp_path):
     assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == \
            [text.strip() for text in texts]
     assert "; 1 prompts have more than 256" in done.stderr
+    # Of another program's folder one hears before any record is read.
+    (tmp_path / "model" / "config.json").unlink()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["Qwen"]}')
+    done = run("-m", "engine.data", tmp_path / "{0..1}.tar", "--check", "--model",
+               tmp_path / "model")
+    assert done.returncode == 1 and "not a folder of this project" in done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize("spec, message", [

@@ -682,6 +682,7 @@ def test_names_cannot_leave_the_data_of_the_page(one):
     (["--serve", "--ask", "what?"], "leave them out"),
     (["--serve", "--image", "x.png"], "leave them out"),
     (["--serve", "--explain"], "leave them out"), (["--serve", "--compile"], "leave one out"),
+    (["--serve", "--steps", "201"], "200 --steps are the limit"),
 ])
 def test_options_that_make_no_sense_with_it(words, message):
     with pytest.raises(ValueError, match=message):

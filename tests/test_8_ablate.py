@@ -296,6 +296,14 @@ def test_one_rung_of_the_prompts_is_replaced(tiny, how):
     assert relative(after[1, 2:], before[1, 2:]) > 1e-3
 
 
+@pytest.mark.parametrize("prompts", [["a dog"] * 2, ["a dog"], ["a dog", "a cat", "a dog"]])
+def test_another_prompt_is_another_one(tiny, prompts):
+    null = [""] * len(prompts)
+    with torch.no_grad(), inside.replaced(tiny, 1, "another prompt"), \
+            pytest.raises(ValueError, match="the same prompt"):
+        tiny.encode([*null, *prompts])
+
+
 def test_probes_find_what_is_there_and_nothing_else():
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0, 3, (400,), generator=g)
@@ -408,7 +416,7 @@ def test_the_things_that_are_there_are_told_apart():
               ((asked[0][0], 0.22), (asked[0][3], 0.75))]
     pictures = [world.render(world.Scene(tuple(places))), Image.new("RGB", (64, 64), "white")]
     found = inside.things_there(pictures, asked)
-    assert found == dict(zip(inside.THINGS, ([True, False], [False] * 2, [False] * 2,
+    assert found == dict(zip(tables.THINGS, ([True, False], [False] * 2, [False] * 2,
                                              [True, False])))
     layout = inside.layout(pictures[0], places[::-1])
     assert layout["first is left"] == 0 and layout["number"] == 2

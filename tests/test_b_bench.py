@@ -104,6 +104,8 @@ def test_the_processor_has_a_name():
     found = machine("cpu")
     assert found["device"] == found["processor"] and len(found["processor"]) > 3
     assert found["versions"]["torch"] == torch.__version__
+    # Where there is another accelerator than CUDA's, this is all that is known.
+    assert machine("mps")["device"] == found["processor"]
 
 
 # --------------------------------------------------------------------------------- what is counted
