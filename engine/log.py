@@ -5,9 +5,9 @@ import json
 import math
 import sys
 
+import numpy as np
 import torch
 from matplotlib import cm
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -188,14 +188,16 @@ def read_log(out) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def smooth(values: list, n: int) -> list[float]:
-    """Means over the last n values that are there."""
-    means = []
-    for i in range(len(values)):
-        window = values[max(0, i - n + 1):i + 1]
-        window = [v for v in window if v is not None and math.isfinite(v)]
-        means.append(sum(window) / len(window) if window else math.nan)
-    return means
+def smooth(values: list, n: int) -> np.ndarray:
+    """Means over the last n values, of those that are there; NaN where none is."""
+    # None becomes NaN.
+    x = np.array(values, float)
+    if not len(x):
+        return x
+    there = np.isfinite(x)
+    sums, counts = (np.convolve(row, np.ones(n))[:len(x)] for row in (np.where(there, x, 0), there))
+    with np.errstate(invalid="ignore"):
+        return sums / counts
 
 
 def plot_curves(out) -> None:
@@ -204,7 +206,6 @@ def plot_curves(out) -> None:
     rows = read_log(out)
     n = max(1, len(rows) // 100)
     figure = Figure((12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
     loss, by_time, norm, rate = figure.subplots(2, 2).flat
     plot_smoothed(loss, rows, "loss", n, "C0")
     loss.set(title=f"loss, and its mean over {n} steps", yscale="log")

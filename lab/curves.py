@@ -6,7 +6,6 @@ import pathlib
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -57,7 +56,6 @@ def draw(logs: dict, file: pathlib.Path) -> None:
     timed = [stage for stage in BY_TIME if logs.get(stage, {}).get("by_t")]
     n_row = math.ceil((len(logs) + len(timed)) / 2)
     figure = Figure((800 / 72, 2.6 * n_row), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(n_row, 2, squeeze=False).ravel()
     for axis, (stage, log) in zip(axes, logs.items()):
         draw_loss(axis, stage, log)

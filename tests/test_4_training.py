@@ -10,6 +10,7 @@ import types
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 import sample
 import train
 from engine import data
-from engine.log import plot_curves
+from engine.log import plot_curves, smooth
 from engine.pictures import to_pixels
 from engine.state import Guard, checkpoints
 from engine.stream import first_examples
@@ -383,6 +384,12 @@ def test_the_guard_can_be_switched_off_and_stops_after_ten_in_a_row(tmp_path):
         list(started.steps())
     assert started.state.updates == 0
     assert len(list(always_nan("--no-guard").steps())) == 20
+
+
+def test_curves_are_smoothed_over_what_is_there():
+    found = smooth([None, 1.0, 3.0, float("nan"), None, None, 5.0], 3)
+    assert np.array_equal(found, [np.nan, 1, 2, 2, 3, np.nan, 5], equal_nan=True)
+    assert list(smooth([2.0, 4.0], 1)) == [2, 4] and len(smooth([], 1)) == 0
 
 
 def test_a_skipped_step_is_logged_with_its_examples_and_without_nan(tmp_path, monkeypatch):
