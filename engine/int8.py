@@ -1,8 +1,8 @@
 """Weights in 8 bits, computed with in the dtype of what comes in: half the memory of bfloat16.
 
 Each row of a weight matrix (all that leads to one output) is divided by its largest absolute value
-and rounded to whole numbers from -127 to 127; that value / 127 is kept beside them: a scale, which
-bfloat16 holds exactly. (Symmetric, one scale for each output channel.) When a layer runs, its
+and rounded to whole numbers from -127 to 127; that value / 127, rounded to bfloat16, is kept beside
+them as their scale. (Symmetric, one scale for each output channel.) When a layer runs, its
 matrix is written out again, used and dropped.
 
 In 8 bits are the linear layers and 1 x 1 convolutions inside the repeated blocks of MLLM, ViT and

@@ -7,7 +7,7 @@ a number here.
 
 # Pictures that one command draws (--n).
 MAX_PICTURES = 1000
-# Steps of the sampler: each has its own whole number of thousandths as its time.
+# Steps of the sampler. The network is given time in whole thousandths: more say nothing new.
 MAX_STEPS = 1000
 # Whatever else counts pictures, examples or steps.
 MAX_COUNT = 10 ** 9

@@ -181,8 +181,7 @@ class Live:
             dtype=str(self.model.dit.proj_out.weight.dtype).removeprefix("torch."),
             name="/".join(folder.parts[-2:]),
             size=size if isinstance(size, tuple) else (size, size),
-            limits=dict(steps=MAX_PAGE_STEPS, bytes=MAX_PAGE_REQUEST_BYTES,
-                        pixels=MAX_PAGE_PIXELS, text=MAX_PAGE_TEXT_BYTES),
+            limits=dict(bytes=MAX_PAGE_REQUEST_BYTES),
         )
 
 

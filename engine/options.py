@@ -150,8 +150,8 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
 
 # What may stand as null in options.json.
 OPTIONAL = ("model", "wiring", "connector", "queries", "data", "steps", "epochs")
-# What is asked for anew each time.
-NOT_STORED = ("out", "resume", "dry_run", "curves")
+# What --resume does not take from there: it is asked for anew each time.
+NOT_TAKEN = ("out", "resume", "dry_run", "curves")
 
 
 def store(args) -> None:
@@ -169,7 +169,7 @@ def stored_options(p: Parser, file: pathlib.Path) -> dict:
         raise SystemExit(f"error: {e}") from None
     if not are_options(found):
         p.error("expected an object with the options of a run, such as stage and preset")
-    found = {name: value for name, value in found.items() if name not in NOT_STORED}
+    found = {name: value for name, value in found.items() if name not in NOT_TAKEN}
     if unknown := found.keys() - vars(p.parse_args([])).keys():
         p.error(f"unknown option {shown(min(unknown))}")
     empty = {name: None for name, value in found.items() if value is None}

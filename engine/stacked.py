@@ -11,7 +11,8 @@ frozen MLLM reads before the queries.
 
 The numbers are those of single models but for rounding (tests/test_5_stacked.py).
 
-Dimension key: N models, B rows, S tokens of the prompt, Q queries, M MLLM width, L rungs, T states.
+Dimension key: N models, B rows, S tokens of the prompt, Q queries, M MLLM width, L rungs, T states,
+G key heads, K head dim, C latent channels, h x w latent size; caption: caption_dim.
 """
 import copy
 import types

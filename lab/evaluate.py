@@ -316,12 +316,11 @@ def paint(model: TBAC, rows: list[Row], seed: int, batch: int, **settings) -> It
     """Yields a picture for each row. The noise of each has a seed of its own, so that (but for
     rounding) a picture depends neither on the other ones nor on the batch size."""
     config = model.config
-    side = config.size // config.dcae.factor
     device = model.ladder.queries.device
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         rngs = [random.Random(f"{seed} {case.category} {case.prompt} {k}") for case, k in part]
-        _, eps = noise(rngs, (config.dit.channels, side, side), device)  # (B, C, h, w)
+        _, eps = noise(rngs, sample.latent_shape(config), device)          # (B, C, h, w)
         prompts = [case.prompt for case, _ in part]
         images = [case.images(config.size) for case, _ in part]
         yield from sample.generate(model, prompts, images, eps=eps, **settings)

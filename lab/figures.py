@@ -158,8 +158,7 @@ def shape(*sides):
 
 
 def latents_shape(c):
-    side = c.size // c.dcae.factor
-    return shape("B", c.dit.channels, side, side)
+    return shape("B", *sample.latent_shape(c))
 
 
 def toy_picture(p, x, y, side, colour):

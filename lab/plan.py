@@ -89,10 +89,12 @@ class Part:
     """arms: {label: Arm}; compared: (label, label it is compared with); scored: which prompts,
     seen (of pairs that no arm holds out) or never seen (with a pair that all arms hold out).
 
-    And other prompts of the same models. gaps: seen minus never seen, of one label, or of one minus
-    another; again: what is compared, once more by prompts of several objects only, and by those
-    that no pilot run was judged by; order: categories, each of which is asked to be easier than the
-    next, by all arms. long: trained for STEPS, the others for OTHER_STEPS."""
+    Further comparisons, of the same trained models by other prompts. gaps: seen minus never seen,
+    of one label, or of one minus another; again: what is compared, once more by prompts of several
+    objects only, and by those that no pilot run was judged by; order: categories, each of which is
+    asked to be easier than the next, by all arms.
+
+    long: trained for STEPS, the others for OTHER_STEPS."""
     question: str
     arms: dict[str, Arm]
     compared: tuple[tuple[str, str], ...]
