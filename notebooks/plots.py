@@ -45,8 +45,10 @@ def clouds(points: dict, cluster: Tensor) -> None:
     fig, axes = plt.subplots(1, len(points), figsize=(8, 2.6), sharex=True, sharey=True)
     limits = (-3.6, 3.6)
     for ax, (t, x) in zip(axes, points.items()):
+        # In the order of the points: by cluster, the last one would hide the others.
+        ax.scatter(*x.T, s=2, color=[CLUSTERS[k] for k in cluster.tolist()])
         for k, colour in enumerate(CLUSTERS):
-            ax.scatter(*x[cluster == k].T, s=2, color=colour, label=f"cluster {k}")
+            ax.scatter([], [], s=2, color=colour, label=f"cluster {k}")
         ax.set(title=f"t = {t}", xlim=limits, ylim=limits, aspect="equal")
     fig.legend(*axes[0].get_legend_handles_labels(), markerscale=5, ncols=3, fontsize=11,
                loc="outside lower center")
@@ -556,7 +558,7 @@ def reach(changes: dict, far: list, kinds: list) -> None:
         shown = ax.imshow(distance / distance.max(), vmin=0, vmax=1, cmap="viridis")
         ax.set_title(f"after block {i}:\n{n} kinds", fontsize=10)
         ax.set(xticks=[], yticks=[])
-    lower.colorbar(shown, ax=axes, label="distance", shrink=0.8)
+    lower.colorbar(shown, ax=axes, label="distance,\nof the largest", shrink=0.8)
     plt.show()
 
 

@@ -2,16 +2,18 @@
 just open them.
 
     pip install nbclient nbformat ipykernel
-    python notebooks/run.py 1_flow 8_weights        # without names: all
+    python -m notebooks.run 1_flow 8_weights        # without names: all
 """
 import base64
+import hashlib
 import io
 import pathlib
 import sys
 
-import nbformat
-from nbclient import NotebookClient
 from PIL import Image
+
+from engine.files import weights_digest
+from sample import TOY_FOLDER
 
 HERE = pathlib.Path(__file__).parent
 
@@ -25,8 +27,20 @@ def small(png: str) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+def origin(cells: list) -> dict:
+    """What outputs depend on: the code of these cells, and the toy. (Modules count as well.)"""
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return dict(code=hashlib.sha256("\0".join(code).encode()).hexdigest()[:8],
+                toy=weights_digest(TOY_FOLDER))
+
+
 def run(file: pathlib.Path) -> None:
-    """Executes a notebook and writes it back with its outputs, and nothing of this machine."""
+    """Executes a notebook and writes it back with its outputs, their origin, and nothing of this
+    machine."""
+    # Only whoever runs notebooks needs these.
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(file, 4)
     kernel = notebook.metadata.kernelspec
     folder = {"metadata": {"path": HERE}}
@@ -36,7 +50,8 @@ def run(file: pathlib.Path) -> None:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = small(output.data["image/png"])
-    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"},
+                         "outputs of": origin(notebook.cells)}
     nbformat.write(notebook, file)
     print(f"{file.name}: {file.stat().st_size // 1000} kB")
 

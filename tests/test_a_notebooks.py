@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from notebooks import run
 from tests.conftest import ROOT
 
 NAMES = ["1_flow", "2_latents", "3_mllm", "4_dit", "5_ladder", "6_training", "7_inspect",
@@ -595,7 +596,7 @@ def test_what_is_committed(file):
     assert len(notebook["cells"]) <= 25 + 1
     assert "predict before you run" in text.lower()
     assert "What happened" in text
-    assert notebook["metadata"].keys() <= {"kernelspec", "language_info"}
+    assert notebook["metadata"].keys() <= {"kernelspec", "language_info", "outputs of"}
     assert not any(cell["metadata"] for cell in notebook["cells"])
     assert not re.search(r"/(home|root|work|tmp|Users)/", file.read_text()), "a path of a machine"
 
@@ -604,7 +605,7 @@ def test_what_is_committed(file):
 def test_outputs_are_committed(file):
     for i, cell in enumerate(cells(file)):
         code = source(cell)
-        assert cell["execution_count"] == i + 1, "run from top to bottom: notebooks/run.py"
+        assert cell["execution_count"] == i + 1, "run from top to bottom: notebooks.run"
         kinds = {output["output_type"] for output in cell["outputs"]}
         assert "error" not in kinds
         assert not any(output.get("name") == "stderr" for output in cell["outputs"])
@@ -613,6 +614,16 @@ def test_outputs_are_committed(file):
         later = code.startswith("if answer_") or "TBAC_WEIGHTS" in code
         draws = re.search(r"plt\.show\(\)|^ *plots\.(?!style)\w+\(", code, re.M)
         assert not draws or "display_data" in kinds or later, f"no figure: {code[:60]}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_outputs_are_of_this_code_and_this_toy(file):
+    """Else what the text says of them is of another one."""
+    notebook = json.loads(file.read_text())
+    made = notebook["metadata"]["outputs of"]
+    assert made == run.origin(notebook["cells"]), f"python -m notebooks.run {file.stem}"
+    changed = [*notebook["cells"], dict(cell_type="code", source=["pass"])]
+    assert made["code"] != run.origin(changed)["code"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
