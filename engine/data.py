@@ -35,6 +35,7 @@ from engine.checks import check_config, printable
 from engine.command import Parser, count, one_line_errors, path, path_text
 from engine.files import read_json, save_png
 from engine.limits import MAX_SIZE
+from engine.outputs import check_kind, check_name
 from engine.pictures import contact_sheet, to_pixels
 from engine.sources import Example, open_source, square
 from mllm import Tokenizer
@@ -378,6 +379,9 @@ def told(example: Example) -> dict:
 
 def check(args) -> int:
     """Reads every record as training does, and prints what it finds. -> the exit status"""
+    if args.sheet:
+        check_name("--sheet", args.sheet)
+        check_kind(args.sheet)
     source = open_source(args.spec, {}, 0)
     summary = Summary(args)
     bar = tqdm(source.locations(), "records", disable=sys.stdout.isatty() or None)

@@ -42,12 +42,8 @@ def check_outputs(args) -> None:
     """Before any work: ValueError or OSError where a file could not be written, or would take the
     place of something of another kind, or of a picture that is read."""
     out = pathlib.Path(args.out)
-    if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder")
+    check_name("--out", out)
     found = outputs(args).every()
-    if out.suffix.lower() != ".png":
-        name = out.with_suffix(".png") if out.name else "out.png"
-        raise ValueError(f"--out {out}: pictures are written as PNG, call it {name}")
     if found and not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     for file in found:
@@ -56,6 +52,15 @@ def check_outputs(args) -> None:
             raise ValueError(f"{file} is one of --image and would be lost: give another --out")
     if found:
         check_writable(out.parent)
+
+
+def check_name(option: str, file: pathlib.Path) -> None:
+    """ValueError where a picture would not be called so."""
+    if file.is_dir():
+        raise ValueError(f"{option} {file}: is a folder")
+    if file.suffix.lower() != ".png":
+        name = file.with_suffix(".png") if file.name else "out.png"
+        raise ValueError(f"{option} {file}: pictures are written as PNG, call it {name}")
 
 
 def check_kind(file: pathlib.Path) -> None:
@@ -68,7 +73,7 @@ def check_kind(file: pathlib.Path) -> None:
         found = f.read(len(SIGNATURES[kind]))
     if found != SIGNATURES[kind]:
         name = "a PNG" if kind == ".png" else "an HTML page of ours"
-        raise ValueError(f"{file} is not {name} and would be lost: give another --out")
+        raise ValueError(f"{file} is not {name} and would be lost: give another name")
 
 
 def save_png(image: Image.Image, file: pathlib.Path, settings: dict) -> None:

@@ -33,7 +33,7 @@ other() {
     python -m lab.ablate probes --out "$out/other" "${start[@]}"
     python -m lab.evaluate --int8 --out "$out/int8"
     python -m lab.figures samples edits explain live
-    python notebooks/run.py 2_latents 3_mllm 4_dit 5_ladder 6_training 7_inspect
+    python -m notebooks.run 2_latents 3_mllm 4_dit 5_ladder 6_training 7_inspect
 }
 # A thread each: two lanes on two cores.
 export OMP_NUM_THREADS=1

@@ -99,3 +99,14 @@ def test_the_sheet_is_a_fair_sample(mixed):
         summary.add(data.Example(str(i), (), image))
     shown = [int(label) for _, (label,) in summary.shown]
     assert len(set(shown)) == 16 and 70 < sum(shown) / 16 < 130
+
+
+@pytest.mark.parametrize("name, said", [("metadata.jsonl", "written as PNG"),
+                                        ("mine.png", "is not a PNG and would be lost")])
+def test_a_sheet_takes_no_other_files_place(tmp_path, name, said):
+    """Nobody's data go because a file was named by mistake."""
+    (tmp_path / name).write_text("mine")
+    args = data.options([str(tmp_path), "--check", "--sheet", str(tmp_path / name)])
+    with pytest.raises(ValueError, match=said):
+        data.check(args)
+    assert (tmp_path / name).read_text() == "mine"
