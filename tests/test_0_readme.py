@@ -264,18 +264,6 @@ def test_links_and_files_exist(page):
     assert inside and not lost, lost
 
 
-def test_each_promise_has_its_tests():
-    """The files that stand in its row, and in them a test for each name behind a file."""
-    rows = re.findall(r"`((?:fuzz/)?test_\w+\.py)`(?:: ([\w, ]*\w))?", TEXT["docs/promises.md"])
-    lost = []
-    for file, said in rows:
-        tests = names(TREES[f"tests/{file}"].body)
-        for word in filter(None, said.split(", ")):
-            if not any(word in test for test in tests):
-                lost.append(f"{file}: {word}")
-    assert len(rows) > 20 and not lost, lost
-
-
 def test_the_notebooks_point_at_what_exists():
     """Names of files and headings in their text."""
     for name, text in files_of("*.ipynb").items():

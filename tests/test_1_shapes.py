@@ -10,6 +10,7 @@ from ladder import CONNECTORS, WIRINGS, Ladder, tap_layers
 from mllm import mrope_positions
 from tests.conftest import relative
 from vit import (
+    RMSNorm,
     VisionAttention,
     ViT,
     ViTConfig,
@@ -305,3 +306,24 @@ def test_smart_size(width, height, want):
 def test_a_picture_too_thin_is_an_error():
     with pytest.raises(ValueError, match="2001x10"):
         smart_size(2001, 10, 28, 256 * 28 * 28)
+
+
+def test_the_norm_rounds_before_its_gain():
+    """In bfloat16, as in Qwen2.5-VL; nn.RMSNorm rounds after it."""
+    g, norm = seeded(), RMSNorm(32).bfloat16()
+    x = torch.randn(64, 32, generator=g).bfloat16()
+    torch.nn.init.normal_(norm.weight, generator=g)
+    exact = x.float() * (x.float().pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt()
+    assert torch.equal(norm(x), norm.weight * exact.bfloat16())
+    assert not torch.equal(norm(x), (norm.weight * exact).bfloat16())
+
+
+def test_a_thin_picture_keeps_a_unit_on_its_short_side():
+    """At the toy's area."""
+    assert smart_size(640, 20, 16, 4096) == (352, 16)
+    assert smart_size(20, 640, 16, 4096) == (16, 352)
+
+
+def test_the_shuffled_wiring_is_always_the_same():
+    assert tap_layers(36, 20, "shuffled") == [28, 29, 17, 24, 31, 22, 35, 20, 23, 21, 25, 19, 18,
+                                              27, 33, 16, 30, 32, 34, 26]

@@ -68,15 +68,6 @@ def test_export_knows_the_released_wiring_only(tiny_folder, tmp_path):
         assert file.stat().st_mode & 0o444 == 0o444
 
 
-def test_exported_folder_converts_again_to_the_same_model(tiny_folder, tmp_path):
-    run("weights_convert.py", "--export", tiny_folder, "--out", tmp_path / "public")
-    convert(TINY / "qwen", TINY / "sana", tmp_path / "public", tmp_path / "ours")
-    a = tensors(tiny_folder)
-    b = tensors(tmp_path / "ours")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[n], b[n]) for n in a)
-
-
 def test_fresh_ladder_on_the_public_backbones(tiny_folder, tmp_path):
     """The Qwen and SANA folders alone: backbones as they are, queries and connector new. The hub's
     second copies in half precision lie beside SANA's weights."""

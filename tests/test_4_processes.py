@@ -36,7 +36,8 @@ def train(processes, out, *args):
     assert done.returncode == 0, done.stderr
     lines = (out / "log.jsonl").read_text().splitlines()
     rows = {row["step"]: row for row in map(json.loads, lines)}
-    return [rows[step]["loss"] for step in sorted(rows)]
+    # The first norm: what AdamW makes of a gradient does not depend on its size.
+    return [rows[1]["norm"], *(rows[step]["loss"] for step in sorted(rows))]
 
 
 # "cuda:0" stands in options.json, which --resume reads.

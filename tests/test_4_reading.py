@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import train
 from engine import data, pictures, sources, stream
+from tests.test_4_pictures import only_a_header
 
 
 def jpeg(colour, size=(80, 60)):
@@ -180,14 +181,12 @@ def test_in_epochs_sizes_count_unless_weights_are_given(tmp_path, given, weights
 
 def broken(tmp_path):
     good = {"png": jpeg("red"), "txt": b"fine"}
-    bomb = io.BytesIO()
-    Image.new("1", (20000, 20000)).save(bomb, "png")
     tar(tmp_path / "a.tar", {
         "good": good,
         "cut": good | {"png": jpeg("red")[:40]},
         "no-text": {"png": jpeg("red")},
         "no-picture": {"txt": b"x"},
-        "huge": good | {"png": bomb.getvalue()},
+        "huge": good | {"png": only_a_header(20_000, 20_000)},
         "latin": good | {"txt": b"\xff\xfe\xfa"},
         "good2": good,
     })
@@ -295,7 +294,7 @@ def test_a_missing_picture_or_a_bad_line_is_one_broken_record(tmp_path):
         dict(file_name="b.png", text="gone"),
         dict(file_name="a.png"),
         dict(text="no picture"),
-        fine | dict(source=None),
+        fine | dict(source=[None]),
         fine | dict(source=[1]),
         fine | dict(target=5),
         fine | dict(text="\ud800"),

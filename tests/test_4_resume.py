@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train
 from engine.files import write_shards
 from engine.log import read_log
-from engine.state import State, checkpoints
+from engine.state import State, checkpoints, model_tensors
 from tests.conftest import ROOT, run
 
 TOY = ("--stage", "mix", "--batch", 2, "--warmup", 2, "--sheet-every", 0, "--dtype", "float32")
@@ -187,6 +187,22 @@ def state(ema=0.9, names=("a", "b")):
                               min_lr_ratio=0.1)
     trained = {n: torch.nn.Parameter(torch.ones(2)) for n in names}
     return State(trained, lambda params: train.adamw(params, args), ema), args
+
+
+def test_the_mean_is_short_at_first_and_is_what_is_saved():
+    s, _ = state(ema=0.9)
+
+    def update(value):
+        for p in s.params.values():
+            p.data.fill_(value)
+        s.update_ema()
+        return s.ema["a"][0].item()
+
+    assert update(12) == pytest.approx((1 + 10 * 12) / 11)
+    s.updates = 1000
+    assert update(1) == pytest.approx(0.9 * 11 + 0.1 * 1)
+    saved = dict(model_tensors(s, {}))
+    assert torch.equal(saved["a"], s.ema["a"]) and not torch.equal(saved["a"], s.params["a"])
 
 
 def stored(s, folder):

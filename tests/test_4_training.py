@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import random
-import types
+import shutil
 import sys
+import types
 from collections import Counter
 
 import numpy as np
@@ -74,6 +75,35 @@ def test_time_runs_from_data_to_noise(tiny):
     assert torch.allclose(x_t[0], 0.75 * x0[0] + 0.25 * eps[0]) and torch.equal(x_t[1], eps[1])
     assert torch.allclose(losses, (eps - x0).pow(2).mean((1, 2, 3)))
     assert torch.equal(flow_matching(x0, t, eps)[0], x_t)
+
+
+def test_times_are_uniform_and_never_0(tiny, monkeypatch):
+    t, eps = data.noise([random.Random(i) for i in range(2000)], (4,), "cpu")
+    assert torch.allclose(t.sort()[0], torch.arange(1, 2001) / 2000, atol=0.05)
+    assert abs(eps.std() - 1) < 0.05 and abs(eps.mean()) < 0.05
+    least = types.SimpleNamespace(random=lambda: 0.0, getrandbits=lambda n: 0)
+    assert data.noise([least], (1,), "cpu")[0] == 1
+    seen = []
+    tiny.dit.forward = lambda x, time, kv: seen.append(time) or torch.zeros_like(x)
+    for drawn, fed in ((0.0, 1000.0), (0.25, 750.0)):
+        monkeypatch.setattr(torch, "rand", lambda n, x=drawn, **_: torch.full((n,), x))
+        tiny.loss(None, ["a"], x0=torch.zeros(1, 4, 8, 8), eps=torch.zeros(1, 4, 8, 8))
+        assert seen.pop().item() == fed
+
+
+def test_a_pass_drops_conditions_and_shifts_times():
+    example = data.Example("x", (), Image.new("RGB", (8, 8)))
+    args, seen = argparse.Namespace(cond_drop=0.3, shift=3.0, device="cpu"), {}
+    model = types.SimpleNamespace(loss=lambda **given: seen.update(given) or torch.zeros(40))
+    rows = [(example, random.Random(i)) for i in range(40)]
+    x0 = torch.zeros(40, 4, 8, 8)
+    _, times = train.ladder_loss(model, lambda model, examples: x0, rows, args)
+    rngs = [random.Random(i) for i in range(40)]
+    prompts = [train.drop_condition(example, rng, 0.3)[0] for rng in rngs]
+    t, eps = data.noise(rngs, (4, 8, 8), "cpu")
+    assert seen["prompts"] == prompts and 3 < prompts.count("") < 24
+    assert torch.equal(seen["eps"], eps) and times is seen["t"]
+    assert torch.allclose(times, 3 * t / (1 + 2 * t))
 
 
 @pytest.mark.slow
@@ -435,17 +465,63 @@ def losses(started):
     return [x for r in started.steps() for x in (r.loss, r.norm)]
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
-    for stage in ("t2i", "edit", "mllm"):
-        with_it = losses(start(tmp_path / "a", "--grad-checkpoint", stage=stage))
-        assert with_it == pytest.approx(losses(start(tmp_path / "b", stage=stage)), rel=1e-5)
+@pytest.mark.parametrize("stage", ["t2i", "mllm"])
+def test_gradient_checkpointing_computes_again_and_changes_nothing(tmp_path, stage):
+    found, calls = [], []
+    for switch in ("--grad-checkpoint", "--no-grad-checkpoint"):
+        started, n = start(tmp_path, switch, stage=stage), []
+        model = started.model
+        block = model.dit.blocks[0] if stage == "t2i" else model.mllm.layers[0]
+        block.norm1.register_forward_pre_hook(lambda *_, n=n: n.append(1))
+        report = next(started.steps())
+        found.append((report.loss, report.norm))
+        calls.append(len(n))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and calls[0] > calls[1]
+
+
+def test_the_optimizer_has_the_rate_that_is_logged_and_the_clipped_gradient(tmp_path):
+    started = start(tmp_path, "--warmup", 2, "--clip", 0.01)
+    optimizer, seen = started.state.optimizer, []
+    step = optimizer.step
+
+    def spy():
+        norms = [p.grad.norm() for p in started.state.params.values() if p.grad is not None]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        seen.append((rates, torch.stack(norms).norm().item()))
+        step()
+
+    optimizer.step = spy
+    reports = list(started.steps())
+    assert [report.lr for report in reports] == pytest.approx([5e-4, 1e-3, 1e-3])
+    for report, (rates, norm) in zip(reports, seen, strict=True):
+        assert rates == [report.lr] * 2
+        assert report.norm > 0.02 and norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_passes_add_up_to_one_batch(tmp_path):
+    one, two = (next(start(tmp_path, "--accumulate", n, batch=4 // n).steps()) for n in (1, 2))
+    assert (one.loss, one.norm) == pytest.approx((two.loss, two.norm), rel=1e-5)
+
+
+def test_what_learns_is_float32_also_of_a_model_in_half_precision(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("tokenizer.json", "model.safetensors"):
+        shutil.copy(TOY_FOLDER / name, model)
+    config = json.loads((TOY_FOLDER / "config.json").read_text()) | dict(dtype="bfloat16")
+    (model / "config.json").write_text(json.dumps(config))
+    params = start(tmp_path / "run", "--model", model).state.params
+    stored = TBAC.load(TOY_FOLDER).state_dict()
+    assert {p.dtype for p in params.values()} == {torch.float32}
+    assert all(torch.equal(p, stored[name]) for name, p in params.items())
 
 
 @pytest.mark.parametrize("stage", ["t2i", "edit", "vit", "mllm"])
 def test_the_plain_path_trains_the_same(tmp_path, stage):
     """The first step; later ones differ by what AdamW makes of rounding."""
-    fast, plain = (next(start(tmp_path, switch, stage=stage).steps())
-                   for switch in ("--no-plain", "--plain"))
+    runs = [start(tmp_path, switch, stage=stage) for switch in ("--no-plain", "--plain")]
+    assert ["query_states" in vars(run.model) for run in runs] == [True, False]
+    fast, plain = (next(run.steps()) for run in runs)
     assert (fast.loss, fast.norm) == pytest.approx((plain.loss, plain.norm), rel=1e-5)
 
 

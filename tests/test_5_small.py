@@ -23,6 +23,7 @@ from engine.sources import Example
 from sample import TOY_FOLDER
 from tbac import TBAC, TBACConfig
 from tests.conftest import ROOT, TINY, relative, run
+from weights_convert import convert
 
 RED = Image.new("RGB", (300, 200), "red")
 PROMPT = "a red circle left of a blue square"
@@ -234,11 +235,11 @@ def test_the_error_in_8_bits_is_the_recorded_one():
 
 @torch.no_grad()
 def test_stored_in_8_bits(tmp_path):
-    """By weights_convert.py and by `save`: the same whole numbers, half the bytes of bfloat16."""
-    sources = ["--qwen", TINY / "qwen", "--sana", TINY / "sana", "--tbac", TINY / "tbac"]
-    for dtype in ("bfloat16", "float32", "int8"):
-        done = run("weights_convert.py", *sources, "--dtype", dtype, "--out", tmp_path / dtype)
-        assert done.returncode == 0, done.stderr
+    """By weights_convert.py and by `save`: the same whole numbers."""
+    convert(TINY / "qwen", TINY / "sana", TINY / "tbac", tmp_path / "float32", torch.float32)
+    done = run("weights_convert.py", "--qwen", TINY / "qwen", "--sana", TINY / "sana", "--tbac",
+               TINY / "tbac", "--dtype", "int8", "--out", tmp_path / "int8")
+    assert done.returncode == 0, done.stderr
     stored = TBAC.load(tmp_path / "int8")
     assert stored.config.dtype == "bfloat16"
     exact = TBAC.load(tmp_path / "float32")
@@ -257,14 +258,24 @@ def test_stored_in_8_bits(tmp_path):
     assert done.returncode == 1 and "8 bits" in done.stderr
 
 
-def test_the_commands_know_it(tmp_path):
-    out = tmp_path / "out.png"
-    done = run("sample.py", PROMPT, "--int8", "--low-memory", "--dtype", "float16", "--out", out,
-               "--steps", 4)
-    assert done.returncode == 0, done.stderr
-    assert Image.open(out).size == (64, 64)
-    done = run("sample.py", PROMPT, "--low-memory", "--compile", "--out", out)
-    assert done.returncode == 1 and "leave one out" in done.stderr
+def test_the_commands_know_it(tmp_path, monkeypatch):
+    asked, load = [], TBAC.load
+
+    def spy(*args, **how):
+        asked.append((args, how))
+        return load(*args, **how)
+
+    def main(*words):
+        monkeypatch.setattr("sys.argv", ["sample.py", PROMPT, *map(str, words), "--low-memory",
+                                         "--device", "cpu", "--out", str(tmp_path / "a.png")])
+        sample.main()
+
+    monkeypatch.setattr(sample.TBAC, "load", spy)
+    main("--int8", "--dtype", "float16", "--steps", 4)
+    assert asked == [((str(TOY_FOLDER), "cpu", torch.float16), dict(int8=True, low_memory=True))]
+    assert Image.open(tmp_path / "a.png").size == (64, 64)
+    with pytest.raises(SystemExit, match="leave one out"):
+        main("--compile")
 
 
 # --------------------------------------------------------------------------------------- float16

@@ -314,3 +314,26 @@ def test_what_a_key_means_when_it_is_missing(public):
     whole = read()
     (folder / "sana/transformer/config.json").write_text(json.dumps(found))
     assert read() == whole
+
+
+# Where the tiny checkpoint has what this code has by default: literally, not from the tables.
+ARRIVES = [
+    ("qwen/config.json", "rope_theta", 5e5, "mllm.rope_theta"),
+    ("qwen/config.json", "vision_config.patch_size", 7, "mllm.vision.patch"),
+    ("qwen/config.json", "vision_config.temporal_patch_size", 1, "mllm.vision.frames"),
+    ("qwen/config.json", "vision_config.spatial_merge_size", 1, "mllm.vision.merge"),
+    ("qwen/config.json", "vision_config.window_size", 56, "mllm.vision.window"),
+    ("sana/transformer/config.json", "mlp_ratio", 3.0, "dit.mlp_ratio"),
+    ("sana/vae/config.json", "attention_head_dim", 16, "dcae.head_dim"),
+    ("sana/vae/config.json", "scaling_factor", 0.5, "dcae.scaling_factor"),
+    ("tbac/config.json", "max_input_text_tokens", 77, "max_prompt"),
+]
+
+
+@pytest.mark.parametrize("name, key, value, ours", ARRIVES)
+def test_a_public_value_arrives_in_its_place(public, name, key, value, ours):
+    folder, read = public
+    whole = dataclasses.asdict(read())
+    found = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(altered(found, key.split("."), value)))
+    assert dataclasses.asdict(read()) == altered(whole, ours.split("."), value)

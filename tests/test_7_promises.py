@@ -33,11 +33,9 @@ RUN = ("--stage", "mix", "--size", 32, "--batch", 1, "--warmup", 1, "--sheet-eve
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(tiny_folder):
     """The tiny checkpoint."""
-    out = tmp_path_factory.mktemp("small") / "model"
-    weights_convert.convert(TINY / "qwen", TINY / "sana", TINY / "tbac", out)
-    return out
+    return tiny_folder
 
 
 def new_run(model, out, *args):

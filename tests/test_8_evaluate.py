@@ -361,10 +361,9 @@ def test_noise_depends_on_neither_batch_nor_number(tiny, monkeypatch):
     assert len(set(noise(4, seed=0, batch=5) + noise(4, seed=1, batch=5))) == 24
 
 
-@pytest.mark.parametrize("plain", [[], ["--plain"]])
-def test_the_command_line_writes_scores_and_failures(plain, tmp_path, capsys):
+def test_the_command_line_writes_scores_and_failures(tmp_path, capsys):
     evaluate.main(["--model", str(TOY_FOLDER), "--out", str(tmp_path), "--n", "1",
-                   "--pictures", "1", "--steps", "1", *plain])
+                   "--pictures", "1", "--steps", "1"])
     table = capsys.readouterr().out
     record = json.loads((tmp_path / "scores.json").read_text())
     categories = (*evaluate.GENEVAL, *language.EDITS, *language.QUESTIONS, "reconstructed")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from engine.pictures import contact_sheet
 from engine.words import never_heard
 from tests.conftest import run
 from toy import grader, language, world
@@ -652,11 +651,3 @@ def test_grader_is_not_fooled():
 
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert not grader.matches(grader.grade(Image.fromarray(noise)), PAIR)
-
-
-def test_sheet_lays_out():
-    images = [world.render(PAIR, 32)] * 5
-    labels = ["a red circle left of a blue square"] * 5
-    page = contact_sheet(images, labels, scale=2, columns=3)
-    assert page.width == 3 * (64 + 8) + 8 and page.height > 2 * 64
-    assert contact_sheet(images).height < page.height
