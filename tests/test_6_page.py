@@ -231,7 +231,7 @@ def test_what_is_cut_is_said_and_what_fails_does_not_end_the_server(one, server,
         raise RuntimeError("a bug in here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(one, "answer", broken, raising=False)
+        patch.setattr(one, "stream_answer", broken)
         found = outcome(server, "/ask", question="?", image=None)
     assert found["error"]["error"] == "this failed; the server's terminal says why"
     assert "a bug in here" in capsys.readouterr().err
