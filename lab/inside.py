@@ -27,7 +27,7 @@ from tqdm import tqdm
 import sample
 import train
 from engine import fast, mixer
-from engine.log import read_log
+from engine.log import read_log, smooth
 from lab import dots, evaluate, plan, statistics, tables, trials
 from lab.pretrain import SummaryTokens, learnt_code
 from ladder import tap_layers
@@ -501,10 +501,10 @@ def overfit(args):
                                   "--device", args.device]))
         rows = read_log(pathlib.Path(out, "run"))
     losses = np.array([row["loss"] for row in rows])
-    smooth = np.convolve(losses, np.full(20, 1 / 20), "valid")
+    means = smooth(losses, 20)[19:]
     late = np.ma.masked_invalid(np.array([row["by_t"] for row in rows[100:]], float)).mean(0)
-    return dict(command=f"python train.py {OVERFIT}", start=smooth[0], highest=smooth.max(),
-                end=smooth[-1], by_t=late.filled(np.nan).tolist())
+    return dict(command=f"python train.py {OVERFIT}", start=means[0], highest=means.max(),
+                end=means[-1], by_t=late.filled(np.nan).tolist())
 
 
 # ------------------------------------------------------------------------------------------ told

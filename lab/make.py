@@ -112,7 +112,8 @@ def open_diary(args) -> dict:
             raise ValueError(f"--out {args.out} is not empty, and not of this command")
         args.out.mkdir(parents=True, exist_ok=True)
         return made | {what: {} for what in MINUTES} | dict(finished=[])
-    diary = read_json(file)
+    # Older ones do not say which stages are finished: what is left of each then takes seconds.
+    diary = dict(finished=[]) | read_json(file)
     if len(diary["finished"]) == len(RECIPE):
         made["commit"] = diary["commit"]
     for name, value in made.items():

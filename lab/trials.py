@@ -225,6 +225,9 @@ class Group:
     """All runs that share their examples, from their weights to their files."""
 
     def __init__(self, runs: list[Run], args):
+        if args.device.startswith("cuda:"):
+            # Streams and CUDA graphs are those of the current device.
+            torch.cuda.set_device(args.device)
         self.runs = runs
         self.args = args
         self.commit = commit()
@@ -452,7 +455,7 @@ def looks(args, runs: list[Run]) -> dict[int, list]:
 
 def groups_of(runs: list[Run], args) -> list[list[Run]]:
     """The runs that are not finished, by those that learn together: from the same examples, at most
-    --together of them."""
+    --together of them. (And finished ones, where their group has a checkpoint.)"""
     by_examples = {}
     for run in dict.fromkeys(runs):
         by_examples.setdefault(run.examples, []).append(run)
@@ -485,9 +488,6 @@ def claimed(folder: pathlib.Path):
 def train_all(runs: list[Run], args, stop: Callable) -> bool:
     """Trains and scores the runs that are not finished, group by group, but those that another
     process is training -> are all finished now?"""
-    if args.device.startswith("cuda:"):
-        # Streams and CUDA graphs are those of the current device.
-        torch.cuda.set_device(args.device)
     groups = groups_of(runs, args)
     if not groups:
         return True
