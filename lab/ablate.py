@@ -302,9 +302,11 @@ def is_complete(args, part: Part) -> bool:
 
 
 def starts(args) -> list[str]:
-    """The folders in --start that these parts need; probes take the MLLM of --model, too."""
+    """The folders in --start that these parts need. Probes take what is there, and the MLLM of
+    --model, too."""
     if args.study in inside.STUDIES:
-        return list(inside.OTHER_MLLMS.values())
+        folders = inside.OTHER_MLLMS.values()
+        return [folder for folder in folders if (args.start / folder).is_dir()]
     mllms = {arm.mllm for name in args.parts for arm in PARTS[name].arms.values()}
     return sorted({folder for mllm in mllms for folder in trials.starts(mllm)})
 

@@ -261,10 +261,10 @@ def probes(args):
     for name in plan.MLLMS:
         folder = args.model
         if name in OTHER_MLLMS:
-            if not args.start:
-                print(f"{name}: left out without --start FOLDER")
+            folder = args.start and args.start / OTHER_MLLMS[name]
+            if not folder or not folder.is_dir():
+                print(f"{name}: left out, it is in no --start FOLDER")
                 continue
-            folder = args.start / OTHER_MLLMS[name]
         model = fast.enable(trials.with_mllm(folder, name, args.device))
         states = probe_states(model, texts)                            # (depths, prompts, Q, M)
         for fact in tqdm(table, name):
