@@ -6,6 +6,7 @@ made and measured.
 The text between two marks, <!-- NAME --> and <!-- end of NAME -->, is replaced. Its numbers are of
 toy/weights/record.json and assets/study.
 """
+import functools
 import pathlib
 
 from engine.command import Parser, one_line_errors
@@ -423,8 +424,18 @@ def arrival(moved: dict) -> str:
     said = f"{'have' if moves else 'may have'} not arrived: take more --steps"
     if low > -plan.STILL and high < plan.STILL:
         said = "have arrived"
-    each = "; ".join(f"{label} {points(row, 1)}" for label, row in moved.items())
-    return f"Last quarter of the steps, points: {each}. By the first the curves {said}."
+    rows = [[label, points(row, 1)] for label, row in moved.items()]
+    return (f"{table(['last quarter of the steps', 'points'], rows)}\n\n"
+            f"By all arms together the curves {said}.")
+
+
+def on_the_way_of(curve: dict) -> str:
+    """curve: {label: {step: of each seed the share that is right}} -> their means."""
+    steps = list(next(iter(curve.values())))
+    rows = []
+    for label, by_step in curve.items():
+        rows.append([label, *hundredths(*(sum(row) / len(row) for row in by_step.values()))])
+    return table(["on the way, fewer prompts", *(f"step {step}" for step in steps)], rows)
 
 
 def part(content: dict) -> str:
@@ -434,7 +445,18 @@ def part(content: dict) -> str:
         found += [by_arm(pairs, scored["table"]), tests(pairs, scored["compared"])]
     if content["contrasts"]:
         found.append(tests("the same models, other prompts", content["contrasts"]))
+    if all(len(by_step) > 1 for by_step in content["curve"].values()):
+        found.append(on_the_way_of(content["curve"]))
     return "\n\n".join([*found, arrival(content["last_quarter"])])
+
+
+def part_of(name: str) -> str:
+    return part(study(name))
+
+
+def trained() -> list[str]:
+    """The parts of the study that are stored."""
+    return [name for name in plan.PARTS if (STUDIES / f"{name}.json").is_file()]
 
 
 # ------------------------------------------------------------------------------------- the pages
@@ -444,7 +466,8 @@ PAGES = {
     "docs/scores.md": dict(drawing=drawing, editing=editing, edits=edits, answers=answers,
                            int8=in_8_bits, ceiling=ceiling),
     "docs/study.md": {"rungs": rungs, "probes": probes, "slots": slots,
-                      "slots by depth": slots_by_depth, "noise": noise},
+                      "slots by depth": slots_by_depth, "noise": noise}
+    | {name: functools.partial(part_of, name) for name in trained()},
     "toy/README.md": dict(examples=examples),
     "toy/weights/README.md": {"scores": scores_in_short, "by seed": by_seed},
     "docs/training.md": {"recipe": recipe, "on the way": on_the_way, "by seed": by_seed,

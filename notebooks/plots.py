@@ -739,26 +739,27 @@ def gradients(norms: dict, taps: dict) -> None:
     plt.show()
 
 
-def study(curves: dict) -> None:
-    """{(wiring, queries): {step: share right, of each seed}}: means, and bars of two standard
-    errors over the seeds; a panel for each number of queries."""
-    numbers = list(dict.fromkeys(n for _, n in curves))
-    fig, axes = plt.subplots(1, len(numbers), figsize=(8, 3.4), sharey=True)
-    for ax, n in zip(axes, numbers):
-        for k, (wiring, mark) in enumerate((("ladder", "o-"), ("final", "s--"))):
-            rows = 100 * torch.stack(list(curves[wiring, n].values()))         # (steps, seeds)
-            steps = np.array(list(curves[wiring, n]))
-            bars = 2 * rows.std(1) / rows.shape[1] ** 0.5
-            # Beside each other, so that both bars can be seen.
-            ax.errorbar(steps + 0.02 * k * steps[-1], rows.mean(1), bars, fmt=mark, ms=4,
-                        capsize=2, label=wiring)
-        ax.set_title(n, fontsize=12)
-        ax.set(xlabel="step", xlim=(0, None))
-        ax.tick_params(axis="x", labelsize=9)
+def study(curves: dict, right: dict) -> None:
+    """curves: {wiring: {step: (seeds,) right, %}}, means and bars of two standard errors over the
+    seeds; right: {wiring: (seeds,) right, %, at the end}, a row for each seed."""
+    fig, (left, rows) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=[1, 1.1])
+    for k, (wiring, mark) in enumerate((("ladder", "o-"), ("final", "s--"))):
+        values = torch.stack(list(curves[wiring].values()))                    # (steps, seeds)
+        steps = np.array(list(curves[wiring]))
+        bars = 2 * values.std(1) / values.shape[1] ** 0.5
+        # Beside each other, so that both bars can be seen.
+        left.errorbar(steps + 0.02 * k * steps[-1], values.mean(1), bars, fmt=mark, ms=4,
+                      capsize=2, label=wiring)
+        # Where both have the same, both can be seen.
+        rows.plot(right[wiring], range(len(right[wiring])), mark[0], color=f"C{k}", ms=9 - 4 * k)
+    rows.hlines(range(len(right["ladder"])), right["ladder"], right["final"], color="0.7",
+                zorder=0)
+    left.set(xlabel="step", ylabel="right, %", xlim=(0, None), ylim=(0, 100))
+    rows.set(xlabel="right at the end, %", ylabel="seed", yticks=range(len(right["ladder"])))
+    rows.invert_yaxis()
+    for ax in (left, rows):
         ax.grid(alpha=0.3)
-    axes[0].set_ylim(0, None)
-    axes[0].set_ylabel("right, %")
-    axes[0].legend(fontsize=10)
+    left.legend(fontsize=10, loc="lower right")
     plt.show()
 
 

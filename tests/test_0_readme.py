@@ -150,46 +150,28 @@ def study(name):
     return json.loads((STUDIES / f"{name}.json").read_text())
 
 
-def score_of(row):
-    return evaluate.percent(row["mean of 6"])
-
-
-def compared(test):
-    return f"{tables.points(test)} | {tables.chance(test['p'])}"
-
-
-def test_the_study_is_the_one_that_was_run():
-    """The tables of wirings and queries, cell by cell, from the files that `lab.ablate` wrote."""
-    table = study("wirings")["table"]
-    for kind, row in table.items():
-        shown = ("mean of 6", "counting, seen", "position, seen", "colour attribution, seen")
-        line = f"| {kind} | " + " | ".join(evaluate.percent(row[c]) for c in shown)
-        assert line in STUDY, line
-        if test := row.get("minus final"):
-            assert f"{line} | {compared(test)} |" in STUDY, compared(test)
-    assert len(table) == 10 and all(row["seeds"] == 3 for row in table.values())
-    table = study("wirings-shipped")["table"]
-    for kind, row in table.items():
-        against = compared(row["minus final"]) if kind != "final" else " | "
-        line = f"\n| {kind} | {score_of(row)} | {against} |\n"
-        assert line in STUDY, line
-    table = study("queries")["table"]
-    for n in plan.QUERIES:
-        ladder, final = (table[f"{wiring}, {n} queries"] for wiring in ("ladder", "final"))
-        against = compared(ladder["minus final"])
-        line = f"\n| {n} | {score_of(ladder)} | {score_of(final)} | {against} |\n"
-        assert line in STUDY, line
-    assert len(table) == 8 and all(row["seeds"] == 3 for row in table.values())
-    for kind, row in study("shift")["table"].items():
-        assert f"| {kind} | {score_of(row)} |" in STUDY, kind
-
-
 def test_the_readme_says_what_the_study_says():
-    wirings, queries = study("wirings")["table"], study("queries")["table"]
-    rows = [wirings[kind] for kind in ("ladder", "final", "ladder, random MLLM")]
-    rows += [queries["ladder, 4 queries"], queries["final, 4 queries"]]
-    for row in rows:
-        assert score_of(row) in README, score_of(row)
+    seen = study("primary")["scored"]["seen"]
+    for wiring in ("ladder", "final"):
+        assert f"`{wiring}` {evaluate.percent(seen['table'][wiring]['mean of 6'])}" in README
+    test = seen["compared"]["ladder minus final"]
+    said = f"{test['verdict']}, by\n{tables.points(test, 1)} points, p {tables.chance(test['p'])}"
+    assert said in README, said
+    row = study("penultimate")["scored"]["seen"]["table"]["penultimate"]
+    assert f"for all blocks, {evaluate.percent(row['mean of 6'])}" in README
+
+
+def test_the_study_is_the_one_that_was_planned():
+    """Every part that is stored: its arms, seeds, steps, prompts and settings are the plan's."""
+    assert "primary" in tables.trained()
+    for name in tables.trained():
+        found, part = study(name), plan.PARTS[name]
+        assert set(found["runs"]) == {run.name for run in part.runs()}
+        said = dict(steps=plan.STEPS if part.long else plan.OTHER_STEPS, batch=plan.BATCH,
+                    lr=plan.LR, n=plan.PROMPTS, draw_steps=plan.DRAW_STEPS, guidance=plan.GUIDANCE)
+        assert {key: found["options"][key] for key in said} == said, name
+        for run in found["runs"].values():
+            assert str(said["steps"]) in run["scores"] and run["commit"], name
 
 
 @pytest.mark.parametrize("page", tables.PAGES)

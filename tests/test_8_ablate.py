@@ -70,6 +70,8 @@ def test_the_tables_are_of_the_last_step_and_paired(study):
     of = 1 + 2 + 4 + 4 + 6 + 9 + 6 + 1 + 2 + 2
     assert "holm" not in test and other["holm"] == dict(p=min(1, of * other["p"]), of=of)
     shown = tables.part(found["primary"])
+    by_step = [100 * np.mean(row) for row in found["primary"]["curve"]["ladder"].values()]
+    assert f"| ladder | {' | '.join(f'{share:.0f}' for share in by_step)} |" in shown
     assert f"| ladder minus final | {tables.points(test)} | {tables.chance(test['p'])} |" in shown
 
 
@@ -203,7 +205,7 @@ def test_whether_curves_have_arrived(moved, words):
     row = dict(mean=moved[0] / 100, interval=[x / 100 for x in moved[1:]])
     other = dict(mean=0.5, interval=[0.4, 0.6])
     said = tables.arrival({"all arms": row, "ladder": other})
-    assert words in said and "ladder +50.0 [+40.0, +60.0]" in said
+    assert words in said and "| ladder | +50.0 [+40.0, +60.0] |" in said
     assert "not known" in tables.arrival({})
 
 
