@@ -417,7 +417,7 @@ def arrival(moved: dict) -> str:
     """Have the curves arrived? In words, by the mean of all arms. Only an interval that holds
     nothing larger says so."""
     if not moved:
-        return "scored at the end only: whether the curves have arrived is not known"
+        return "Scored at the end only: whether the curves have arrived is not known."
     whole = next(iter(moved.values()))
     low, high = (100 * x for x in whole["interval"])
     moves = low > plan.STILL or high < -plan.STILL
