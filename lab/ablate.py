@@ -305,8 +305,7 @@ def starts(args) -> list[str]:
     """The folders in --start that these parts need. Probes take what is there, and the MLLM of
     --model, too."""
     if args.study in inside.STUDIES:
-        folders = inside.OTHER_MLLMS.values()
-        return [folder for folder in folders if (args.start / folder).is_dir()]
+        return [folder.name for folder in inside.other_mllms(args.start).values()]
     mllms = {arm.mllm for name in args.parts for arm in PARTS[name].arms.values()}
     return sorted({folder for mllm in mllms for folder in trials.starts(mllm)})
 

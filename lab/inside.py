@@ -251,6 +251,12 @@ def probe_prompts(n):
     return list(facts), list(facts.values())
 
 
+def other_mllms(start: pathlib.Path | None) -> dict[str, pathlib.Path]:
+    """{name: folder} of those that are there."""
+    found = {name: start / folder for name, folder in OTHER_MLLMS.items()} if start else {}
+    return {name: folder for name, folder in found.items() if folder.is_dir()}
+
+
 def probes(args):
     """Linear (ridge) probes of the queries' states at every depth, of all queries together and of
     each by itself, fitted on some prompts and tested on others; in each MLLM that the plan knows,
@@ -258,13 +264,12 @@ def probes(args):
     none of these."""
     texts, facts = probe_prompts(FITTED + TESTED)
     table = {fact: {} for fact in facts[0]}
+    others = other_mllms(args.start)
     for name in plan.MLLMS:
-        folder = args.model
-        if name in OTHER_MLLMS:
-            folder = args.start and args.start / OTHER_MLLMS[name]
-            if not folder or not folder.is_dir():
-                print(f"{name}: left out, it is in no --start FOLDER")
-                continue
+        if name in OTHER_MLLMS and name not in others:
+            print(f"{name}: left out, it is in no --start FOLDER")
+            continue
+        folder = others.get(name, args.model)
         model = fast.enable(trials.with_mllm(folder, name, args.device))
         states = probe_states(model, texts)                            # (depths, prompts, Q, M)
         for fact in tqdm(table, name):
