@@ -454,14 +454,9 @@ def part_of(name: str) -> str:
     return part(study(name))
 
 
-# A part that was trained again, for twice as many steps (docs/study.md, "When to stop").
-AGAIN = f"-{2 * plan.STEPS}"
-
-
 def trained() -> list[str]:
     """The parts of the study that are stored."""
-    names = [name + ending for name in plan.PARTS for ending in ("", AGAIN)]
-    return [name for name in names if (STUDIES / f"{name}.json").is_file()]
+    return [name for name in plan.PARTS if (STUDIES / f"{name}.json").is_file()]
 
 
 # ------------------------------------------------------------------------------------- the pages
