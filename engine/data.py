@@ -180,7 +180,7 @@ class Reader:
 
 # --------------------------------------------------------------------------- noise and latents
 
-def noise(rngs, shape, device) -> tuple[Tensor, Tensor]:
+def times_and_noise(rngs, shape, device) -> tuple[Tensor, Tensor]:
     """Times (B,), uniform in (0, 1], and standard normal noise (B, *shape), each row from its own
     random.Random."""
     t = torch.tensor([1 - rng.random() for rng in rngs])

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import sample
 from engine import command, fast
-from engine.data import noise
+from engine.data import times_and_noise
 from engine.device import set_threads
 from engine.files import prepare_folder, save_png, weights_digest, write_text
 from engine.limits import MAX_PICTURES, MAX_STEPS
@@ -320,7 +320,7 @@ def paint(model: TBAC, rows: list[Row], seed: int, batch: int, **settings) -> It
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         rngs = [random.Random(f"{seed} {case.category} {case.prompt} {k}") for case, k in part]
-        _, eps = noise(rngs, sample.latent_shape(config), device)          # (B, C, h, w)
+        _, eps = times_and_noise(rngs, sample.latent_shape(config), device)   # (B, C, h, w)
         prompts = [case.prompt for case, _ in part]
         images = [case.images(config.size) for case, _ in part]
         yield from sample.generate(model, prompts, images, eps=eps, **settings)
