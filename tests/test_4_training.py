@@ -503,17 +503,20 @@ def test_passes_add_up_to_one_batch(tmp_path):
     assert (one.loss, one.norm) == pytest.approx((two.loss, two.norm), rel=1e-5)
 
 
-def test_what_learns_is_float32_also_of_a_model_in_half_precision(tmp_path):
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_what_learns_is_float32_also_of_a_model_in_half_precision(tmp_path, half):
     model = tmp_path / "model"
     model.mkdir()
     for name in ("tokenizer.json", "model.safetensors"):
         shutil.copy(TOY_FOLDER / name, model)
-    config = json.loads((TOY_FOLDER / "config.json").read_text()) | dict(dtype="bfloat16")
+    config = json.loads((TOY_FOLDER / "config.json").read_text()) | dict(dtype=half)
     (model / "config.json").write_text(json.dumps(config))
-    params = start(tmp_path / "run", "--model", model).state.params
+    run = start(tmp_path / "run", "--model", model)
+    params = run.state.params
     stored = TBAC.load(TOY_FOLDER).state_dict()
     assert {p.dtype for p in params.values()} == {torch.float32}
     assert all(torch.equal(p, stored[name]) for name, p in params.items())
+    assert math.isfinite(next(run.steps()).loss)
 
 
 @pytest.mark.parametrize("stage", ["t2i", "edit", "vit", "mllm"])
