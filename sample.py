@@ -264,6 +264,8 @@ def check(args) -> None:
     if args.low_memory and args.compile:
         raise ValueError("--compile needs weights that stay where they are, and with --low-memory "
                          "they do not: leave one out")
+    if args.ask is not None and (args.n > 1 or args.compile):
+        raise ValueError("--n and --compile are for pictures, and --ask draws none: leave them out")
     if args.explain and args.ask is not None and not args.image:
         raise ValueError("--explain and --ask need an --image")
     if args.compare is not None and (args.prompt is None or not args.explain):

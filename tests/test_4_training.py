@@ -251,6 +251,8 @@ def test_steps_and_epochs():
 
     assert asked() == (None, 10) and asked("--epochs", "2") == (None, 2)
     assert asked("--steps", "7") == (7, None) and asked("--dry-run") == (1, None)
+    with pytest.raises(SystemExit):
+        asked("--steps", "7", "--epochs", "2")
 
 
 @pytest.mark.parametrize("args, words", [
