@@ -154,10 +154,8 @@ class Reader:
     def __iter__(self) -> Iterator[tuple[int, Example]]:
         """ValueError with the list of broken records if they are too many."""
         check_sendable(self.share, self.workers)
-        loader = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers,
-                                             worker_init_fn=ignore_signals)
         bad_in_a_row = 0
-        for position, number, example in loader:
+        for position, number, example in self.records():
             self.seen += 1
             self.offset = position + 1
             if isinstance(example, str):
@@ -170,6 +168,19 @@ class Reader:
             else:
                 bad_in_a_row = 0
                 yield number, example
+
+    def records(self) -> Iterator[tuple]:
+        """What the share gives, read by worker processes or by this one."""
+        loader = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers,
+                                             worker_init_fn=ignore_signals)
+        try:
+            yield from loader
+        except (ValueError, OSError) as e:
+            if not self.workers:
+                raise
+            # A worker's error has its whole traceback for a text: what it says is the last line.
+            said = str(e).strip().splitlines()[-1].partition(": ")[2]
+            raise (OSError if isinstance(e, OSError) else ValueError)(said) from None
 
     def too_many_bad(self) -> bool:
         """More than chance explains if the fraction `max_bad` of all records were broken: beyond

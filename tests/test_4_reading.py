@@ -266,11 +266,12 @@ def test_a_tar_with_a_broken_header_or_without_an_end_is_a_broken_record(shards,
         assert f"byte {offset}" in bad
 
 
-def test_a_tar_that_is_gone_stops_the_run(shards):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tar_that_is_gone_stops_the_run_with_a_line(shards, workers):
     found = source(shards)
     (shards / "s-001.tar").unlink()
-    with pytest.raises(FileNotFoundError):
-        texts([found], 100)
+    with pytest.raises(OSError, match=r"\A\[Errno 2\] No such file .*s-001.tar'\Z"):
+        texts([found], 100, workers=workers)
 
 
 def test_two_records_of_one_key_have_two_names_and_sources_come_by_number(tmp_path):
