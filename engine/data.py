@@ -119,9 +119,10 @@ class Share(torch.utils.data.IterableDataset):
 
 def ignore_signals(worker):
     """For worker processes. A signal to all processes at once (Ctrl-C) is for the main one to
-    answer: it needs its workers until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    answer: it needs its workers until it has saved. A second SIGTERM, as from a main process that
+    cannot wait for a long read, ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def check_sendable(share, workers: int) -> None:
