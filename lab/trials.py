@@ -240,12 +240,22 @@ class Group:
         self.state = State(params, optimizer, RECIPE.ema, getattr(torch, args.dtype))
         self.folder = group_folder(runs, args)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.check_code()
         self.resume()
         make = functools.partial(train.draw_example, size=self.model.config.size,
                                  held_out=plan.pairs_held_out(n_held_out))
         share = Share([Generated(make, 0)], [1.0], 0, 0, self.state.history)
         self.reader = Reader(share, args.workers)
         self.saved = time.monotonic()
+
+    def check_code(self) -> None:
+        """ValueError where other code has begun these runs: a run is of one commit."""
+        file = self.folder / "commit.txt"
+        if not file.exists():
+            write_text(file, self.commit)
+        if (begun := file.read_text()) != self.commit:
+            raise ValueError(f"{self.folder} was begun by commit {begun}, not {self.commit}: go on "
+                             "with that, or anew in another --out")
 
     def resume(self) -> None:
         """From the last checkpoint, if there is one. ValueError where its stacks are others."""
