@@ -125,8 +125,9 @@ def test_one_batch_can_be_learnt_by_heart(tiny):
 
 def start(tmp_path, *args, stage="t2i", batch=2):
     """A run on the toy, in float32 unless told otherwise, not yet stepped."""
+    length = () if "--epochs" in args else ("--steps", 3)
     words = ("--stage", stage, "--out", tmp_path, "--model", TOY_FOLDER, "--batch", batch,
-             "--warmup", 1, "--steps", 3, "--dtype", "float32", *args)
+             "--warmup", 1, *length, "--dtype", "float32", *args)
     words = [str(word) for word in words]
     if stage in LADDER_STAGES:
         return train.Run(train.options(words))

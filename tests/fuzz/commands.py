@@ -169,7 +169,8 @@ def picture_cases():
 # ------------------------------------------------------------------------------------ runs, scores
 
 def run(*words):
-    return command(train.main, "--model", "{}/model", "--size", 32, "--batch", 1, "--steps", 1,
+    length = () if "--epochs" in words else ("--steps", 1)
+    return command(train.main, "--model", "{}/model", "--size", 32, "--batch", 1, *length,
                    "--warmup", 1, "--sheet-every", 0, "--plain", "--out", "{}/run", *words)
 
 
