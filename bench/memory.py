@@ -40,11 +40,15 @@ def model_of(config, trained, device="meta"):
 # ------------------------------------------------------------------------------------- training
 
 def examples(n, size, edit):
-    """Rows of a training step. No two prompts are alike: equal ones would be read once."""
-    picture = Image.new("RGB", (size, size), "red")
-    images = (picture,) if edit else ()
+    """Rows of a training step. No two prompts and no two pictures are alike: equal ones would be
+    read once."""
     caption = "a long caption of about eighty words, as those of the training sets are. " * 8
-    return [(Example(f"{i} {caption}", images, picture), random.Random(i)) for i in range(n)]
+    rows = []
+    for i in range(n):
+        picture = Image.new("RGB", (size, size), (10 * i, 80, 120))
+        images = (picture,) if edit else ()
+        rows.append((Example(f"{i} {caption}", images, picture), random.Random(i)))
+    return rows
 
 
 def options(*given):
@@ -109,7 +113,9 @@ def table(plain):
         for switch, note in (("--no-grad-checkpoint", ""),
                              ("--grad-checkpoint", ", gradient checkpointing")):
             args = options("--preset", "paper", "--stage", stage, "--model", "none", "--device",
-                           "meta", switch, "--plain" if plain else "--no-plain")
+                           "cpu", switch, "--plain" if plain else "--no-plain")
+            # Which no command line takes.
+            args.device = "meta"
             model = model_of(TBACConfig(), trained=True)
             used = train_step(model, args, batch, stage == "edit")
             print(f"| {stage}, batch {batch}{note} | {used / 1e9:.1f} |", flush=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sample
-from bench import first_difference, gpu, make_random, measure, tables, work
+from bench import first_difference, gpu, make_random, measure, memory, tables, work
 from bench.sizes import SIZES, empty_model, random_model, size_of
 from engine.device import machine
 from engine.files import read_json
@@ -147,6 +147,15 @@ def test_what_the_page_says_about_operations(counts):
 
 
 # -------------------------------------------------------------------------- the first difference
+
+@pytest.mark.slow
+def test_the_page_says_how_much_memory_is_counted(capsys):
+    memory.table(plain=False)
+    counted = re.findall(r"^\|.*\| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
+    page = (ROOT / "docs" / "training.md").read_text()
+    said = re.search(r"^\| released sizes, 512 px \| GB \|\n.*\n((\|.*\n)+)", page, re.MULTILINE)[1]
+    assert counted == re.findall(r"(?<=[|/] )([\d.]+)(?= [|/])", said) and len(counted) == 8
+
 
 def test_the_first_layer_that_differs_is_named(tiny, capsys):
     recorded = first_difference.trace(tiny)
