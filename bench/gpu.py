@@ -94,6 +94,7 @@ def rates_of(args, dtype):
 
 def machine_step(rows, args):
     """Best rates of each precision, and how much memory there is."""
+    exact_products()
     for name in ("float32", "bfloat16"):
         rows.add(f"best rates, {name}", functools.partial(rates_of, args, getattr(torch, name)))
     if args.device == "cuda":
@@ -159,19 +160,21 @@ def measure_training(args, rates, stage, batch, switch):
     model = full_model(args)
     size = model.config.size
     given = memory.options("--preset", "paper", "--stage", stage, "--model", "none", "--device",
-                           args.device, "--size", str(size), switch)
+                           args.device, "--size", str(size), "--cond-drop", "0", switch)
     model.ladder.float()
     model.dit.float()
     task = dataclasses.replace(train.LADDER_TASK, build=lambda given: model)
     run = train.Run(given, task)
-    passes = [memory.examples(batch, size, stage == "edit")]
 
     def held():
         state = run.state
         moments = [t for values in state.optimizer.state.values() for t in values.values()]
         return [*model.parameters(), *state.params.values(), *state.ema.values(), *moments]
 
-    step = functools.partial(train.training_step, run, passes)
+    def step():
+        # Each time from the same random state, so that all steps do the same work.
+        return train.training_step(run, [memory.examples(batch, size, stage == "edit")])
+
     return measured(step, held, args, rates, n=3)
 
 
@@ -186,8 +189,13 @@ def compile_step(rows, args):
     for name, f in work.items():
         rows.add(f"{name}, as it is", functools.partial(first_and_next, f, n, args.device))
     rows.add("compile", functools.partial(compiled, ours.model, work["20-step picture"]))
-    for name, f in work.items():
-        rows.add(f"{name}, compiled", functools.partial(first_and_next, f, n, args.device))
+    if is_compiled(ours.model):
+        for name, f in work.items():
+            rows.add(f"{name}, compiled", functools.partial(first_and_next, f, n, args.device))
+
+
+def is_compiled(model):
+    return model.dit._compiled_call_impl is not None
 
 
 def first_and_next(f, n, device):
@@ -199,7 +207,7 @@ def compiled(model, run):
     """Seconds of the warm-up. Where it fails, engine/fast.py warns and goes on without."""
     start = time.perf_counter()
     fast.compile_parts(model, run)
-    if model.dit._compiled_call_impl is None:
+    if not is_compiled(model):
         raise RuntimeError("torch.compile failed: the warning above says why")
     return dict(warm_up=time.perf_counter() - start)
 
@@ -207,7 +215,10 @@ def compiled(model, run):
 def toy_step(rows, args):
     """The scores of the shipped toy; then, as far as the time goes, a toy from nothing."""
     few = ["--n", "1", "--pictures", "1", "--steps", "2"] if args.rehearse else []
-    rows.add("lab.evaluate", functools.partial(evaluated, args.device, few))
+    # The minute that gpu.sh leaves for the scores.
+    end = time.monotonic() + 60 * args.minutes + 60
+    rows.add("lab.evaluate", functools.partial(evaluated, args.device, few,
+                                               end - time.monotonic()))
     if importlib.util.find_spec("lab.make") is None:
         print("lab.make is not there: no toy from nothing")
         return
@@ -215,14 +226,15 @@ def toy_step(rows, args):
         words = ["lab.make", "--out", scratch, "--device", args.device]
         if args.rehearse:
             words += ["--dry-run"]
-        rows.add("lab.make", functools.partial(command, words, 60 * args.minutes))
+        rows.add("lab.make", functools.partial(command, words, max(1, end - time.monotonic())))
 
 
-def evaluated(device, options):
-    """-> seconds; scores as lab.evaluate writes them"""
+def evaluated(device, options, limit):
+    """-> seconds; scores as lab.evaluate writes them, if it came to its end"""
     with tempfile.TemporaryDirectory() as scratch:
-        row = command(["lab.evaluate", "--device", device, "--out", scratch, *options])
-        return row | dict(scores=read_json(pathlib.Path(scratch) / "scores.json"))
+        words = ["lab.evaluate", "--device", device, "--out", scratch, *options]
+        row, file = command(words, limit), pathlib.Path(scratch) / "scores.json"
+        return row | dict(scores=read_json(file) if file.exists() else None)
 
 
 # Models that learn at once.
@@ -246,18 +258,19 @@ def study_step(rows, args):
     start = time.monotonic()
     given = ablate.options(study_words(args))
     for n in TOGETHER[:1] if args.rehearse else TOGETHER:
-        rows.add(f"ten steps of {n} models", functools.partial(step_together, given, n, args))
+        rows.add(f"twelve steps of {n} models", functools.partial(step_together, given, n, args))
     minutes = args.minutes - (time.monotonic() - start) / 60
     rows.add("primary", functools.partial(study_part, args, max(0.1, minutes)))
 
 
 def step_together(given, n, args):
-    """-> seconds of ten steps of n models; bytes alive at most"""
+    """-> seconds of twelve steps of n models; bytes alive at most. (Inputs are made for some steps
+    at once, trials.AHEAD: of twelve, each time for as many.)"""
     group = trials.Group(plan.PARTS["primary"].runs(n // 2), given)
     batches = group.batches()
 
     def steps():
-        for _ in range(1 if args.rehearse else 10):
+        for _ in range(1 if args.rehearse else 12):
             group.step(next(batches))
 
     steps()
@@ -272,8 +285,11 @@ def study_part(args, minutes):
     """-> seconds, what it printed, and what it found if it came to its end"""
     words = study_words(args)
     row = command(["lab.ablate", *words, "--minutes", f"{minutes:.2f}"])
-    found = args.out.parent / "study" / "primary.json"
-    return row | dict(found=read_json(found) if found.exists() else None)
+    folder = args.out.parent / "study"
+    found = folder / "primary.json"
+    # An unfinished study, too, has runs that are finished.
+    runs = {file.stem: read_json(file) for file in folder.glob("runs-*/*.json")}
+    return row | dict(found=read_json(found) if found.exists() else None, runs=runs)
 
 
 def command(words, limit=None):
@@ -291,6 +307,10 @@ def command(words, limit=None):
         os.killpg(process.pid, signal.SIGKILL)
         printed, _ = process.communicate()
         stopped = True
+    finally:
+        # When this process is told to end, too.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     lines = printed.splitlines()
     if process.returncode and not stopped:
         raise RuntimeError(f"python -m {' '.join(words)}: {lines[-1] if lines else 'no message'}")
@@ -326,6 +346,8 @@ def options(steps, doc):
 
 def main():
     args = options(STEPS, __doc__)
+    # As an exception, so that `command` ends what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows = Rows(args)
     STEPS[args.step](rows, args)
 
