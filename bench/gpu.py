@@ -215,10 +215,10 @@ def compiled(model, run):
 def toy_step(rows, args):
     """The scores of the shipped toy; then, as far as the time goes, a toy from nothing."""
     few = ["--n", "1", "--pictures", "1", "--steps", "2"] if args.rehearse else []
-    # The minute that gpu.sh leaves for the scores.
-    end = time.monotonic() + 60 * args.minutes + 60
-    rows.add("lab.evaluate", functools.partial(evaluated, args.device, few,
-                                               end - time.monotonic()))
+    # With the minute that gpu.sh leaves for the scores.
+    limit = 60 * args.minutes + 60
+    end = time.monotonic() + limit
+    rows.add("lab.evaluate", functools.partial(evaluated, args.device, few, limit))
     if importlib.util.find_spec("lab.make") is None:
         print("lab.make is not there: no toy from nothing")
         return

@@ -270,7 +270,7 @@ def edited(found: Scene, case: Case) -> dict[str, bool | float]:
 
     followed = all(count(found, t.name) == count(case.target, t.name) for t in removed | new)
     # A thing that should stay is not what was to be added, whatever its name.
-    changed = [t for t in found.things if not is_near_any(t, Scene(tuple(kept)))]
+    changed = [t for t in found.things if not any(grader.near(t, old) for old in kept)]
     for thing in new:
         same_name = [t for t in changed if t.name == thing.name]
         followed = followed and any(is_right(t, thing, found, case) for t in same_name)

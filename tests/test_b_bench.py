@@ -146,8 +146,6 @@ def test_what_the_page_says_about_operations(counts):
     assert f"{100 * picture['parts']['DiT'] / picture['operations']:.0f} %" in page
 
 
-# -------------------------------------------------------------------------- the first difference
-
 @pytest.mark.slow
 def test_the_page_says_how_much_memory_is_counted(capsys):
     memory.table(plain=False)
@@ -156,6 +154,8 @@ def test_the_page_says_how_much_memory_is_counted(capsys):
     said = re.search(r"^\| released sizes, 512 px \| GB \|\n.*\n((\|.*\n)+)", page, re.MULTILINE)[1]
     assert counted == re.findall(r"(?<=[|/] )([\d.]+)(?= [|/])", said) and len(counted) == 8
 
+
+# -------------------------------------------------------------------------- the first difference
 
 def test_the_first_layer_that_differs_is_named(tiny, capsys):
     recorded = first_difference.trace(tiny)
