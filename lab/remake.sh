@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # After lab.make: puts the new toy in its place and makes again all that hangs on its weights, on
-# two cores in about forty minutes. What pages and notebooks say of it is left to whoever reads them.
+# two cores in half an hour or so. What pages and notebooks say of it is left to whoever reads them.
 #
 #     pip install nbclient nbformat ipykernel; apt-get install chromium
 #     bash lab/remake.sh runs/toy
@@ -33,7 +33,7 @@ other() {
     python -m lab.ablate probes --out "$out/other" "${start[@]}"
     python -m lab.evaluate --int8 --out "$out/int8"
     python -m lab.figures samples edits explain live
-    python -m notebooks.run 2_latents 3_mllm 4_dit 5_ladder 6_training 7_inspect
+    python -m notebooks.run
 }
 # A thread each: two lanes on two cores.
 export OMP_NUM_THREADS=1
