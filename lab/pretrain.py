@@ -292,6 +292,10 @@ def sample_scene(rng: random.Random, number: int, size: int):
     return world.sample_scene(rng)
 
 
+def scene_to_draw(rng: random.Random, number: int, size: int):
+    return language.scene_to_draw(rng)
+
+
 def vit_loss(model: TBAC, code: PatchNames, rows: list, args):
     """Cross-entropy of what each unit shows."""
     c, scenes = model.config.mllm.vision, [scene for scene, _ in rows]
@@ -651,15 +655,14 @@ def unit_latents(run) -> None:
 # --------------------------------------------------------------------------------- stage dit
 
 def as_told(code: SummaryTokens, scene, rng: random.Random, args) -> list[dict]:
-    """A scene as the DiT hears of it: nothing now and then, which guidance needs; half of the time
-    all of it, as of a picture; a quarter with sides and spots; a quarter without. Captions seldom
-    tell these, so the DiT learns to arrange things by itself. That a thing was changed means
-    nothing to it."""
+    """A scene as the DiT hears of it: nothing now and then, which guidance needs; two times of five
+    all of it, as of a picture; one with sides and spots; two without. Captions seldom tell these,
+    so the DiT learns to arrange things by itself. That a thing was changed means nothing to it."""
     drawn = [(thing, rng.random() < 0.5) for thing in scene.things]
-    told = list(code.shown(drawn, scene, exact=rng.random() < 0.5))
+    told = list(code.shown(drawn, scene, exact=rng.random() < 0.4))
     if rng.random() < args.cond_drop:
         return [{} for _ in told]
-    if "column" not in told[0] and rng.random() < 0.5:
+    if "column" not in told[0] and rng.random() < 2 / 3:
         return [{name: label[name] for name in label.keys() - {"spot", "side"}} for label in told]
     return told
 
@@ -706,7 +709,7 @@ TASKS = {
     "vit": task("mllm.vision", vit_loss, sheets.vit, fresh(PatchNames)),
     "mllm": task("mllm", mllm_loss, sheets.mllm, fresh(SummaryTokens), conversation),
     "dcae": task("dcae", dcae_loss, sheets.dcae),
-    "dit": task("dit", dit_loss, sheets.dit, learnt_code),
+    "dit": task("dit", dit_loss, sheets.dit, learnt_code, scene_to_draw),
 }
 FINISH = {"dcae": unit_latents, "mllm": keep_code}
 
