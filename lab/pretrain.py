@@ -332,14 +332,14 @@ def after_edit(scene, target) -> list:
 
 
 def conversation(rng: random.Random, number: int, size: int) -> Conversation:
-    """Two thirds with a picture."""
-    if rng.random() < 1 / 3:
+    """A good half with a picture."""
+    if rng.random() < 0.45:
         return about_words(rng)
     scene, kind = world.sample_scene(rng), rng.random()
-    if kind < 0.35:
+    if kind < 0.27:
         turns = [language.question(scene, rng)[:2] for _ in range(5)]
         return Conversation(ASK, scene, turns)
-    if kind < 0.4:
+    if kind < 0.31:
         turns = [("", language.describe(scene))]
         return Conversation(DRAW, scene, turns, after_edit(scene, scene), scene)
     # A picture and an instruction -> what it would give.
@@ -350,7 +350,7 @@ def conversation(rng: random.Random, number: int, size: int) -> Conversation:
 
 def about_words(rng: random.Random) -> Conversation:
     scene = language.scene_to_draw(rng)
-    if rng.random() < 0.4:
+    if rng.random() < 0.7:
         # A caption, in any words -> what it says, its things in the order of the text.
         text, said = language.request(scene, rng)
         things = language.in_order(text, scene.things)
@@ -364,6 +364,21 @@ def about_words(rng: random.Random) -> Conversation:
     (question, answer), *turns = asked
     first = f"{language.caption(scene, rng)}. {question}", answer
     return Conversation(ASK, None, [first, *turns])
+
+
+# Of made-up words.
+SYLLABLES = [a + b + c for a in ("", *"bdfghklmnprstvw") for b in "aeiou" for c in ("", *"lnrst")]
+
+
+def with_chatter(text: str, rng: random.Random) -> str:
+    """Every eighth text with made-up words in front or behind: people say more than the toy knows,
+    which shall not throw it off."""
+    if not text or rng.random() < 7 / 8:
+        return text
+    lengths = [rng.randint(1, 3) for _ in range(rng.randint(1, 4))]
+    chatter = " ".join("".join(rng.choices(SYLLABLES, k=n)) for n in lengths)
+    parts = (chatter, text) if rng.random() < 0.5 else (text, chatter)
+    return rng.choice((" ", ", ", ": ")).join(parts)
 
 
 class SummaryTokens(AttributeCode):
@@ -441,19 +456,20 @@ class Marked:
 
 def tokenize_conversation(model: TBAC, code: SummaryTokens, talk: Conversation,
                           rng: random.Random, args) -> Marked:
-    """Of the conversations that end in a drawing two thirds are followed by summary tokens in place
-    of the answer. Or, as gist tokens (Mu et al. 2023, arXiv 2304.08467), by the same tokens and the
-    answer, which sees them and not what precedes them: so they come to hold it, and nothing says
-    how, nor at which depths."""
+    """Of the conversations that end in a drawing three quarters are followed by summary tokens in
+    place of the answer. Or, as gist tokens (Mu et al. 2023, arXiv 2304.08467), by the same tokens
+    and the answer, which sees them and not what precedes them: so they come to hold it, and nothing
+    says how, nor at which depths."""
     tok, c = model.mllm.tokenizer, model.config.mllm.vision
     pictures = [patchify(world.render(talk.scene, args.size), c)] if talk.scene else []
     grids = [(h // c.merge, w // c.merge) for _, (h, w) in pictures]
     units = [h * w for h, w in grids]
     told = "summary" in args.aux and bool(talk.drawn)
     gist = "gist" in args.aux and talk.system == DRAW
-    summed_up = (told or gist) and rng.random() < 2 / 3
+    summed_up = (told or gist) and rng.random() < 3 / 4
     ids, weight, pointing = [], [], []
     for i, (question, answer) in enumerate(talk.turns):
+        question = with_chatter(question, rng)
         text = next_turn(question) if i else chat(question, units, talk.system)
         asked = tok.encode(text)
         said = tok.encode("<|vision_start|>" if summed_up else answer + "<|im_end|>")

@@ -585,7 +585,8 @@ def test_what_was_never_heard():
     "a red circle between a blue square and a green cross", "move the ball up",
     "a circle that is red", "a box in red", "a circle and a square, both red",
     "two things: a red circle and a blue square", "four crosses, all of them red",
-    "red circle, blue square, green cross", "from left to right: a circle, a square, a cross",
+    "red circle, blue square, green cross", "red circle blue square", "red circle + blue square",
+    "from left to right: a circle, a square, a cross",
     "colour of the box?", "how many red ones are there?", "how many things are there altogether?",
     "are both the same colour?", "what is in the middle?",
 ])

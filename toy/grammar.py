@@ -129,6 +129,8 @@ BLOCKS = {
           {head} with {last}
           {head} and also {last}
           {head}, then {last}
+          {head} {last}
+          {head} [&|+] {last}
         * {head}, also {last}
         * {head} and then {last}
         """,

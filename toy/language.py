@@ -200,7 +200,7 @@ class Speaker:
                 chosen[word] = word if keep else self.one_of(REPLACEABLE[word])
             return chosen[word]
         text = WORD.sub(replaced, text)
-        if self.rng.random() < 0.12:
+        if self.rng.random() < 0.25:
             text = ARTICLE.sub("", text)
         return re.sub(r"\ban? (?=(.))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
 
