@@ -80,7 +80,7 @@ COMMON = dict(lr=2e-3, batch=32, warmup=100, weight_decay=0.01, clip=1.0, ema=0.
 PRESETS = {"toy": {
     "vit": COMMON | dict(steps=1500),
     # AdamW's default memory of squared gradients (0.999) learns more slowly here.
-    "mllm": COMMON | dict(steps=7600, betas=[0.9, 0.98]),
+    "mllm": COMMON | dict(steps=12000, betas=[0.9, 0.98]),
     "dcae": COMMON | dict(steps=2000),
     "dit": COMMON | dict(steps=5000, batch=48, lr=3e-3),
 }}
