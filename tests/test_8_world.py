@@ -287,6 +287,7 @@ def test_words_are_found_in_the_text():
 
     assert language.in_order("a box, then a green and a red ball", scene.things) == [
         BLUE, green, RED]
+    assert language.in_order("one blue square and one red circle", (RED, BLUE)) == [BLUE, RED]
     asked = language.destination
     assert asked("put a cross to the left side of the blue box", scene) == ("left of", BLUE)
     assert asked("add a dot beneath it", alone) == ("below", RED)
@@ -586,7 +587,8 @@ def test_what_was_never_heard():
     "a circle that is red", "a box in red", "a circle and a square, both red",
     "two things: a red circle and a blue square", "four crosses, all of them red",
     "red circle, blue square, green cross", "red circle blue square", "red circle + blue square",
-    "from left to right: a circle, a square, a cross",
+    "from left to right: a circle, a square, a cross", "a red circle pls", "an x and a box",
+    "red x", "two red xs",
     "colour of the box?", "how many red ones are there?", "how many things are there altogether?",
     "are both the same colour?", "what is in the middle?",
 ])

@@ -18,7 +18,7 @@ SYNONYMS = {
     "circle": ("ball", "disc", "disk", "dot", "sphere", "round shape"),
     "square": ("box", "block", "cube"),
     "triangle": ("wedge", "pyramid"),
-    "cross": ("plus", "plus sign"),
+    "cross": ("plus", "plus sign", "x"),
     "object": ("shape", "thing", "item"),
     "small": ("little", "tiny"),
     "large": ("big", "huge"),
@@ -311,6 +311,8 @@ BLOCKS = {
           [show|draw me] {text}
           please [draw|paint|make] {text}
           [draw|paint|show me] {text}[,|] please
+          {text}[,|] [please|pls|plz]
+          [pls|plz] [draw|show me] {text}
           can you draw {text}?
           [can|could] you [draw|paint|show me] {text}?
           [can|could] you please [draw|create|make] {text}?
@@ -529,6 +531,8 @@ BLOCKS = {
     "please": """
           {text}[,|] please
           please {text}
+          {text}[,|] [pls|plz]
+          pls {text}
           [can|could] you {text}?
           [can|could] you please {text}?
           i want you to {text}

@@ -90,12 +90,13 @@ PLACE_WORDS = {name: every(words) for name, words in PLACES.items()}
 def plural(words: str) -> str:
     if words == "person":
         return "people"
-    return words + ("es" if words.endswith(("s", "x")) else "s")
+    # "Boxes", but "xs".
+    return words + ("es" if words.endswith(("s", "ox")) else "s")
 
 
 def a(words: str) -> str:
     """With the indefinite article: 'an orange cross'."""
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+    return f"an {words}" if words[0] in "aeiou" or words == "x" else f"a {words}"
 
 
 def any_of(words) -> str:
@@ -661,7 +662,8 @@ def mentions(text: str, scene: Scene) -> list[tuple[int, Thing]]:
 def in_order(text: str, things: Sequence[Thing]) -> list[Thing]:
     """Things in the order in which a text names them."""
     text = LATE.sub(r"\g<colour> \g<shape>", text.lower())
-    phrases = list(PHRASE.finditer(text))
+    # "One" alone is a number here.
+    phrases = [phrase for phrase in PHRASE.finditer(text) if phrase[0] != "one"]
 
     def place(thing):
         """Of the first words that fit; of the colour alone in 'a red and a blue circle'."""
