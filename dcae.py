@@ -9,8 +9,8 @@ The paper's "residual autoencoding": around every Down and Up, and around the co
 the latents, runs a shortcut without parameters. It moves pixels into channels or back where the
 side changes, and averages or repeats channels to the new width.
 
-Dimension key: B batch, D width of a stage, H heads, K head dim, h x w height and width, N = h * w
-positions, C latent channels, f `DCAEConfig.factor`.
+Dimension key: B batch, D width of a stage, D' of the next one, H heads, K head dim, h x w height
+and width, N = h * w positions, C latent channels, f `DCAEConfig.factor`.
 Left out: tiling for very large pictures, and the training losses.
 """
 from dataclasses import dataclass

@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
         self.softmax = nn.Softmax(-1)
 
     def heads(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, H, S, K)"""
+        """Latent tokens or queries: (B, N or Q, D) -> (B, H, N or Q, K)"""
         return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)
 
     def project_kv(self, caption: Tensor) -> tuple[Tensor, Tensor]:

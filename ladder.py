@@ -95,6 +95,7 @@ class Ladder(nn.Module):
         if connector not in CONNECTORS:
             raise ValueError(f"unknown connector {connector!r}, expected one of {list(CONNECTORS)}")
         self.taps = tap_layers(n_mllm, n_dit, wiring)
+        self.n_state = n_mllm + 1
         # A parameter of its own, not rows of the frozen embedding table (docs/paper_to_code.md).
         self.queries = nn.Parameter(torch.empty(n_query, mllm_dim))
         if connector == "per-block":
@@ -102,7 +103,7 @@ class Ladder(nn.Module):
         else:
             self.connector = build_connector(mllm_dim, caption_dim)
         # Two wirings mix states, by the softmax of each row of (L, T) logits: zeros give the mean.
-        routes = torch.zeros(n_dit, n_mllm + 1) if wiring in ("mean", "routed") else None
+        routes = torch.zeros(n_dit, self.n_state) if wiring in ("mean", "routed") else None
         if wiring == "routed":
             self.routes = nn.Parameter(routes)
         else:
@@ -119,18 +120,18 @@ class Ladder(nn.Module):
             elif isinstance(layer, nn.RMSNorm):
                 nn.init.constant_(layer.weight, 5.5 ** 0.5)
 
-    def matrix(self, n_state: int) -> Tensor:
-        """A (L, n_state): how much of each state goes into each rung."""
+    def matrix(self) -> Tensor:
+        """A (L, T): how much of each state goes into each rung."""
         if self.routes is not None:
             return self.routes.float().softmax(1)
         taps = torch.tensor(self.taps, device=self.queries.device)
-        return nn.functional.one_hot(taps, n_state).float()
+        return nn.functional.one_hot(taps, self.n_state).float()
 
     def forward(self, states: list[Tensor]) -> Tensor:
         """The queries' states at every depth, each (B, Q, M) -> rungs (L, B, Q, caption_dim)."""
         # Where each row of A is a single 1, it picks a state, and there is nothing to multiply.
         tapped = torch.stack([states[i] for i in self.taps])       # (L, B, Q, M), or of all T
         if self.routes is not None:
-            A = self.matrix(len(states))                           # (L, T)
+            A = self.matrix()                                      # (L, T)
             tapped = torch.einsum("lt,tbqm->lbqm", A, tapped.float())
         return self.connector(tapped.to(self.queries.dtype))       # (L, B, Q, caption_dim)

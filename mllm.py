@@ -266,8 +266,8 @@ class MLLM(nn.Module):
 
     def tokenize(self, texts: list[str], images: list[list[Image.Image]] | None = None,
                  system: str = ASK, answer_start: str = "", max_len: int | None = None) -> Batch:
-        """Texts and, for each, a list of PIL images (maybe empty) -> Batch on this device.
-        ValueError for no text, or for lists that do not fit."""
+        """Texts and, for each, a list of PIL images (maybe empty) -> Batch on this device (the
+        pictures wait on the CPU). ValueError for no text, or for lists that do not fit."""
         images = matching_images(texts, images)
         prompts = []
         for text, row in zip(texts, images):
@@ -350,7 +350,7 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def next_tokens(self, batch: Batch, max_new_tokens: int = 64) -> Iterator[Tensor]:
         """Batch -> the likeliest next token of each row, (B,), again and again, until every row has
-        come to its end."""
+        come to its end, or `max_new_tokens` times."""
         cache = KVCache()
         x = self.embed(batch)                                              # (B, S, M)
         positions, mask = batch.positions, batch.attention_mask
@@ -369,7 +369,7 @@ class MLLM(nn.Module):
             mask = F.pad(mask, (0, 1), value=True)
 
     def generate(self, batch: Batch, max_new_tokens: int = 64) -> list[list[int]]:
-        """`next_tokens` to the end -> each row's answer as token ids, up to <|im_end|>."""
+        """`next_tokens` to the end -> each row's answer as token ids, up to its end token."""
         rows = torch.stack(list(self.next_tokens(batch, max_new_tokens)), 1).tolist()
         return [up_to_end(row, self.tokenizer.ends) for row in rows]
 

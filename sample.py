@@ -7,8 +7,9 @@
     python sample.py --serve                                           # a page to draw on
 
 The ordinary differential equation dx/dt = v(x, t) is followed from noise (t = 1) to data (t = 0);
-see the box in tbac.py. Sources: DPM-Solver++ (arXiv 2211.01095, algorithm 2), InstructPix2Pix for
-two-way guidance (arXiv 2211.09800, equation 3).
+see the box in tbac.py. The method ends with `generate`; what follows it is the command line.
+Sources: DPM-Solver++ (arXiv 2211.01095, algorithm 2), InstructPix2Pix for two-way guidance (arXiv
+2211.09800, equation 3).
 
 Dimension key: B pictures, k rows that guidance compares for each, L, Q, C, h, w as in tbac.py.
 """
@@ -126,13 +127,12 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
             conditioning: tuple | None = None):
     """Yields a Step after every step; the last x_t is the picture, in the DiT's latent space.
 
-    prompts, images: as for TBAC.encode; with images it is an edit; size: side in pixels or (height,
-    width); guidance, image_guidance: default the model's own; eps: (B, C, h, w) starting noise,
-    else drawn;
+    prompts, images: as for TBAC.encode; with images it is an edit (in a mixed batch the image term
+    is zero for prompts without images); size: side in pixels or (height, width); guidance,
+    image_guidance: default the model's own; eps: (B, C, h, w) starting noise, else drawn by
     generator: a CPU's, on every device, so that a seed draws the same noise everywhere;
     conditioning: what `encode_for_guidance` gave, where several pictures are drawn of the same
-    prompts, or rungs were changed. In a mixed batch the image term is zero for prompts without
-    images.
+    prompts, or rungs were changed.
     """
     if steps < 1 or solver not in SOLVERS:
         expected = f"at least 1 step and one of {list(SOLVERS)}"
@@ -264,6 +264,8 @@ def check(args) -> None:
     if args.low_memory and args.compile:
         raise ValueError("--compile needs weights that stay where they are, and with --low-memory "
                          "they do not: leave one out")
+    if args.ask is not None and (args.n > 1 or args.compile):
+        raise ValueError("--n and --compile are for pictures, and --ask draws none: leave them out")
     if args.explain and args.ask is not None and not args.image:
         raise ValueError("--explain and --ask need an --image")
     if args.compare is not None and (args.prompt is None or not args.explain):
@@ -320,10 +322,12 @@ def draw(args, model: TBAC, images: list[Image.Image]) -> None:
             pictures.append(picture)
     if files.sheet:
         save_png(sheet(args, images, pictures), files.sheet, record)
-    if files.page:
-        rungs = request["conditioning"][0][:, -1]
+    if files.poster:
+        rungs, _ = request["conditioning"]                           # (L, k, Q, caption_dim)
+        # The prompt's own, behind those of the null prompt.
+        rungs = rungs[:, -1]
         poster = explain.drawing(model, args.prompt, images, pictures[0], rungs, watch)
-        save_png(poster, files.page, record | dict(seed=args.seed))
+        save_png(poster, files.poster, record | dict(seed=args.seed))
         write_text(files.html, explanation(model, request, args.seed, pictures[0], watch,
                                            args.compare).html())
     print("wrote", *files.every())
@@ -393,7 +397,7 @@ def sheet(args, images: list[Image.Image], pictures: list[Image.Image]) -> Image
 def ask(args, model: TBAC, images: list[Image.Image]) -> None:
     """Prints the answer; with --explain it also writes the pages on it."""
     files = outputs(args)
-    if not files.page:
+    if not files.poster:
         for piece in model.stream_answer(args.ask, images):
             print(piece, end="", flush=True)
         print()
@@ -401,7 +405,7 @@ def ask(args, model: TBAC, images: list[Image.Image]) -> None:
     ids, seen = explain.watched_answer(model, args.ask, images)
     print(model.mllm.tokenizer.decode(ids).strip())
     record = dict(question=args.ask, model=str(args.model), images=args.image)
-    save_png(explain.answer(model, args.ask, images, ids, seen), files.page, record)
+    save_png(explain.answer(model, args.ask, images, ids, seen), files.poster, record)
     write_text(files.html, explain_html.answer(model, args.ask, images, ids, seen).html())
     # Not among what is printed to be read on: the answer alone.
     print("wrote", *files.every(), file=sys.stderr)

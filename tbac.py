@@ -3,7 +3,7 @@ for the pixels.
 
 +- Conventions, each with a test -----------------------------------------------------------------+
 | time      t = 0 is data, t = 1 is noise; training draws t uniformly in (0, 1] (train.py --shift |
-|           bends it); the network is fed 1000 t                                                  |
+|           bends it); the network is fed 1000 t (a sampler drops its fraction)                   |
 | path      x_t = (1 - t) x0 + t eps                                                              |
 | target    v = eps - x0, so x0 = x_t - t v, and an Euler step from t to s: x_s = x_t + (s - t) v |
 | latents   x0 = dcae.encode(pixels), which multiplies by scaling_factor; pixels in [-1, 1]       |
@@ -144,7 +144,8 @@ class TBAC(nn.Module):
     def velocity(self, x_t: Tensor, t: Tensor, rungs: Tensor,
                  keys_values: list | None = None) -> Tensor:
         """x_t (B, C, h, w), t (B,) in [0, 1], rungs from `encode` -> velocity (B, C, h, w), from
-        data to noise. keys_values: dit.project_kv(rungs), which all steps of a picture share."""
+        data to noise. keys_values: dit.project_kv(rungs), which all steps of a picture share; the
+        rungs themselves are then not read."""
         if keys_values is None:
             keys_values = self.dit.project_kv(rungs)
         time = (1000 * t).float().to(x_t.device)
@@ -226,8 +227,9 @@ class TBAC(nn.Module):
              int8: bool = False, low_memory: bool = False) -> "TBAC":
         """The model in a folder written by `save` or weights_convert.py. dtype: default the
         config's (half precision is bfloat16 or float16, as the GPU has it); or a dict for some of
-        the parts, {"dit": torch.float32}. int8: most weights in 8 bits (engine/int8.py);
-        low_memory: parts are in memory only while they work (engine/low_memory.py).
+        the parts, by regular expressions, {"dit": torch.float32}. int8: most weights in 8 bits
+        (engine/int8.py); low_memory: parts are in memory only while they work
+        (engine/low_memory.py).
 
         Parameters are made without memory and filled one by one, straight on the device. ValueError
         names the tensor or file for anything missing, left over, mis-shaped, non-finite or damaged.
@@ -239,6 +241,7 @@ class TBAC(nn.Module):
         check_readable(tokenizer, MAX_TOKENIZER_BYTES)
         with torch.device("meta"):
             model = cls(config, Tokenizer(tokenizer))
+        # Names, shapes and dtypes; no numbers are read yet.
         files = prepare(model, folder, dtype, device, int8)
         fill = take_turns if low_memory else load_weights
         fill(model, files, device)

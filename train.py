@@ -10,12 +10,13 @@ stages teach the ladder (queries and connector) and the DiT; everything else is 
     torchrun --nproc-per-node 8 train.py --fsdp ...    the same on 8 GPUs
 
 What is random about an example (its noise, its time, whether its text is dropped) is drawn from
-(seed, step, number of the example): any number of processes takes the same steps, and a run resumes
-without any random state. lab/pretrain.py teaches the toy's parts with the same loop.
+(seed, step, number of the example): any number of processes takes the same steps, if a step has as
+many examples, and a run resumes without any random state. lab/pretrain.py teaches the toy's parts
+with the same loop.
 
-Where the rest is: examples in engine/sources.py, their order in data.py and stream.py; float32
-weights, EMA and checkpoints in engine/state.py; processes in engine/distributed.py; the log in
-engine/log.py.
+Where the rest is: examples in engine/sources.py, their order in engine/stream.py; times, noise and
+latents in engine/data.py; float32 weights, EMA and checkpoints in engine/state.py; processes in
+engine/distributed.py; the log in engine/log.py.
 """
 import dataclasses
 import functools
@@ -31,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from engine import distributed, fast, log
+from engine.checks import check_rules
 from engine.command import one_line_errors
-from engine.data import Latents, noise
+from engine.data import Latents, times_and_noise
 from engine.device import set_threads
 from engine.distributed import average_gradients, mean_over_processes
 from engine.files import save_png
@@ -155,8 +157,9 @@ def build(args) -> TBAC:
 
 def check_fit(model: TBAC, args) -> None:
     """ValueError where parts from several folders do not fit."""
+    check_rules(model.config, "config")
     with torch.device("meta"):
-        expected = TBAC(model.config).ladder
+        expected = model.config.build_ladder()
     found, wanted = ({name: p.shape for name, p in ladder.named_parameters()}
                      for ladder in (model.ladder, expected))
     if found != wanted or model.ladder.taps != expected.taps:
@@ -173,7 +176,7 @@ def ladder_loss(model: TBAC, latents: Latents, rows: list, args) -> tuple[Tensor
     x0 = latents(model, examples)                                          # (B, C, h, w)
     conditions = [drop_condition(example, rng, args.cond_drop) for example, rng in rows]
     prompts, images = (list(column) for column in zip(*conditions))
-    t, eps = noise(rngs, x0.shape[1:], args.device)                        # (B,), (B, C, h, w)
+    t, eps = times_and_noise(rngs, x0.shape[1:], args.device)              # (B,), (B, C, h, w)
     t = shifted(t, args.shift)
     losses = model.loss(pixels=None, prompts=prompts, images=images, t=t, eps=eps, x0=x0,
                         reduction="none")
@@ -205,7 +208,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def adamw(params: dict[str, nn.Parameter], args) -> torch.optim.Optimizer:
-    """Weight decay for matrices only."""
+    """Weight decay for all but vectors: neither biases nor gains, but the queries, too."""
     matrices = [p for p in params.values() if p.dim() > 1]
     vectors = [p for p in params.values() if p.dim() <= 1]
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
@@ -271,7 +274,7 @@ class Run:
 
     def __init__(self, args, task: Task = LADDER_TASK, own: dict | None = None):
         self.args, self.task = args, task
-        self.rank, self.world = distributed.start_processes(args)
+        self.rank, self.n_process = distributed.start_processes(args)
         self.stop = distributed.StopSignal()
         last = last_checkpoint(args)
         torch.manual_seed(args.seed)
@@ -290,7 +293,7 @@ class Run:
                   for word, make in task.makers.items()}
         # Latents.known: a record whose latents are cached need not be decoded.
         latents = getattr(self.helper, "known", None)
-        self.reader = open_reader(args, self.state, self.rank, self.world,
+        self.reader = open_reader(args, self.state, self.rank, self.n_process,
                                   makers | (own or {}), latents)
         self.shown = first_examples(self.reader, 8)
 
@@ -327,7 +330,7 @@ class Run:
         """Yields a Report after every step, until args.steps, or until some process is told to
         stop. To be asked for once: its examples begin where the last checkpoint was."""
         args, state = self.args, self.state
-        per_step = args.batch * args.accumulate * self.world
+        per_step = args.batch * args.accumulate * self.n_process
         stream = batches(self.reader, state, args)
         while state.step < args.steps and not self.stop.asked(args.device):
             passes = list(itertools.islice(stream, args.accumulate))
@@ -342,8 +345,8 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint, and the model as it is to be used."""
-        offsets = distributed.gather_objects(self.reader.offset, self.world)
-        self.state.history[-1] = (self.world, offsets)
+        offsets = distributed.gather_objects(self.reader.offset, self.n_process)
+        self.state.history[-1] = (self.n_process, offsets)
         save(self.model, self.state, self.frozen, self.args, self.rank)
 
     def save_sheet(self) -> None:

@@ -370,6 +370,7 @@ def convert(qwen: Path, sana: Path, tbac: Path | None, out: Path,
 def converted(qwen: Path, sana: Path, tbac: Path | None, model: TBAC,
               dtype: torch.dtype | None, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Yields (our name, tensor) for every tensor of our model; a fresh ladder without `tbac`."""
+    # check_tensor takes out what has come.
     missing = model.state_dict()
     fresh = {}
     if not tbac:
@@ -422,7 +423,8 @@ def to_ours(name: str | None, tensor: Tensor, config: TBACConfig) -> Iterator[tu
         yield "ladder.queries", tensor[vocab:vocab + n_query]
     elif name == "mllm.vision.patch_embed.weight" and tensor.shape == patches:
         yield name, tensor.flatten(1)
-    # All others, and those two if of another shape: check_tensor then refuses them.
+    # All others; Qwen's own table too, which has no queries. What does not fit, or has no name here
+    # (None), check_tensor refuses.
     else:
         yield name, tensor
 

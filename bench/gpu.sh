@@ -4,8 +4,8 @@
 #
 #     bench/gpu.sh OUT                 on a GPU
 #     bench/gpu.sh OUT --rehearse      every step on the CPU, at a tiny size, in about a minute
-#     STUDY=runs/toy bench/gpu.sh OUT  the study's primary question instead, with all of the time:
-#                                      dit, mllm, captions and gist in runs/toy are what it starts from
+#     STUDY=runs/study bench/gpu.sh OUT  the study's primary question instead, with all of the time:
+#                                      dit, mllm, captions and gist in runs/study are what it starts from
 #
 # It needs a clone of this repository and the packages of requirements.txt; the rows beside the
 # public libraries also transformers 4.51.3 and diffusers 0.34.0. PYTHON: which one runs it.

@@ -119,9 +119,10 @@ class Share(torch.utils.data.IterableDataset):
 
 def ignore_signals(worker):
     """For worker processes. A signal to all processes at once (Ctrl-C) is for the main one to
-    answer: it needs its workers until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    answer: it needs its workers until it has saved. A second SIGTERM, as from a main process that
+    cannot wait for a long read, ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def check_sendable(share, workers: int) -> None:
@@ -154,10 +155,8 @@ class Reader:
     def __iter__(self) -> Iterator[tuple[int, Example]]:
         """ValueError with the list of broken records if they are too many."""
         check_sendable(self.share, self.workers)
-        loader = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers,
-                                             worker_init_fn=ignore_signals)
         bad_in_a_row = 0
-        for position, number, example in loader:
+        for position, number, example in self.records():
             self.seen += 1
             self.offset = position + 1
             if isinstance(example, str):
@@ -171,6 +170,19 @@ class Reader:
                 bad_in_a_row = 0
                 yield number, example
 
+    def records(self) -> Iterator[tuple]:
+        """What the share gives, read by worker processes or by this one."""
+        loader = torch.utils.data.DataLoader(self.share, batch_size=None, num_workers=self.workers,
+                                             worker_init_fn=ignore_signals)
+        try:
+            yield from loader
+        except (ValueError, OSError) as e:
+            if not self.workers:
+                raise
+            # A worker's error has its whole traceback for a text: what it says is the last line.
+            said = str(e).strip().splitlines()[-1].partition(": ")[2]
+            raise (OSError if isinstance(e, OSError) else ValueError)(said) from None
+
     def too_many_bad(self) -> bool:
         """More than chance explains if the fraction `max_bad` of all records were broken: beyond
         three standard deviations above the mean, and two more for the beginning."""
@@ -180,7 +192,7 @@ class Reader:
 
 # --------------------------------------------------------------------------- noise and latents
 
-def noise(rngs, shape, device) -> tuple[Tensor, Tensor]:
+def times_and_noise(rngs, shape, device) -> tuple[Tensor, Tensor]:
     """Times (B,), uniform in (0, 1], and standard normal noise (B, *shape), each row from its own
     random.Random."""
     t = torch.tensor([1 - rng.random() for rng in rngs])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dit import DiT, DiTConfig
 from engine.files import read_json, read_tensors, weight_files
+from engine.int8 import count_parameters
 
 TOY = pathlib.Path(__file__).parent.parent / "toy" / "weights"
 # Models of fewer parameters run on one thread: see `set_threads`.
@@ -28,8 +29,7 @@ def set_threads(model) -> None:
     """One thread for a small model on a CPU. Its products take microseconds, and threads that wait
     for each other at the end of each cost more than they save as soon as another program runs.
     Whoever sets OMP_NUM_THREADS is obeyed."""
-    small = sum(p.numel() for p in model.parameters()) < SMALL
-    if small and "OMP_NUM_THREADS" not in os.environ:
+    if count_parameters(model) < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 

@@ -1,4 +1,5 @@
 """One process or many: who they are, how what learns is spread over them, what they agree on."""
+import datetime
 import functools
 import os
 import signal
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from engine.device import check as check_device
+
 
 def start_processes(args) -> tuple[int, int]:
     """-> rank, number of processes: those of torchrun, or this one alone."""
@@ -26,9 +29,14 @@ def start_processes(args) -> tuple[int, int]:
         return 0, 1
     # A run that goes on may name the GPU that it had.
     if args.device.startswith("cuda"):
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("RANK is set and LOCAL_RANK is not: start with torchrun")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(args.device)
         torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    # While the first one writes a model and a checkpoint, the others wait for it.
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
+                            timeout=datetime.timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size()
 
 

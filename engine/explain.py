@@ -152,7 +152,7 @@ def watched_encoding(model, prompt, images):
         model.query_states([prompt], [images], below)
     nothing = torch.zeros(len(slots(model.config.n_query)), batch.ids.shape[1])
     below_each = torch.stack([nothing, *read])                             # (T', S, T)
-    routes = model.ladder.matrix(below + 1).detach().cpu()                 # (L, T')
+    routes = model.ladder.matrix()[:, :below + 1].detach().cpu()           # (L, T')
     return batch, torch.einsum("li,ist->lst", routes, below_each)
 
 

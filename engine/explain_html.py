@@ -219,7 +219,7 @@ def ladder_of(model) -> dict:
     """routes: for each rung which states it is made of, [[state, weight], ...]; slots: the first
     and the last query of each."""
     routes = []
-    for row in model.ladder.matrix(model.config.mllm.n_layer + 1):
+    for row in model.ladder.matrix():
         routes.append([[i, round(row[i].item(), 4)] for i in row.nonzero()[:, 0].tolist()])
     queries = [[slot[0], slot[-1]] for slot in slots(model.config.n_query)]
     return dict(layers=model.config.mllm.n_layer, routes=routes, slots=queries)

@@ -279,12 +279,10 @@ def check_stored(model, folder):
 SCRATCH_FOLDER = re.compile(r"\.new-[a-z0-9_]{8}")
 
 
-def sync(folder):
-    """Waits until a folder and its files are on the disk itself."""
+def sync(*paths):
+    """Waits until files and folders (which names are in them) are on the disk itself."""
     # Windows cannot sync what is open for reading only.
-    paths = [] if os.name == "nt" else [*folder.iterdir(), folder]
-    # A pipe would wait for somebody to write to it.
-    for path in (path for path in paths if path.is_file() or path.is_dir()):
+    for path in paths if os.name != "nt" else ():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -400,7 +398,7 @@ class replacing:
             shutil.rmtree(self.new)
 
     def replace(self):
-        sync(self.new)
+        sync(*self.new.iterdir(), self.new)
         names = {file.name for file in self.new.iterdir()}
         # All of them before the first one moves.
         for name in names:
@@ -410,6 +408,7 @@ class replacing:
         for old in self.folder.iterdir():
             if MODEL_FILE.fullmatch(old.name) and old.name not in names and old.is_file():
                 old.unlink()
+        # Not what else is in it: to close a run's .lock would be to let go of it (engine/runs.py).
         sync(self.folder)
 
 

@@ -68,6 +68,12 @@ def enable(model):
     return model
 
 
+def count_parameters(model) -> int:
+    """Of layers in 8 bits, too, whose weights are no nn.Parameter."""
+    in_8_bits = sum(m.int8.numel() for m in model.modules() if isinstance(m, Int8))
+    return in_8_bits + sum(p.numel() for p in model.parameters())
+
+
 def is_stored(folder) -> bool:
     """Does a model folder hold such layers?"""
     names = (name for file in weight_files(folder) for name in stored_tensors(file))

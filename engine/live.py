@@ -23,6 +23,7 @@ from torch import nn
 from engine import words
 from engine.checks import Kind, check_keys, number, one_of, or_null, several, whole
 from engine.explain_html import address, content_of, data_address, ladder_of
+from engine.int8 import count_parameters
 from engine.jobs import Event
 from engine.limits import (
     MAX_FACTOR,
@@ -111,6 +112,9 @@ class Previews:
 
     def of(self, step) -> dict:
         """What there is after this step, and the picture foreseen in it; or nothing."""
+        # What a GPU still has to do for the step is not the decoder's time.
+        if step.x0.is_cuda:
+            torch.cuda.synchronize(step.x0.device)
         now = time.perf_counter()
         if self.spent > max(FREE_SECONDS, SHARE * (now - self.start)):
             return {}
@@ -170,13 +174,12 @@ class Live:
         """What the page has to know."""
         size = self.args.size or self.model.config.size
         folder = pathlib.Path(self.args.model).resolve()
-        parameters = sum(p.numel() for p in self.model.parameters())
         return dict(
             start={name: getattr(self.args, name) for name in START},
             solvers=list(self.solvers),
             ladder=ladder_of(self.model),
             blocks=self.n_block,
-            parameters=parameters,
+            parameters=count_parameters(self.model),
             device=str(self.model.ladder.queries.device),
             dtype=str(self.model.dit.proj_out.weight.dtype).removeprefix("torch."),
             name="/".join(folder.parts[-2:]),

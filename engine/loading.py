@@ -50,7 +50,8 @@ def prepare(model, folder, dtype: torch.dtype | dict | None, device, int8: bool)
     for name, p in model.named_parameters():
         special = [d for part, d in of_part.items() if belongs(name, [part])]
         p.data = p.data.to(special[0] if special else default)
-    if default == torch.float16:
+    # What trains decides by itself what it computes in.
+    if default == torch.float16 and not of_part:
         float16.enable(model)
     return files
 

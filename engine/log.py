@@ -114,7 +114,7 @@ class Log:
 
     def write(self, report, seconds: float) -> None:
         args, run = self.args, self.run
-        rate = args.batch * args.accumulate * run.world / seconds       # pictures a second
+        rate = args.batch * args.accumulate * run.n_process / seconds       # pictures a second
         memory = peak_memory(args.device)
         self.name_broken(report.step)
         if run.rank == 0:

@@ -128,6 +128,8 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     if own:
         own(p.add_argument)
     said, _ = p.parse_known_args(argv)
+    if said.steps is not None and said.epochs is not None:
+        p.error("--steps and --epochs say the same in two ways: leave one out")
     # Only now, so that the help shows the preset's values.
     p.add_argument("-h", "--help", action="help", help="show this")
     if said.stage not in presets[said.preset]:

@@ -15,27 +15,28 @@ SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".html": b"<!DOCTYPE html>"}
 
 @dataclass
 class Outputs:
-    """Pictures, a sheet of them if there are several, a page that explains, the same to touch."""
+    """Pictures, a sheet of them if there are several, a poster that explains, the same as a page to
+    touch."""
     pictures: list[pathlib.Path]
     sheet: pathlib.Path | None
-    page: pathlib.Path | None
+    poster: pathlib.Path | None
     html: pathlib.Path | None
 
     def every(self) -> list[pathlib.Path]:
-        return [*self.pictures, *filter(None, (self.sheet, self.page, self.html))]
+        return [*self.pictures, *filter(None, (self.sheet, self.poster, self.html))]
 
 
 def outputs(args) -> Outputs:
     """args: of sample.py."""
     out = pathlib.Path(args.out)
-    page = out.with_name(f"{out.stem}-explain.png") if args.explain else None
-    html = page and page.with_suffix(".html")
+    poster = out.with_name(f"{out.stem}-explain.png") if args.explain else None
+    html = poster and poster.with_suffix(".html")
     if args.ask is not None:
-        return Outputs([], None, page, html)
+        return Outputs([], None, poster, html)
     if args.n == 1:
-        return Outputs([out], None, page, html)
+        return Outputs([out], None, poster, html)
     pictures = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.n)]
-    return Outputs(pictures, out, page, html)
+    return Outputs(pictures, out, poster, html)
 
 
 def check_outputs(args) -> None:

@@ -115,12 +115,12 @@ class Learner(nn.Module):
     """What learns of a model, and the matrix A of its wiring, where that does not learn: so one
     stack holds models of different wirings."""
 
-    def __init__(self, ladder: Ladder, dit: DiT, n_state: int):
+    def __init__(self, ladder: Ladder, dit: DiT):
         super().__init__()
         self.ladder = ladder
         self.dit = dit
         learnt = isinstance(ladder.routes, nn.Parameter)
-        self.register_buffer("A", None if learnt else ladder.matrix(n_state))       # (L, T)
+        self.register_buffer("A", None if learnt else ladder.matrix())              # (L, T)
         if not learnt:
             ladder.routes = None
         use_products(self)
@@ -131,7 +131,7 @@ class Learner(nn.Module):
 
     def rungs(self, states: Tensor) -> Tensor:
         """states (T, B, Q, M) -> (L, B, Q, caption_dim), as by Ladder.forward"""
-        A = self.ladder.matrix(len(states)) if self.A is None else self.A[:, :len(states)]
+        A = self.ladder.matrix() if self.A is None else self.A[:, :len(states)]
         tapped = torch.einsum("lt,tbqm->lbqm", A, states.float())
         return self.ladder.connector(tapped.to(self.dit.proj_out.weight.dtype))
 

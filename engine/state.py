@@ -375,7 +375,7 @@ def write_checkpoint(folder, state: State, tensors, keep: int) -> None:
     new.mkdir(parents=True)
     write_shards(new, tensors)
     (new / "state.json").write_text(json.dumps(state.counters()))
-    sync(new)
+    sync(*new.iterdir(), new)
     os.rename(new, folder / f"step-{state.step:08d}")
     sync(folder)
     for old in checkpoints(folder.parent)[:-keep]:

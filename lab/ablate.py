@@ -33,6 +33,7 @@ file, with commit (of each run its own) and machine.
 """
 import itertools
 import pathlib
+import sys
 import time
 
 import matplotlib
@@ -144,8 +145,11 @@ def curve_of(args, part: Part) -> dict:
 
 def gaps(part: Part, scored: dict) -> dict[str, Estimate]:
     """scored: {pairs: what scores_of gives} -> {seen minus never seen, in words: the gap}"""
-    return {f"{difference(*labels)}: seen minus never seen": gap(scored, labels)
-            for labels in part.gaps}
+    return {gap_of(labels): gap(scored, labels) for labels in part.gaps}
+
+
+def gap_of(labels: tuple[str, ...]) -> str:
+    return f"{difference(*labels)}: seen minus never seen"
 
 
 def gap(scored: dict, labels: tuple[str, ...]) -> Estimate:
@@ -229,10 +233,18 @@ def tests_of(content: dict) -> dict[str, dict]:
 def at_the_floor(part: Part, content: dict) -> set[tuple[str, str]]:
     """{(which prompts, what is compared)} where neither arm draws what it should."""
     found = set()
-    for pairs, scored in content["scored"].items():
-        means = {label: list(row.values())[-1]["mean"] for label, row in scored["table"].items()}
+    tables = {pairs: scored["table"] for pairs, scored in content["scored"].items()}
+    for pairs, rows in tables.items():
+        means = {label: list(row.values())[-1]["mean"] for label, row in rows.items()}
         found |= {(pairs, difference(*pair)) for pair in part.compared
                   if max(means[label] for label in pair) < plan.FLOOR}
+    for labels in part.gaps:
+        # Of the categories that have both.
+        *both, _ = tables["never seen"][labels[0]]
+        means = [np.mean([rows[label][category]["mean"] for category in both])
+                 for rows in tables.values() for label in labels]
+        if max(means) < plan.FLOOR:
+            found.add(("contrasts", gap_of(labels)))
     return found
 
 
@@ -368,6 +380,8 @@ def options(argv=None):
     args.n_early = min(args.n, args.n_early)
     if trains:
         refuse_missing(p, args)
+    else:
+        refuse_unused(p, args, sys.argv[1:] if argv is None else argv)
     return args
 
 
@@ -429,10 +443,24 @@ def refuse_missing(p, args) -> None:
                 "docs/study.md says under \"To repeat it\"")
 
 
+def options_of(study: str) -> tuple[str, ...]:
+    """Of a study that looks at a model."""
+    return "study", "model", "out", "device", *inside.OPTIONS[study]
+
+
+def refuse_unused(p, args, words: list[str]) -> None:
+    """Options that are for other studies."""
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    if unused := given - {f"--{name.replace('_', '-')}" for name in options_of(args.study)}:
+        p.error(f"{args.study} does not ask for {', '.join(sorted(unused))}: leave it out")
+
+
 def origin(args) -> dict:
     """What was asked for (folders without the way to them), by which code, on what."""
-    said = {name: value for name, value in vars(args).items() if name != "parts"}
-    for folder in ("model", "start", "out"):
+    looks = args.study in inside.STUDIES
+    names = options_of(args.study) if looks else vars(args).keys() - {"parts"}
+    said = {name: value for name, value in vars(args).items() if name in names}
+    for folder in said.keys() & {"model", "start", "out"}:
         said[folder] = pathlib.Path(said[folder] or "").name
     said["weights"] = weights_digest(args.model)
     if args.start:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import sample
 from engine import command, fast
-from engine.data import noise
+from engine.data import times_and_noise
 from engine.device import set_threads
 from engine.files import prepare_folder, save_png, weights_digest, write_text
 from engine.limits import MAX_PICTURES, MAX_STEPS
@@ -269,8 +269,10 @@ def edited(found: Scene, case: Case) -> dict[str, bool | float]:
     kept = before & after
 
     followed = all(count(found, t.name) == count(case.target, t.name) for t in removed | new)
+    # A thing that should stay is not what was to be added, whatever its name.
+    changed = [t for t in found.things if not is_near_any(t, Scene(tuple(kept)))]
     for thing in new:
-        same_name = [t for t in found.things if t.name == thing.name]
+        same_name = [t for t in changed if t.name == thing.name]
         followed = followed and any(is_right(t, thing, found, case) for t in same_name)
 
     stayed = [is_near_any(thing, found) for thing in kept]
@@ -320,7 +322,7 @@ def paint(model: TBAC, rows: list[Row], seed: int, batch: int, **settings) -> It
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         rngs = [random.Random(f"{seed} {case.category} {case.prompt} {k}") for case, k in part]
-        _, eps = noise(rngs, sample.latent_shape(config), device)          # (B, C, h, w)
+        _, eps = times_and_noise(rngs, sample.latent_shape(config), device)   # (B, C, h, w)
         prompts = [case.prompt for case, _ in part]
         images = [case.images(config.size) for case, _ in part]
         yield from sample.generate(model, prompts, images, eps=eps, **settings)

@@ -539,5 +539,9 @@ def told(args):
     return dict(table=score(depths), by_state={i: score([i]) for i in depths})
 
 
+# What each of them can be asked, beside --model, --out and --device.
+OPTIONS = dict(settings=("n", "pictures"), rungs=("n", "pictures", "draw_steps"),
+               probes=("start",), slots=("n", "draw_steps"), noise=("n", "draw_steps"),
+               told=("n",), overfit=())
 STUDIES = dict(settings=settings, rungs=rungs, probes=probes, slots=slots, noise=noise, told=told,
                overfit=overfit)

@@ -211,6 +211,7 @@ def run(stage: Stage, args, diary: dict, show: Callable) -> None:
         said = file.read_text(errors="replace")
         raise ValueError(f"stage {stage.name} failed (status {status}):\n" + said[-2000:])
     diary["finished"].append(stage.name)
+    diary.setdefault("made", {})[stage.name] = made_by(stage, args)
     keep(diary, args)
 
 
@@ -291,14 +292,23 @@ def record(args, diary: dict, scores: dict, folder: pathlib.Path) -> dict:
     scores["options"] |= dict(model=str(args.out / "edit"), out=str(args.out / "scores"))
     stages = {}
     for stage in RECIPE:
-        stages[stage.name] = dict(
-            command=plain_command(stage, args), steps=steps(stage, args),
-            batch=stage.preset()["batch"],
-            **{what: round(diary[what].get(stage.name, 0), 2) for what in MINUTES})
+        # Diaries of older code do not say it.
+        made = diary.get("made", {}).get(stage.name) or made_by(stage, args)
+        stages[stage.name] = made | {what: round(diary[what].get(stage.name, 0), 2)
+                                     for what in MINUTES}
     return dict(
         command=f"python -m lab.make --seed {args.seed}", commit=diary["commit"], seed=args.seed,
         dry_run=args.dry_run, machine=machine(args.device), stages=stages,
-        sha256={file.name: digest(file) for file in weight_files(folder)}, scores=scores)
+        sha256={file.name: digest(file) for file in weight_files(folder)}, scores=scores,
+        scored_by=diary["scored_by"])
+
+
+def made_by(stage: Stage, args) -> dict:
+    """How a stage is made by this code, here."""
+    args = argparse.Namespace(**vars(args) | dict(out=pathlib.Path("runs/toy")))
+    return dict(command=plain_command(stage, args), steps=steps(stage, args),
+                batch=stage.preset()["batch"], lr=stage.preset()["lr"],
+                on=machine(args.device)["device"])
 
 
 def beside(folder: pathlib.Path) -> dict:

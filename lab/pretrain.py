@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dcae import DCAEConfig
 from dit import DiTConfig
-from engine.data import noise
+from engine.data import times_and_noise
 from engine.fast import pack_mask
 from engine.files import new_file, write_text
 from engine.options import parse
@@ -646,7 +646,7 @@ def dcae_loss(model: TBAC, code: nn.Module, rows: list, args):
     pictures = [sheets.picture_of(example, args.size) for example in examples]
     x = to_pixels(pictures, args.device, getattr(torch, args.dtype))
     z = model.dcae.encode(x)
-    _, eps = noise(rngs, z.shape[1:], args.device)
+    _, eps = times_and_noise(rngs, z.shape[1:], args.device)
     z = z + 0.1 * z.detach().std() * eps.to(z.dtype)
     error = (model.dcae.decode(z) - x).float()
     edges = mean(error.diff(dim=2).abs()) + mean(error.diff(dim=3).abs())
@@ -691,7 +691,7 @@ def dit_loss(model: TBAC, code: SummaryTokens, rows: list, args):
         pixels = to_pixels(pictures, args.device, getattr(torch, args.dtype))
         x0 = model.dcae.encode(pixels).float()                         # (B, C, h, w)
     rungs = code.rungs(model, [as_told(code, scene, rng, args) for scene, rng in rows])
-    t, eps = noise(rngs, x0.shape[1:], args.device)
+    t, eps = times_and_noise(rngs, x0.shape[1:], args.device)
     x_t, v = flow_matching(x0, t, eps)
     error = model.velocity(x_t, t, rungs).float() - v
     return error.pow(2).flatten(1).mean(1), t

@@ -133,7 +133,7 @@ def recipe() -> str:
     for stage in make.RECIPE:
         made = record["stages"][stage.name]
         rows.append([stage.name, str(made["steps"]), str(made["batch"]),
-                     f"{stage.preset()['lr']:g}", f"{made['minutes']:.0f}",
+                     f"{made.get('lr', stage.preset()['lr']):g}", f"{made['minutes']:.0f}",
                      f"{made['cpu_minutes']:.0f}"])
     minutes = sum(made["minutes"] for made in record["stages"].values())
     rows.append(["**all**", "", "", "", f"{minutes:.0f}", f"{cpu_minutes(record):.0f}"])

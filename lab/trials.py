@@ -30,7 +30,7 @@ from tqdm import tqdm
 import sample
 import train
 from engine import fast
-from engine.data import Reader, Share, ignore_signals, noise
+from engine.data import Reader, Share, ignore_signals, times_and_noise
 from engine.device import set_threads
 from engine.files import read_json, weights_digest, write_text
 from engine.pictures import to_pixels
@@ -159,7 +159,7 @@ def learner(model: TBAC, run: Run) -> Learner:
     ladder = config.build_ladder()
     ladder.init_weights(torch.Generator().manual_seed(run.seed))
     device = model.ladder.queries.device
-    return Learner(ladder.to(device), copy.deepcopy(model.dit), config.mllm.n_layer + 1)
+    return Learner(ladder.to(device), copy.deepcopy(model.dit))
 
 
 def build_stacks(model: TBAC, runs: list[Run], width: int) -> list[tuple[Stack, list[Run]]]:
@@ -195,8 +195,8 @@ def clip_each(params: list[Tensor]) -> Tensor:
     return norms
 
 
-def times_and_noise(seed: int, step: int, shape) -> tuple[Tensor, Tensor]:
-    """Of one seed and step: times (B,) in (0, 1], noise (B, C, h, w). Drawn on the CPU, so that
+def noise_of_step(seed: int, step: int, shape) -> tuple[Tensor, Tensor]:
+    """Of a seed and a step: times (B,) in (0, 1], noise (B, C, h, w). Drawn on the CPU, so that
     every device has the same."""
     generator = torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(63))
     return 1 - torch.rand(shape[0], generator=generator), torch.randn(shape, generator=generator)
@@ -240,12 +240,22 @@ class Group:
         self.state = State(params, optimizer, RECIPE.ema, getattr(torch, args.dtype))
         self.folder = group_folder(runs, args)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.check_code()
         self.resume()
         make = functools.partial(train.draw_example, size=self.model.config.size,
                                  held_out=plan.pairs_held_out(n_held_out))
         share = Share([Generated(make, 0)], [1.0], 0, 0, self.state.history)
         self.reader = Reader(share, args.workers)
         self.saved = time.monotonic()
+
+    def check_code(self) -> None:
+        """ValueError where other code has begun these runs: a run is of one commit."""
+        file = self.folder / "commit.txt"
+        if not file.exists():
+            write_text(file, self.commit)
+        if (begun := file.read_text()) != self.commit:
+            raise ValueError(f"{self.folder} was begun by commit {begun}, not {self.commit}: go on "
+                             "with that, or anew in another --out")
 
     def resume(self) -> None:
         """From the last checkpoint, if there is one. ValueError where its stacks are others."""
@@ -302,7 +312,7 @@ class Group:
         seeds = sorted({run.seed for run in self.runs})
         found = []
         for i, offset in enumerate(offsets):
-            drawn = [times_and_noise(seed, first + i, x0[i].shape) for seed in seeds]
+            drawn = [noise_of_step(seed, first + i, x0[i].shape) for seed in seeds]
             times, eps = (torch.stack(tensors).to(device) for tensors in zip(*drawn))
             found.append(Inputs(x0[i], prefix.rows(order[i]), dict(zip(seeds, times)),
                                 dict(zip(seeds, eps)), offset))
@@ -357,7 +367,7 @@ class Group:
         for i in range(0, len(prompts), at_once):
             part = prompts[i:i + at_once]
             rngs = [random.Random(f"0 {case.category} {case.prompt} 0") for case in part]
-            _, eps = noise(rngs, sample.latent_shape(config), device)
+            _, eps = times_and_noise(rngs, sample.latent_shape(config), device)
             texts = [case.prompt for case in part]
             *_, last = sample.denoise(stack, texts * stack.n, eps=eps.repeat(stack.n, 1, 1, 1),
                                       conditioning=stack.conditioning(texts),

@@ -89,7 +89,7 @@ def test_every_wiring_is_a_matrix(wiring, connector):
     ladder.init_weights(seeded())
     if wiring == "routed":
         torch.nn.init.normal_(ladder.routes, generator=seeded())
-    A = ladder.matrix(6).detach()
+    A = ladder.matrix().detach()
     assert A.shape == (2, 6) and torch.allclose(A.sum(1), torch.ones(2))
     if wiring != "routed":
         assert torch.allclose(A @ torch.arange(6.0), torch.tensor(FED[wiring], dtype=torch.float))

@@ -48,13 +48,18 @@ def test_each_process_takes_the_gpu_of_its_own(monkeypatch, device):
     taken = []
     for where, fake in (("torch.cuda.is_available", lambda: True),
                         ("torch.cuda.set_device", taken.append),
-                        ("torch.distributed.init_process_group", taken.append),
+                        ("engine.distributed.check_device", taken.append),
+                        ("torch.distributed.init_process_group",
+                         lambda backend, timeout: taken.append(backend)),
                         ("torch.distributed.get_rank", lambda: 5),
                         ("torch.distributed.get_world_size", lambda: 8)):
         monkeypatch.setattr(where, fake)
     args = argparse.Namespace(device=device, fsdp=False)
     assert distributed.start_processes(args) == (5, 8)
-    assert args.device == "cuda:1" and taken == ["cuda:1", "nccl"]
+    assert args.device == "cuda:1" and taken == ["cuda:1", "cuda:1", "nccl"]
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ValueError, match="start with torchrun"):
+        distributed.start_processes(args)
 
 
 @pytest.fixture(scope="module")

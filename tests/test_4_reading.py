@@ -6,6 +6,9 @@ import itertools
 import json
 import random
 import re
+import signal
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 
@@ -16,6 +19,7 @@ from safetensors.torch import save_file
 
 import train
 from engine import data, pictures, sources, stream
+from tests.conftest import ROOT
 from tests.test_4_pictures import only_a_header
 
 
@@ -266,11 +270,26 @@ def test_a_tar_with_a_broken_header_or_without_an_end_is_a_broken_record(shards,
         assert f"byte {offset}" in bad
 
 
-def test_a_tar_that_is_gone_stops_the_run(shards):
+def test_a_worker_outlives_the_first_signal():
+    code = ("import time; from engine.data import ignore_signals; ignore_signals(0)\n"
+            "print('ready', flush=True)\nfor _ in range(600): time.sleep(0.1)")
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert worker.stdout.readline() == b"ready\n"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        worker.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(0.5)
+    worker.terminate()
+    assert worker.wait(10) == -signal.SIGTERM
+    worker.stdout.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tar_that_is_gone_stops_the_run_with_a_line(shards, workers):
     found = source(shards)
     (shards / "s-001.tar").unlink()
-    with pytest.raises(FileNotFoundError):
-        texts([found], 100)
+    with pytest.raises(OSError, match=r"\A\[Errno 2\] No such file .*s-001.tar'\Z"):
+        texts([found], 100, workers=workers)
 
 
 def test_two_records_of_one_key_have_two_names_and_sources_come_by_number(tmp_path):

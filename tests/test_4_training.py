@@ -78,11 +78,11 @@ def test_time_runs_from_data_to_noise(tiny):
 
 
 def test_times_are_uniform_and_never_0(tiny, monkeypatch):
-    t, eps = data.noise([random.Random(i) for i in range(2000)], (4,), "cpu")
+    t, eps = data.times_and_noise([random.Random(i) for i in range(2000)], (4,), "cpu")
     assert torch.allclose(t.sort()[0], torch.arange(1, 2001) / 2000, atol=0.05)
     assert abs(eps.std() - 1) < 0.05 and abs(eps.mean()) < 0.05
     least = types.SimpleNamespace(random=lambda: 0.0, getrandbits=lambda n: 0)
-    assert data.noise([least], (1,), "cpu")[0] == 1
+    assert data.times_and_noise([least], (1,), "cpu")[0] == 1
     seen = []
     tiny.dit.forward = lambda x, time, kv: seen.append(time) or torch.zeros_like(x)
     for drawn, fed in ((0.0, 1000.0), (0.25, 750.0)):
@@ -100,7 +100,7 @@ def test_a_pass_drops_conditions_and_shifts_times():
     _, times = train.ladder_loss(model, lambda model, examples: x0, rows, args)
     rngs = [random.Random(i) for i in range(40)]
     prompts = [train.drop_condition(example, rng, 0.3)[0] for rng in rngs]
-    t, eps = data.noise(rngs, (4, 8, 8), "cpu")
+    t, eps = data.times_and_noise(rngs, (4, 8, 8), "cpu")
     assert seen["prompts"] == prompts and 3 < prompts.count("") < 24
     assert torch.equal(seen["eps"], eps) and times is seen["t"]
     assert torch.allclose(times, 3 * t / (1 + 2 * t))
@@ -251,6 +251,8 @@ def test_steps_and_epochs():
 
     assert asked() == (None, 10) and asked("--epochs", "2") == (None, 2)
     assert asked("--steps", "7") == (7, None) and asked("--dry-run") == (1, None)
+    with pytest.raises(SystemExit):
+        asked("--steps", "7", "--epochs", "2")
 
 
 @pytest.mark.parametrize("args, words", [
@@ -503,17 +505,20 @@ def test_passes_add_up_to_one_batch(tmp_path):
     assert (one.loss, one.norm) == pytest.approx((two.loss, two.norm), rel=1e-5)
 
 
-def test_what_learns_is_float32_also_of_a_model_in_half_precision(tmp_path):
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_what_learns_is_float32_also_of_a_model_in_half_precision(tmp_path, half):
     model = tmp_path / "model"
     model.mkdir()
     for name in ("tokenizer.json", "model.safetensors"):
         shutil.copy(TOY_FOLDER / name, model)
-    config = json.loads((TOY_FOLDER / "config.json").read_text()) | dict(dtype="bfloat16")
+    config = json.loads((TOY_FOLDER / "config.json").read_text()) | dict(dtype=half)
     (model / "config.json").write_text(json.dumps(config))
-    params = start(tmp_path / "run", "--model", model).state.params
+    run = start(tmp_path / "run", "--model", model)
+    params = run.state.params
     stored = TBAC.load(TOY_FOLDER).state_dict()
     assert {p.dtype for p in params.values()} == {torch.float32}
     assert all(torch.equal(p, stored[name]) for name, p in params.items())
+    assert math.isfinite(next(run.steps()).loss)
 
 
 @pytest.mark.parametrize("stage", ["t2i", "edit", "vit", "mllm"])

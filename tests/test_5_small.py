@@ -194,15 +194,17 @@ def full_size(**how):
 
 def test_the_full_model_in_8_bits_has_6_4_GB():
     """Weights of the released sizes, by count: on the disk and in memory, and in turns."""
-    sizes = {}
+    sizes, counts = {}, set()
     for kind in ("bfloat16", "int8"):
         model = full_size(**{kind: True})
+        counts.add(int8.count_parameters(model))
         sizes[kind] = [low_memory.size(getattr(model, part)) / 1e9
                        for part in (*low_memory.PARTS, "ladder")]
     assert sum(sizes["bfloat16"]) == pytest.approx(11.36, abs=0.01)
     assert sum(sizes["int8"]) == pytest.approx(6.38, abs=0.01)
     assert max(sizes["bfloat16"]) == pytest.approx(7.51, abs=0.01)
     assert max(sizes["int8"]) == pytest.approx(4.09, abs=0.01)
+    assert len(counts) == 1 and min(counts) > 5.6e9
 
 
 def test_what_stays_as_it_is():

@@ -46,9 +46,7 @@ def members(model, specs):
 
 
 def stacked(model, singles):
-    n_state = model.config.mllm.n_layer + 1
-    learners = [Learner(copy.deepcopy(one.ladder), copy.deepcopy(one.dit), n_state)
-                for one in singles]
+    learners = [Learner(copy.deepcopy(one.ladder), copy.deepcopy(one.dit)) for one in singles]
     assert len({signature(learner) for learner in learners}) == 1
     return Stack(model.config, model.mllm, learners)
 
@@ -120,8 +118,7 @@ def test_what_is_captured_is_what_is_computed_without(tiny, monkeypatch):
 
 
 def test_models_of_other_shapes_are_told_apart(tiny):
-    n_state = tiny.config.mllm.n_layer + 1
-    found = {signature(Learner(one.ladder, one.dit, n_state))
+    found = {signature(Learner(one.ladder, one.dit))
              for specs in STACKS.values() for one in members(tiny, specs)}
     assert len(found) == len(STACKS)
 

@@ -207,6 +207,12 @@ def test_draw_edit_and_ask_on_the_command_line(which, command, tiny_folder, tmp_
     assert not list(tmp_path.glob("plain-explain.*"))
 
 
+@pytest.mark.parametrize("args", [["--n", "2"], ["--compile"]])
+def test_an_answer_draws_no_pictures(command, tiny_folder, args):
+    with pytest.raises(SystemExit, match="--ask draws none"):
+        command("--model", tiny_folder, "--ask", "what?", *args)
+
+
 @pytest.mark.parametrize("args, message", [
     (["--ask", "what?"], "--ask need an --image"),
     (["a dog", "--compile"], "--compile"),

@@ -245,6 +245,17 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
 
 
+def test_what_a_run_saves_leaves_its_lock(tmp_path, tiny):
+    """The system lets go of a lock as soon as its owner closes the file, whoever opened it."""
+    code = ("import pathlib; from engine.runs import lock\n"
+            f"with lock(pathlib.Path({str(tmp_path)!r})):\n    pass")
+    with lock(tmp_path):
+        tiny.save(tmp_path)
+        other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert f"process {os.getpid()} on".encode() in other.stderr
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 # ------------------------------------------------------------------------------ pictures, and --out
 
 def draws(monkeypatch, model, out, *args):

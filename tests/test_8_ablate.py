@@ -176,6 +176,20 @@ def test_what_neither_arm_can_draw_says_nothing_of_them(study, monkeypatch):
     assert tests[0]["verdict"] in ("more", "open")
 
 
+@pytest.mark.parametrize("right, low", [(0.19, True), (0.21, False)])
+def test_a_gap_between_two_floors_says_nothing_either(right, low):
+    """By the categories that both lists have."""
+    part = plan.PARTS["pairs"]
+    alone = {"single object": dict(mean=0.9), "mean of 2": dict(mean=0.5)}
+    cell = {"two objects": dict(mean=right)}
+    scored = {"seen": dict(table={label: cell | alone for label in part.arms}),
+              "never seen": dict(table={label: cell | {"mean of 1": dict(mean=right)}
+                                        for label in part.arms})}
+    found = ablate.at_the_floor(part, dict(scored=scored))
+    gaps = {("contrasts", ablate.gap_of(labels)) for labels in part.gaps}
+    assert (found & gaps == gaps) is low and bool(found & gaps) is low
+
+
 @pytest.mark.parametrize("steps, looks, found", [
     (3000, 4, [750, 1500, 2250, 3000]), (7, 2, [4, 7]), (2, 4, [1, 2]), (1, 4, [1]),
 ])
@@ -457,6 +471,26 @@ def test_options_that_say_nothing(argv, message, capsys):
     with pytest.raises(SystemExit):
         ablate.options(argv)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["noise", "--guidance=2"], ["probes", "--n", "5"],
+                                   ["settings", "--draw-steps", "5"], ["told", "--minutes", "5"]])
+def test_what_a_look_does_not_use_cannot_be_asked(words, capsys):
+    with pytest.raises(SystemExit):
+        ablate.options(words)
+    assert f"{words[0]} does not ask for --" in capsys.readouterr().err
+    used = [f"--{name.replace('_', '-')}=7" for name in inside.OPTIONS[words[0]]]
+    about = ablate.origin(ablate.options([words[0], *used]))["options"]
+    assert about.keys() - {"weights"} == {*ablate.options_of(words[0])}
+
+
+def test_runs_go_on_under_the_code_that_began_them(tmp_path):
+    group = types.SimpleNamespace(folder=tmp_path, commit="abc")
+    for _ in range(2):
+        trials.Group.check_code(group)
+    group.commit = "def"
+    with pytest.raises(ValueError, match="was begun by commit abc, not def"):
+        trials.Group.check_code(group)
 
 
 @pytest.mark.parametrize("study, missing", [

@@ -222,6 +222,10 @@ RECOLOUR_ALL = ("make everything green", "recolour all", (RED, BLUE), ALL_GREEN)
 BESIDE = ("put the circle next to the square", "move",
           (replace(RED, x=0.75, y=0.16), replace(BLUE, y=0.75)),
           (replace(RED, y=0.75), replace(BLUE, y=0.75)))
+ADD_ANOTHER = ("add a red circle to the left of the red circle", "add",
+               (RED_MIDDLE,), (RED_MIDDLE, replace(RED_MIDDLE, x=0.15)))
+ADD_ALIKE = ("add a red circle left of the blue square", "add",
+             (RED, BLUE), (RED, BLUE, replace(RED, y=0.15)))
 REPLACE = ("replace the circle with a green cross", "replace",
            (RED, BLUE), (replace(GREEN, x=0.25, y=0.5), BLUE))
 
@@ -243,6 +247,9 @@ REPLACE = ("replace the circle with a green cross", "replace",
     (ADD_AT, (RED, BLUE, GREEN_LOW), 0, 1),
     (ADD_BESIDE, (RED, replace(GREEN, x=0.2, y=0.15)), 1, 1),
     (ADD_BESIDE, (RED, GREEN_LOW), 0, 1),
+    # The old one is where the new one should be.
+    (ADD_ANOTHER, (RED_MIDDLE, replace(RED, x=0.85)), 0, 1),
+    (ADD_ALIKE, (RED, BLUE, replace(RED, x=0.75, y=0.85)), 0, 1),
     (MOVE_BESIDE, (RED_MIDDLE, replace(BLUE, x=0.16, y=0.4)), 1, 1),
     (MOVE_TO, (RED, replace(BLUE, y=0.4)), 0, 1),
     (REPLACE, (GREEN, BLUE), 0, 1),

@@ -64,10 +64,14 @@ def test_a_stage_is_finished_when_its_process_has_ended_well(tmp_path, monkeypat
     args = arguments("--out", tmp_path, "--stop-after", "mllm")
     diary = make.open_diary(args) | dict(finished=["vit"])
     monkeypatch.setattr(make, "at_its_end", lambda stage, args: True)
-    monkeypatch.setattr(make, "command", lambda stage, args: [sys.executable, "-c", ending])
+    monkeypatch.setattr(make, "command", lambda stage, args: [sys.executable, "-c", ending,
+                                                                stage.module, "--batch", "1"])
     ending = "import os; os.kill(os.getpid(), 9)" if killed else ""
     with pytest.raises(ValueError, match="dcae failed") if killed else contextlib.nullcontext():
         make.run(make.RECIPE[1], args, diary, lambda: None)
+    if not killed:
+        # By the code that made it, whatever later code would do.
+        assert diary["made"]["dcae"]["steps"] == pretrain.PRESETS["toy"]["dcae"]["steps"]
     ran = []
     monkeypatch.setattr(make, "run", lambda stage, *rest: ran.append(stage.name))
     make.train_all(args, json.loads((tmp_path / "make.json").read_text()))
@@ -114,6 +118,8 @@ def test_a_dry_run_makes_all_of_it_and_goes_on_where_it_was(tmp_path):
     assert record["dry_run"] and list(record["stages"]) == [stage.name for stage in make.RECIPE]
     assert all(stage["cpu_minutes"] > 0 for stage in record["stages"].values())
     assert str(tmp_path) not in json.dumps(record)
+    assert record["scored_by"] == record["commit"]
+    assert record["stages"]["mllm"]["lr"] == pretrain.PRESETS["toy"]["mllm"]["lr"]
     assert record["stages"]["edit"]["command"].startswith(
         "python -m train --stage edit --out runs/toy/edit ")
     logs = json.loads((folder / "logs.json").read_text())
@@ -126,9 +132,11 @@ def test_a_dry_run_makes_all_of_it_and_goes_on_where_it_was(tmp_path):
     assert other["scores"] == record["scores"] and other["commit"] == record["commit"]
     # Scores that another commit has measured are measured again.
     diary = json.loads((out / "make.json").read_text())
+    diary["made"]["mllm"]["steps"] = 7
     (out / "make.json").write_text(json.dumps(diary | dict(scored_by="0000000")))
     (out / "scores" / "scores.json").write_text("{}")
     last = run("-m", "lab.make", "--out", out, "--dry-run")
     assert last.returncode == 0, last.stderr
-    assert json.loads((folder / "record.json").read_text())["scores"]["scores"]
+    record = json.loads((folder / "record.json").read_text())
+    assert record["scores"]["scores"] and record["stages"]["mllm"]["steps"] == 7
     assert TBAC.load(folder).ask("what colour is the circle?", max_new_tokens=1) is not None

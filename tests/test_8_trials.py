@@ -111,7 +111,7 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
             prompts = [train.drop_condition(example, rng, 0.1)[0]
                        for rng, (_, example) in zip(drops, batch)]
             pixels = to_pixels([example.target for _, example in batch], "cpu")
-            t, eps = trials.times_and_noise(run.seed, step, (3, 16, 8, 8))
+            t, eps = trials.noise_of_step(run.seed, step, (3, 16, 8, 8))
             loss = model.loss(pixels, prompts, t=train.shifted(t, run.arm.shift), eps=eps)
             loss.backward()
             assert relative(found[step, i], loss.detach()) < 1e-5

@@ -105,12 +105,13 @@ def fold(weight, bias, shift, scale, gate, columns=1, rows=True, at=1, gated=Tru
 
 
 def climb(mllm, x, positions, mask, queries, A, connector, start=1, first=False, hidden=False,
-          behind=False, up=0):
+          behind=False, up=0, counted=False):
     """5_ladder, exercise 1. As it stands, right."""
     B, Q = len(x), len(queries)
     own = queries.expand(B, -1, -1)
     x = torch.cat([own, x] if first else [x, own], 1)
-    after = positions[:, :, -1:] + torch.arange(start, start + Q)
+    last = (mask.sum(1) - 1).view(1, B, 1) if counted else positions[:, :, -1:]
+    after = (last + torch.arange(start, start + Q)).expand(3, -1, -1)
     mask = torch.cat([mask, mask.new_full((B, Q), not hidden)], 1)
     states = mllm(x, torch.cat([positions, after], 2), mask)
     states = torch.stack([state[:, :Q] if first else state[:, -Q:] for state in states])
@@ -350,6 +351,7 @@ WRONG = {
     "5_ladder": [
         [
             lambda *given: climb(*given, start=0),
+            lambda *given: climb(*given, counted=True),
             lambda *given: climb(*given, first=True),
             lambda *given: climb(*given, hidden=True),
             lambda *given: climb(*given, behind=True),
