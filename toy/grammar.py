@@ -18,7 +18,7 @@ SYNONYMS = {
     "circle": ("ball", "disc", "disk", "dot", "sphere", "round shape"),
     "square": ("box", "block", "cube"),
     "triangle": ("wedge", "pyramid"),
-    "cross": ("plus", "plus sign"),
+    "cross": ("plus", "plus sign", "x"),
     "object": ("shape", "thing", "item"),
     "small": ("little", "tiny"),
     "large": ("big", "huge"),
@@ -33,6 +33,7 @@ SYNONYMS = {
     "above": ("over", "on top of"),
     "below": ("under", "beneath", "underneath"),
     "next to": ("beside", "near", "close to"),
+    "between": ("in between",),
     "two": ("2",),
     "three": ("3",),
     "four": ("4",),
@@ -84,7 +85,7 @@ DIRECTIONS = {"top": "up", "bottom": "down", "left": "left", "right": "right"}
 # Words that the functions of toy/language.py say by themselves.
 LITTLE_WORDS = (
     "a an the it is are do does any all both everything of them another one more bigger smaller "
-    "in corner and next to on at yes no"
+    "in corner and next to on at yes no ones"
 )
 
 # From ordinary life, and never in a picture.
@@ -128,8 +129,31 @@ BLOCKS = {
           {head} with {last}
           {head} and also {last}
           {head}, then {last}
+          {head} {last}
+          {head} [&|+] {last}
         * {head}, also {last}
         * {head} and then {last}
+        """,
+    # several of one colour, which the text leaves out; {all}: both, or all
+    "one colour": """
+          {text}, {all} {colour}
+          {text}, {all} of them {colour}
+        * {text}, {all} in {colour}
+        * {text} and {all} {colour}
+        """,
+    "total": """
+        ~ {n} objects: {text}
+        ~ {n} objects, {text}
+        *~ there are {n} objects: {text}
+        *~ {n} objects, which are {text}
+        """,
+    # a thing, its colour behind it
+    "late colour": """
+          {shape} in {colour}
+          {shape} that is {colour}
+          {shape} that's {colour}
+        * {shape} which is {colour}
+        * {shape} of the colour {colour}
         """,
     "relation": """
         = {a} {side} {b}
@@ -145,10 +169,12 @@ BLOCKS = {
           {a} and, {its_back}, {b}
         ~ {b} has {a} {its_side}
         ~ {side} {b} is {a}
+        ~ {side} {b} there is {a}
+        ~ {side} {b}, {a}
           {a} that is {side} {b}
         * {b} with, {its_side}, {a}
         * {b}, {its_side} {a}
-        *~ {side} {b} there is {a}
+        *~ {side} {b} you can see {a}
         *~ {a} can be seen {side} {b}
         * {a} and then, {its_back}, {b}
         """,
@@ -206,6 +232,24 @@ BLOCKS = {
         ~ {c} is between {things}
         *~ between {things} there is {c}
         *~ between {things} is {c}
+        """,
+    # of three things, c is in the middle
+    "row": """
+          {a}, {c}, {b} in a row
+          {a}, {c} and {b} in a row
+          {a}, {c}, {b} in a row from {start} to {end}
+        ~ from {start} to {end}: {a}, {c}, {b}
+        ~ from {start} to {end} {a}, {c} and {b}
+          {a}, {c} and {b} from {start} to {end}
+          {a} {at_start}, {c} in the centre[, and| and|,] {b} {at_end}
+        ~ {at_start} {a}, in the centre {c}, {at_end} {b}
+          {a} {at_start}, then {c}, then {b} {at_end}
+          {c} in the centre, {a} {at_start}[,| and] {b} {at_end}
+          {c} with {a} {its_start} and {b} {its_end}
+          {c} in the centre with {a} {its_start} and {b} {its_end}
+        * {a}, {c} and {b}, seen from {start} to {end}
+        *~ in a row: {a}, {c}, {b}
+        *~ {at_start} is {a}, in the centre {c} and {at_end} {b}
         """,
     "spot": """
         = {a} {at}
@@ -267,6 +311,8 @@ BLOCKS = {
           [show|draw me] {text}
           please [draw|paint|make] {text}
           [draw|paint|show me] {text}[,|] please
+          {text}[,|] [please|pls|plz]
+          [pls|plz] [draw|show me] {text}
           can you draw {text}?
           [can|could] you [draw|paint|show me] {text}?
           [can|could] you please [draw|create|make] {text}?
@@ -485,6 +531,8 @@ BLOCKS = {
     "please": """
           {text}[,|] please
           please {text}
+          {text}[,|] [pls|plz]
+          pls {text}
           [can|could] you {text}?
           [can|could] you please {text}?
           i want you to {text}
@@ -502,6 +550,7 @@ BLOCKS = {
           which colour {does} {it} have?
           what colour {does} {it} have?
           {it} {is} what colour?
+          colour of {it}?
           tell me the colour of {it}
         * which is the colour of {it}?
         * can you tell me the colour of {it}?
@@ -513,6 +562,7 @@ BLOCKS = {
           which shape is {it}?
           which shape does {it} have?
           {it} is what shape?
+          shape of {it}?
           tell me the shape of {it}
         * what shape does {it} have?
         * which is the shape of {it}?
@@ -551,6 +601,10 @@ BLOCKS = {
           how many {things} can you [see|count]?
           how many {things} are there in [total|all]?
           how many {things} are in the picture?
+          how many {things} in the picture?
+          how many {things} altogether?
+          how many {things} are there altogether?
+          number of {things}?
           how many {things} can be seen?
           how many {things} does the picture have?
           count the {things}
@@ -603,6 +657,14 @@ BLOCKS = {
         * is it true: {it} {is} {what}?
         * {is} {it} {what}, yes or no?
         * {it} {is} {what}, is it true?
+        """,
+    # of two things; {what}: colour or shape
+    "same": """
+          are [both|they|the two objects|both objects] [of |]the same {what}?
+          do [both|they|the two objects|both objects] have the same {what}?
+          is their {what} the same?
+        * is it the same {what} for both?
+        * is the {what} of both the same?
         """,
     "describe": """
         = describe the picture

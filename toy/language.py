@@ -90,12 +90,13 @@ PLACE_WORDS = {name: every(words) for name, words in PLACES.items()}
 def plural(words: str) -> str:
     if words == "person":
         return "people"
-    return words + ("es" if words.endswith(("s", "x")) else "s")
+    # "Boxes", but "xs".
+    return words + ("es" if words.endswith(("s", "ox")) else "s")
 
 
 def a(words: str) -> str:
     """With the indefinite article: 'an orange cross'."""
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+    return f"an {words}" if words[0] in "aeiou" or words == "x" else f"a {words}"
 
 
 def any_of(words) -> str:
@@ -126,6 +127,12 @@ PHRASE = re.compile(
 )
 # not the second one of 'a red and a blue circle', which are two
 NOT_AFTER_A_COLOUR = "".join(rf"(?<!\b{colour} and )" for colour in COLOUR_NAMES)
+# 'red circle' and 'small red circle'
+NAMED = re.compile(rf"\b(?P<size>(?:{any_of(SIZES)}) )?(?P<colour>{any_of(COLOURS)}) "
+                   rf"(?P<shape>{any_of(SHAPES)})\b")
+# 'a circle in red', as its name
+LATE = re.compile(rf"\b(?P<shape>{any_of(NOUNS)}) (?:in|that is|that's|which is|of the colou?r) "
+                  rf"(?P<colour>{any_of(COLOUR_NAMES)})\b")
 ARTICLE = re.compile(
     rf"{NOT_AFTER_A_COLOUR}\b(?:an?|the) "
     rf"(?=(?:(?:{any_of((*SIZE_NAMES, *COLOUR_NAMES))}) )*(?:{any_of(NOUNS)})\b)"
@@ -144,6 +151,8 @@ class Speaker:
         # what it has said so far: a line that training never uses; a sentence by itself
         self.said_other = False
         self.alone = False
+        # may colours stand behind what they are of?
+        self.late = False
 
     def line(self, block: str) -> Line:
         lines = TRAINED[block]
@@ -192,9 +201,21 @@ class Speaker:
                 chosen[word] = word if keep else self.one_of(REPLACEABLE[word])
             return chosen[word]
         text = WORD.sub(replaced, text)
-        if self.rng.random() < 0.12:
+        if self.rng.random() < 0.25:
             text = ARTICLE.sub("", text)
         return re.sub(r"\ban? (?=(.))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
+
+    def colours_behind(self, text: str) -> str:
+        """'a circle in red' for most red circles; not in 'a green and a red circle'."""
+        if re.search(rf"\b({any_of(COLOURS)}) and\b", text):
+            return text
+
+        def behind(match):
+            if self.rng.random() < 0.3:
+                return match[0]
+            words = self.say("late colour", shape=match["shape"], colour=match["colour"])
+            return (match["size"] or "") + words
+        return NAMED.sub(behind, text)
 
     def finish(self, text: str) -> str:
         """Reworded; perhaps with a full stop, without a question mark, or in capitals."""
@@ -289,6 +310,13 @@ def say_list(things: Sequence[Thing], speaker: Speaker) -> str:
     """What there is; nothing about places."""
     if speaker.plain:
         return listing(things)
+    colours = {t.colour for t in things}
+    if speaker.late and len(things) > 1 and len(colours) == 1 and speaker.rng.random() < 0.25:
+        colour, = colours
+        text = listing(things).replace(f"{colour} ", "")
+        every = "both" if len(things) == 2 else "all"
+        return speaker.say("one colour", text=text, colour=colour, all=every)
+
     groups = Counter(t.label for t in things)
     if len(groups) == 1:
         return say_group(*groups.popitem(), speaker)
@@ -300,10 +328,12 @@ def say_list(things: Sequence[Thing], speaker: Speaker) -> str:
         return f"{a(first.colour)} and {a(second.name)}"
 
     one = speaker.rng.choice(("one", "1")) if speaker.rng.random() < 0.2 else None
+    couple = speaker.rng.choice(("pair of", "couple of")) if speaker.rng.random() < 0.1 else None
     parts = []
     for label, n in groups.items():
         single = f"{one} {label}" if one else a(label)
-        parts.append(single if n == 1 else f"{NUMBERS[n]} {plural(label)}")
+        number = f"a {couple}" if n == 2 and couple else NUMBERS[n]
+        parts.append(single if n == 1 else f"{number} {plural(label)}")
     return speaker.say("list", head=", ".join(parts[:-1]), last=parts[-1])
 
 
@@ -369,10 +399,25 @@ def between(scene: Scene) -> tuple[Thing, Thing, Thing] | None:
 
 
 def say_between(scene: Scene, speaker: Speaker) -> str:
+    if speaker.late and speaker.rng.random() < 0.5:
+        return say_row(*between(scene), speaker)
     first, second, c = (t.label for t in between(scene))
     if first == second:
         return speaker.say("between two", things=f"two {plural(first)}", c=a(c))
     return speaker.say("between", a=a(first), b=a(second), c=a(c))
+
+
+def say_row(first: Thing, second: Thing, c: Thing, speaker: Speaker) -> str:
+    """Three things from left to right, or from top to bottom."""
+    across = abs(first.x - second.x) > abs(first.y - second.y)
+    start, end = ("left", "right") if across else ("top", "bottom")
+    at_start, at_end = (f"{'on' if across else 'at'} the {name}" for name in (start, end))
+    its_start, its_end = map(speaker.its_side, ("left of", "right of") if across else
+                             ("above", "below"))
+    first, second = sorted((first, second), key=lambda t: t.x if across else t.y)
+    return speaker.say("row", a=a(first.label), b=a(second.label), c=a(c.label), start=start,
+                       end=end, at_start=at_start, at_end=at_end, its_start=its_start,
+                       its_end=its_end)
 
 
 def in_a_row(scene: Scene, rng: random.Random) -> Scene:
@@ -388,15 +433,20 @@ def in_a_row(scene: Scene, rng: random.Random) -> Scene:
 
 
 def scene_to_draw(rng: random.Random) -> Scene:
-    """As `sample_scene`; now and then three things in a row, which are rare by chance."""
-    if rng.random() > 0.04:
+    """As `sample_scene`; but every fifth holds three different things, which are rare by chance,
+    or has three in a row."""
+    if rng.random() > 0.2:
         return sample_scene(rng)
+    row = rng.random() < 0.5
     while True:
         scene = sample_scene(rng, 3)
-        for _ in range(20):
-            row = in_a_row(scene, rng)
-            if valid(row) and between(row):
-                return row
+        names = {t.name for t in scene.things}
+        if not row and len(names) == 3:
+            return scene
+        for _ in range(20 if row else 0):
+            placed_so = in_a_row(scene, rng)
+            if valid(placed_so) and between(placed_so):
+                return placed_so
 
 
 def say_spots(things: Sequence[Thing], speaker: Speaker) -> str:
@@ -487,6 +537,8 @@ def request(
         speaker = Speaker(rng, other, plain_or_not)
         kinds = PLAIN_REQUESTS if speaker.plain else REQUESTS
         of_kind = kind or rng.choices(tuple(kinds), tuple(kinds.values()))[0]
+        # Without its colour nothing has one behind it.
+        speaker.late = not speaker.plain and of_kind != "shapes"
         text, meaning = SAYERS[of_kind](scene, speaker)
         if speaker.is_fit(text):
             return text, meaning
@@ -501,6 +553,8 @@ def address(scene: Scene, text: str, speaker: Speaker) -> str:
     if speaker.plain:
         opening = speaker.rng.choice(("", "draw ", "paint ", "a picture of "))
         return opening + text + background_phrase(scene)
+    if speaker.late and speaker.rng.random() < 0.12:
+        text = speaker.colours_behind(text)
     if scene.background != "white" and speaker.rng.random() < 0.25:
         text = speaker.say("background first", text=text, background=scene.background)
     else:
@@ -530,7 +584,11 @@ def request_places(scene: Scene, speaker: Speaker) -> tuple[str, str]:
 
 def request_list(scene: Scene, speaker: Speaker) -> tuple[str, str]:
     things = left_to_right(scene).things
-    return address(scene, say_list(things, speaker), speaker), listing(things)
+    if speaker.late and len(things) > 1 and speaker.rng.random() < 0.08:
+        text = speaker.say("total", n=NUMBERS[len(things)], text=listing(things))
+    else:
+        text = say_list(things, speaker)
+    return address(scene, text, speaker), listing(things)
 
 
 def request_beside(scene: Scene, speaker: Speaker) -> tuple[str, str]:
@@ -603,12 +661,14 @@ def mentions(text: str, scene: Scene) -> list[tuple[int, Thing]]:
 
 def in_order(text: str, things: Sequence[Thing]) -> list[Thing]:
     """Things in the order in which a text names them."""
-    phrases = list(PHRASE.finditer(text.lower()))
+    text = LATE.sub(r"\g<colour> \g<shape>", text.lower())
+    # "One" alone is a number here.
+    phrases = [phrase for phrase in PHRASE.finditer(text) if phrase[0] != "one"]
 
     def place(thing):
         """Of the first words that fit; of the colour alone in 'a red and a blue circle'."""
         starts = [phrase.start() for phrase in phrases if fits(phrase, thing)]
-        colour = re.search(rf"\b({any_of(forms(thing.colour))}) and\b", text.lower())
+        colour = re.search(rf"\b({any_of(forms(thing.colour))}) and\b", text)
         if colour:
             starts.append(colour.start())
         return min(starts, default=len(text))
@@ -659,6 +719,8 @@ def standing_out(scene: Scene) -> list[tuple[str, Thing]]:
         there = [t for t in things if cell(t)[axis] == index]
         if len(there) == 1:
             found.append((words, there[0]))
+    if row := between(scene):
+        found.append(("in the centre", row[2]))
     return found
 
 
@@ -1009,7 +1071,8 @@ def ask_count(scene, rng, seen, plain):
     counts = {}
     for c, s in ((thing.colour, thing.shape), (colour, shape)):
         counts[plural(s)] = sum(t.shape == s for t in scene.things)
-        counts[f"{c} objects"] = sum(t.colour == c for t in scene.things)
+        name = "objects" if plain or rng.random() < 0.7 else "ones"
+        counts[f"{c} {name}"] = sum(t.colour == c for t in scene.things)
     counts[plural(thing.name)] = sum(t.name == thing.name for t in scene.things)
     if not plain and rng.random() < 0.15:
         return [("count", {"things": plural(rng.choice(NEVER_THERE))}, NUMBERS[0])]
@@ -1081,7 +1144,7 @@ def missing(scene, rng, colour) -> tuple[str, str]:
     # too few are not there; too many would be
     n = rng.choice((2, 3, 4))
     if shapes[other_shape] < n:
-        options.append((f"{NUMBERS[n]} {plural(other_shape)}", "are"))
+        options += [(f"{NUMBERS[n]} {plural(other_shape)}", "are")] * 2
     if not shapes[other_shape]:
         options += [(a(other_shape), "is"), (f"any {plural(other_shape)}", "are")]
     other_colour = rng.choice(list(COLOURS))
@@ -1117,7 +1180,18 @@ def ask_yes_no(scene, rng, seen, plain):
         background = scene.background
         colour = background if yes else another(BACKGROUNDS, background, rng)
         asked.append(("the background", colour))
-    return [("yes or no", {"it": it, "what": what, "is": "is"}, answer) for it, what in asked]
+    found = [("yes or no", {"it": it, "what": what, "is": "is"}, answer) for it, what in asked]
+    return found + (are_the_same(scene, rng, yes) if not plain else [])
+
+
+def are_the_same(scene: Scene, rng: random.Random, yes: bool) -> list[tuple[str, dict, str]]:
+    """Have two things the same colour, or shape? Mostly they do not: then it is asked less."""
+    if len(scene.things) != 2:
+        return []
+    one, other = scene.things
+    same = [("colour", one.colour == other.colour), ("shape", one.shape == other.shape)]
+    return [("same", {"what": what}, "yes" if yes else "no") for what, truth in same
+            if truth == yes and (yes or rng.random() < 0.3)]
 
 
 def another(words: Sequence[str], word: str, rng: random.Random) -> str:
