@@ -223,7 +223,7 @@ def test_what_stays_as_it_is():
 
 
 # |with 8 bits - without| / |without| of the toy, as measured.
-INT8_ERRORS = {"rungs": 0.0077, "velocity": 0.0018, "latents": 0.0114, "pixels": 0.0107}
+INT8_ERRORS = {"rungs": 0.0083, "velocity": 0.0017, "latents": 0.0046, "pixels": 0.0045}
 
 
 @torch.no_grad()
@@ -334,9 +334,11 @@ def test_large_activations_do_not_overflow(where, switch, tmp_path):
     ours = switch(TBAC.load(tmp_path, dtype=torch.float16))
     found = drawn(ours)
     assert all(t.isfinite().all() for t in found)
-    # What follows from the velocity is chaotic: the DiT has never seen such rungs.
-    for name, a, b in zip(("rungs", "velocity"), found, exact):
-        assert relative(a, b) < 0.01, (name, relative(a, b))
+    # How much rounding does depends on the weights; bfloat16 rounds eight times as much. What
+    # follows from the velocity is chaotic: the DiT has never seen such rungs.
+    coarse = drawn(TBAC.load(tmp_path, dtype=torch.bfloat16))
+    for name, a, b, c in zip(("rungs", "velocity"), found, exact, coarse):
+        assert relative(a, b) < relative(c, b) / 4, (name, relative(a, b), relative(c, b))
     assert ours.ask("how many circles?", [RED]) == model.ask("how many circles?", [RED])
 
 
