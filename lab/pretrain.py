@@ -72,7 +72,7 @@ TOY = TBACConfig(
     dcae=DCAEConfig(widths=(16, 32, 64, 128), encoder_layers=(0, 1, 1, 1),
                     decoder_layers=(1, 1, 1, 1), attention_stages=1, latent_channels=16),
     n_query=16, size=64,
-    # With less it draws and edits less well: python -m lab.ablate settings
+    # With less it edits less well: python -m lab.ablate settings
     guidance=6.5, image_guidance=6.5)
 
 COMMON = dict(lr=2e-3, batch=32, warmup=100, weight_decay=0.01, clip=1.0, ema=0.998, size=64,

@@ -14,9 +14,6 @@ if [ ! -f "$made/weights/model.safetensors" ] || [ ! -f "$made/weights/record.js
     echo "error: $made/weights holds no toy that lab.make has finished" >&2
     exit 1
 fi
-# What else the study reads by, which docs/study.md says how to make.
-start=()
-[ -d "$made/gist" ] && start=(--start "$made")
 find toy/weights -type f ! -name README.md -delete
 cp "$made"/weights/* toy/weights/
 
@@ -30,7 +27,8 @@ other() {
     for study in overfit told rungs; do
         python -m lab.ablate "$study" --out "$out/other"
     done
-    python -m lab.ablate probes --out "$out/other" "${start[@]}"
+    # Beside the study's own probes, whose MLLMs are older.
+    python -m lab.ablate probes --out "$out/probes"
     python -m lab.evaluate --int8 --out "$out/int8"
     python -m lab.figures samples edits explain live
     python -m notebooks.run
@@ -42,4 +40,5 @@ other
 wait $!
 cp "$out"/one/*.json "$out"/other/*.{json,png} assets/study/
 cp "$out/int8/scores.json" assets/study/int8.json
+cp "$out/probes/probes.json" assets/study/probes-toy.json
 python -m lab.tables

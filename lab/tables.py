@@ -276,7 +276,7 @@ def probes() -> str:
 
 def probes_in_short() -> str:
     facts = ("first colour", "first shape", "second colour", "second shape", "side")
-    found = study("probes")["table"]
+    found = study("probes-toy")["table"]
     rows = []
     for title, mllm, depth in (("entering layer 1", "facts", 1), ("at the end", "facts", -1),
                                ("untrained MLLM, entering layer 1", "random", 1)):

@@ -180,7 +180,7 @@ def test_the_tables_are_those_of_the_files(page):
 
 
 def test_the_studies_are_of_the_shipped_weights():
-    names = ("settings", "probes", "rungs", "slots", "noise", "told", "overfit", "int8")
+    names = ("settings", "probes-toy", "rungs", "slots", "noise", "told", "overfit", "int8")
     found = {study(name)["options"]["weights"] for name in names}
     assert found == {files.weights_digest(TOY_FOLDER)}, "of other weights than those shipped"
 
