@@ -293,7 +293,7 @@ def test_runs_that_end_together_are_finished_together(tmp_path):
 def test_scores_are_those_of_evaluate(tmp_path):
     """The shipped model, in a stack with one that paints noise, by the same pictures as
     lab.evaluate draws. The DiT that it started from may have been saved with another guidance."""
-    args = options(tmp_path, "--draw-steps", 4)
+    args = options(tmp_path, "--draw-steps", 10)
     group = trials.Group([plan.Run(plan.Arm(mllm="facts"), seed) for seed in (0, 1)], args)
     toy = TBAC.load(TOY_FOLDER)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_scores_are_those_of_evaluate(tmp_path):
     assert toy.config.guidance == plan.GUIDANCE
     found = group.score(stack, prompts, map)
     scores, _ = evaluate.score("draw", prompts, 1, lambda rows: evaluate.paint(
-        toy, rows, 0, 32, steps=4))
+        toy, rows, 0, 32, steps=10))
     want = scores["draw", "position", "category", "seen"]
     assert any(want) and found.tolist() == [want, [0] * 4]
 
@@ -325,7 +325,7 @@ def drawn_scenes(n, **held_out):
 @pytest.mark.parametrize("n", [2, 6, 12])
 def test_held_out_pairs_stand_alone_only(n):
     """And there are as many things as where fewer are held out: 30, 45, 15 and 10 of 100 scenes
-    have one to four, and a few more have three in a row."""
+    have one to four, but every fifth has three different ones, or three in a row."""
     held_out = plan.pairs_held_out(n)
     assert len(held_out) == n and held_out >= world.HELD_OUT
     assert n == 2 or held_out > plan.pairs_held_out(n // 2)
@@ -336,8 +336,8 @@ def test_held_out_pairs_stand_alone_only(n):
     assert len(alone) == 24
     assert beside == {(c, s) for c in world.COLOURS for s in world.SHAPES} - held_out
     found = [sum(len(scene.things) == k for scene in scenes) / 900 for k in (1, 2, 3, 4)]
-    expected = [0.96 * share for share in (0.3, 0.45, 0.15, 0.1)]
-    expected[2] += 0.04
+    expected = [0.8 * share for share in (0.3, 0.45, 0.15, 0.1)]
+    expected[2] += 0.2
     assert found == pytest.approx(expected, abs=0.05)
 
 
