@@ -22,7 +22,7 @@ import json
 import pathlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -270,12 +270,12 @@ def edited(found: Scene, case: Case) -> dict[str, bool | float]:
 
     followed = all(count(found, t.name) == count(case.target, t.name) for t in removed | new)
     # A thing that should stay is not what was to be added, whatever its name.
-    changed = [t for t in found.things if not any(grader.near(t, old) for old in kept)]
+    changed = [t for t in found.things if not is_near_any(t, kept)]
     for thing in new:
         same_name = [t for t in changed if t.name == thing.name]
         followed = followed and any(is_right(t, thing, found, case) for t in same_name)
 
-    stayed = [is_near_any(thing, found) for thing in kept]
+    stayed = [is_near_any(thing, found.things) for thing in kept]
     # besides the other things, at most what is new, or what should be gone and is not
     names = {t.name for t in removed}
     left = sum(max(0, count(found, name) - count(case.target, name)) for name in names)
@@ -293,8 +293,8 @@ def edited(found: Scene, case: Case) -> dict[str, bool | float]:
     return verdict
 
 
-def is_near_any(thing: Thing, found: Scene) -> bool:
-    return any(grader.near(t, thing) for t in found.things)
+def is_near_any(thing: Thing, things: Iterable[Thing]) -> bool:
+    return any(grader.near(t, thing) for t in things)
 
 
 def count(scene: Scene, name: str) -> int:

@@ -432,21 +432,28 @@ def in_a_row(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-def scene_to_draw(rng: random.Random) -> Scene:
-    """As `sample_scene`; but every fifth holds three different things, which are rare by chance,
-    or has three in a row."""
-    if rng.random() > 0.2:
-        return sample_scene(rng)
-    row = rng.random() < 0.5
+def three_different(rng: random.Random) -> Scene:
     while True:
         scene = sample_scene(rng, 3)
-        names = {t.name for t in scene.things}
-        if not row and len(names) == 3:
+        if len({t.name for t in scene.things}) == 3:
             return scene
-        for _ in range(20 if row else 0):
-            placed_so = in_a_row(scene, rng)
-            if valid(placed_so) and between(placed_so):
-                return placed_so
+
+
+def three_in_a_row(rng: random.Random) -> Scene:
+    while True:
+        scene = sample_scene(rng, 3)
+        for _ in range(20):
+            row = in_a_row(scene, rng)
+            if valid(row) and between(row):
+                return row
+
+
+def scene_to_draw(rng: random.Random) -> Scene:
+    """As `sample_scene`; but every fifth holds three different things, or has three in a row, which
+    are rare by chance."""
+    if rng.random() > 0.2:
+        return sample_scene(rng)
+    return three_in_a_row(rng) if rng.random() < 0.5 else three_different(rng)
 
 
 def say_spots(things: Sequence[Thing], speaker: Speaker) -> str:
