@@ -82,7 +82,7 @@ PRESETS = {"toy": {
     # AdamW's default memory of squared gradients (0.999) learns more slowly here.
     "mllm": COMMON | dict(steps=12000, betas=[0.9, 0.98]),
     "dcae": COMMON | dict(steps=2000),
-    "dit": COMMON | dict(steps=5000, batch=48, lr=3e-3),
+    "dit": COMMON | dict(steps=7000, batch=48, lr=3e-3),
 }}
 # What stage mllm learns besides captions and answers: see SummaryTokens, mark_words and, for the
 # study, in place of the first, tokenize_conversation.
@@ -671,14 +671,15 @@ def unit_latents(run) -> None:
 # --------------------------------------------------------------------------------- stage dit
 
 def as_told(code: SummaryTokens, scene, rng: random.Random, args) -> list[dict]:
-    """A scene as the DiT hears of it: nothing now and then, which guidance needs; two times of five
-    all of it, as of a picture; one with sides and spots; two without. Captions seldom tell these,
-    so the DiT learns to arrange things by itself. That a thing was changed means nothing to it."""
+    """A scene as the DiT hears of it: nothing now and then, which guidance needs; every fourth time
+    all of it, as of a picture; every fifth with sides and spots; else without. Captions seldom tell
+    these, so the DiT learns to arrange things by itself. That a thing was changed means nothing to
+    it."""
     drawn = [(thing, rng.random() < 0.5) for thing in scene.things]
-    told = list(code.shown(drawn, scene, exact=rng.random() < 0.4))
+    told = list(code.shown(drawn, scene, exact=rng.random() < 0.25))
     if rng.random() < args.cond_drop:
         return [{} for _ in told]
-    if "column" not in told[0] and rng.random() < 2 / 3:
+    if "column" not in told[0] and rng.random() < 0.73:
         return [{name: label[name] for name in label.keys() - {"spot", "side"}} for label in told]
     return told
 
