@@ -223,7 +223,7 @@ def test_what_stays_as_it_is():
 
 
 # |with 8 bits - without| / |without| of the toy, as measured.
-INT8_ERRORS = {"rungs": 0.0083, "velocity": 0.0017, "latents": 0.0046, "pixels": 0.0045}
+INT8_ERRORS = {"rungs": 0.0091, "velocity": 0.0026, "latents": 0.0051, "pixels": 0.0061}
 
 
 @torch.no_grad()
