@@ -59,7 +59,7 @@ PAPER = dict(lr=1e-4, warmup=5000, weight_decay=0.05, clip=0.5, ema=0.0, size=51
 PRESETS = {
     "toy": {
         "t2i": TOY | dict(steps=600, data=["toy"]),
-        "edit": TOY | dict(steps=3500, lr=5e-4, data=["toy=0.4", "toy-edit=0.6"]),
+        "edit": TOY | dict(steps=6500, lr=5e-4, data=["toy=0.3", "toy-edit=0.7"]),
         "mix": TOY | dict(steps=6000, data=["toy=0.5", "toy-edit=0.5"]),
     },
     "paper": {

@@ -4,7 +4,7 @@
     python -m lab.make --out runs/dry --dry-run     # every stage a few steps: does all of it work?
     python -m lab.make --out runs/toy --beside runs/toy1    # another seed's scores in its record
 
-    vit (and the tokenizer) -> dcae -> mllm -> dit -> t2i -> edit -> benchmark -> `weights`
+    vit (and the tokenizer) -> dcae -> mllm -> dit -> ladder -> t2i -> edit -> scores -> `weights`
 
 Each stage starts from the model of the one before. On a CPU it is two processes, with a thread and
 half of the batch each. Where it was stopped or killed, the same command goes on. `--out` then holds
@@ -44,15 +44,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """seconds: of a step, measured on two cores of an AMD EPYC (family 25, model 17); words: more
-    of its command line."""
+    of its command line; like: the stage it is to the script, where that has another name."""
     name: str
     module: str
     seconds: float
     words: tuple[str, ...] = ()
+    like: str = ""
+
+    def option(self) -> str:
+        return self.like or self.name
 
     def preset(self) -> dict:
         presets = train.PRESETS if self.module == "train" else pretrain.PRESETS
-        return presets["toy"][self.name]
+        return presets["toy"][self.option()]
 
 
 RECIPE = (
@@ -60,6 +64,8 @@ RECIPE = (
     Stage("dcae", "lab.pretrain", 0.34),
     Stage("mllm", "lab.pretrain", 0.54),
     Stage("dit", "lab.pretrain", 0.49),
+    # First the ladder learns to speak to the DiT as it is, then both learn together.
+    Stage("ladder", "train", 0.45, ("--shift", "3", "--train", "ladder"), like="t2i"),
     Stage("t2i", "train", 0.59, ("--shift", "3")),
     Stage("edit", "train", 0.61, ("--shift", "3")),
 )
@@ -137,8 +143,9 @@ def command(stage: Stage, args) -> list[str]:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                  "--nproc-per-node", "2", "-m", stage.module]
         batch //= 2
-    words = ["--stage", stage.name, "--out", str(args.out / stage.name), "--seed", str(args.seed),
-             "--device", args.device, "--batch", str(batch), *stage.words]
+    words = ["--stage", stage.option(), "--out", str(args.out / stage.name),
+             "--seed", str(args.seed), "--device", args.device, "--batch", str(batch),
+             *stage.words]
     before = RECIPE.index(stage) - 1
     if before >= 0:
         words += ["--model", str(args.out / RECIPE[before].name)]

@@ -235,6 +235,7 @@ EXAMPLES = {
     "mllm": "a conversation about a picture or a text",
     "dcae": "a picture",
     "dit": "a picture, and what is told of it in the code",
+    "ladder": "a caption and a picture",
     "t2i": "a caption and a picture",
     "edit": "a caption and a picture; or a picture, an instruction, and the picture after it",
 }

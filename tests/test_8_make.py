@@ -26,7 +26,7 @@ def test_each_stage_is_a_command_line_that_its_script_understands(tmp_path):
             words = make.command(stage, args)
             words = words[words.index(stage.module) + 1:]
             parsed = (train if stage.module == "train" else pretrain).options(words)
-            assert parsed.stage == stage.name and parsed.seed == 3
+            assert parsed.stage == stage.option() and parsed.seed == 3
             assert parsed.batch * share == stage.preset()["batch"]
             assert parsed.steps == stage.preset()["steps"]
             assert parsed.model == before
