@@ -176,6 +176,7 @@ class DiT(nn.Module):
         self.config = c = config
         self.patch_embed = nn.Conv2d(c.channels, c.dim, 1)
         self.time_embed = TimeEmbedding(c.dim)
+        # From a rung, or a caption of SANA's (caption_dim), to the blocks' width.
         self.caption = nn.Sequential(
             nn.Linear(c.caption_dim, c.dim),
             nn.GELU("tanh"),

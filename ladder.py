@@ -11,7 +11,7 @@ entering MLLM layer n_mllm - n_dit + j:
     DiT block          0    1   ...   18   19       20 blocks
 
 The other wirings are there for comparison: no public source says whether the ladder is what helps.
-All are one matrix A, row by row, with rung_j = connector(sum over t of A[j, t] state_t):
+All are one matrix A, row by row, with rung_j = connector(sum over i of A[j, i] states[i]):
 
     ladder      row j has its 1 at state n_mllm - n_dit + j
     final       every row has it at state n_mllm
@@ -58,6 +58,7 @@ def tap_layers(n_mllm: int, n_dit: int, wiring: str = "ladder") -> list[int]:
         "ladder": ladder,
         "final": [n_mllm] * n_dit,
         "penultimate": [n_mllm - 1] * n_dit,
+        # This one and the next begin at state 0: the queries themselves, whatever the prompt.
         "uniform": [round(j * (n_mllm - 1) / max(1, n_dit - 1)) for j in range(n_dit)],
         "first": every[:n_dit],
         "reversed": ladder[::-1],

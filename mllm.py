@@ -83,7 +83,7 @@ class Tokenizer:
         try:
             return self.bpe.encode(text, add_special_tokens=False).ids
         except TypeError:
-            raise ValueError(f"not UTF-8: {text!r}") from None
+            raise ValueError(f"not a text in UTF-8: {text!r}") from None
 
     def decode(self, ids: list[int], keep_special: bool = False) -> str:
         return self.bpe.decode(ids, skip_special_tokens=not keep_special)
@@ -94,7 +94,7 @@ class Tokenizer:
         ids = self.encode(text)
         if len(ids) <= max_len:
             return text
-        warnings.warn(f"prompt cut from {len(ids)} to {max_len} tokens", stacklevel=5)
+        warnings.warn(f"prompt cut from {len(ids)} to {max_len} tokens", stacklevel=2)
         # The cut may leave half a character at the end.
         return self.decode(ids[:max_len], keep_special=True).rstrip("\ufffd")
 
@@ -382,6 +382,8 @@ def matching_images(texts: list[str], images: list | None) -> list[list]:
         return [[] for _ in texts]
     if len(images) != len(texts):
         raise ValueError(f"{len(texts)} prompts but {len(images)} lists of images")
+    if not all(isinstance(row, list | tuple) for row in images):
+        raise ValueError("expected a list of images for each prompt, such as [[picture]]")
     return images
 
 

@@ -16,8 +16,8 @@ that the queries close (TBAC.query_states) -> the queries' states at every depth
 -> rungs (Ladder.forward) -> keys and values of each block (DiT.project_kv) -> velocity
 (DiT.forward) -> latents (sample.denoise) -> picture (DCAE.decode).
 
-Dimension key: B batch, L rungs, Q queries, S sequence, M MLLM width, C latent channels, h x w
-latent size, H x W picture size.
+Dimension key: B batch, L rungs, Q queries, S tokens before them, M MLLM width, C latent channels,
+h x w latent size, H x W picture size.
 """
 import json
 import pathlib
@@ -164,7 +164,7 @@ class TBAC(nn.Module):
         """
         if x0 is None:
             with torch.no_grad():
-                x0 = self.dcae.encode(pixels)
+                x0 = self.dcae.encode(pixels.to(self.dcae.encoder.conv_in.weight.dtype))
         x0 = x0.float()
         if t is None:
             t = 1 - torch.rand(len(x0), generator=generator).to(x0.device)       # in (0, 1]

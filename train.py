@@ -14,9 +14,9 @@ What is random about an example (its noise, its time, whether its text is droppe
 many examples, and a run resumes without any random state. lab/pretrain.py teaches the toy's parts
 with the same loop.
 
-Where the rest is: examples in engine/sources.py, their order in engine/stream.py; times, noise and
-latents in engine/data.py; float32 weights, EMA and checkpoints in engine/state.py; processes in
-engine/distributed.py; the log in engine/log.py.
+Where the rest is: options in engine/options.py; examples in engine/sources.py; their order, times,
+noise and latents in engine/data.py, batches in engine/stream.py; float32 weights, EMA and
+checkpoints in engine/state.py; processes in engine/distributed.py; the log in engine/log.py.
 """
 import dataclasses
 import functools
@@ -122,7 +122,7 @@ def drop_condition(example: Example, rng: random.Random, p: float) -> tuple[str,
     if r < (2 * p if images else p):
         prompt = ""
     if p <= r < 3 * p:
-        images = [image.point(lambda _: 0) for image in images]
+        images = [Image.new("RGB", image.size) for image in images]
     return prompt, images
 
 
@@ -208,7 +208,8 @@ def learning_rate(step: int, args) -> float:
 
 
 def adamw(params: dict[str, nn.Parameter], args) -> torch.optim.Optimizer:
-    """Weight decay for all but vectors: neither biases nor gains, but the queries, too."""
+    """Weight decay for what has two dimensions or more, the queries among it; not for biases and
+    gains."""
     matrices = [p for p in params.values() if p.dim() > 1]
     vectors = [p for p in params.values() if p.dim() <= 1]
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
@@ -229,8 +230,9 @@ def ladder_sheet(run) -> Image.Image:
     return log.example_sheet(run.shown, drawn, args.size)
 
 
-LADDER_TASK = Task(LEARNS["all"], ladder_loss, {"toy": draw_example, "toy-edit": edit_example},
-                   build, Latents, ladder_sheet, adamw)
+LADDER_TASK = Task(learns=LEARNS["all"], loss=ladder_loss,
+                   makers={"toy": draw_example, "toy-edit": edit_example}, build=build,
+                   helper=Latents, sheet=ladder_sheet, optimizer=adamw)
 
 
 # ---------------------------------------------------------------------------------------- step
@@ -293,6 +295,7 @@ class Run:
                   for word, make in task.makers.items()}
         # Latents.known: a record whose latents are cached need not be decoded.
         latents = getattr(self.helper, "known", None)
+        # Where --epochs are asked for, this turns them into args.steps.
         self.reader = open_reader(args, self.state, self.rank, self.n_process,
                                   makers | (own or {}), latents)
         self.shown = first_examples(self.reader, 8)

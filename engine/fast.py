@@ -207,11 +207,12 @@ def read_packs(model, packs: list[list[Prompt]], n_layer: int | None) -> list[Te
     where gradients are wanted, it is read first, without a graph.
     """
     mllm, Q = model.mllm, len(model.ladder.queries)
-    queries = model.ladder.queries.to(mllm.embed_tokens.weight.dtype)
     batch, mask = join_packs(mllm, packs, Q)
     ends = [Q * len(prompts) for prompts in packs]          # tokens of a pack that are queries
+    embedded = mllm.embed(batch)
+    queries = model.ladder.queries.to(embedded.dtype)
     x = []
-    for row, n in zip(mllm.embed(batch), ends):
+    for row, n in zip(embedded, ends):
         x.append(torch.cat([row[:-n], queries.repeat(n // Q, 1)]))
     x = torch.stack(x)                                      # (P, S, M)
 

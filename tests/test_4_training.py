@@ -346,8 +346,9 @@ def test_learning_rate():
 
 
 def test_drop_is_a_tenth_each():
-    """Without pictures: text. With: text alone, picture alone, both; one number decides."""
-    rng, image = random.Random(0), Image.new("RGB", (4, 4), "red")
+    """Without pictures: text. With: text alone, picture alone, both; one number decides. In the
+    palette of this picture 0 is not black."""
+    rng, image = random.Random(0), Image.new("RGB", (4, 4), "red").quantize()
 
     def black(images):
         return bool(images) and images[0].getextrema() == ((0, 0),) * 3

@@ -211,6 +211,7 @@ def test_size_is_height_and_width(tiny):
 @pytest.mark.parametrize("prompts, images, said", [
     ("a dog", None, "expected a list of prompts"), ([], None, "expected a list of prompts"),
     (["a dog", "a cat"], [[]], "2 prompts but 1 lists"),
+    (["a dog"], [Image.new("RGB", (8, 8))], "a list of images for each prompt"),
 ])
 def test_what_is_no_list_of_prompts_is_refused(tiny, prompts, images, said):
     """A string is a list of letters, too."""
@@ -219,10 +220,11 @@ def test_what_is_no_list_of_prompts_is_refused(tiny, prompts, images, said):
 
 
 @pytest.mark.parametrize("part", ["ladder", "dit"])
-def test_parts_of_other_dtypes_draw_together(tiny, part):
+def test_parts_of_other_dtypes_draw_and_learn_together(tiny, part):
     tiny.to(torch.bfloat16)
     getattr(tiny, part).float()
     assert len(sample.generate(tiny, ["a dog"], steps=1, generator=seeded())) == 1
+    assert tiny.loss(torch.zeros(1, 3, 32, 32), ["a dog"], generator=seeded()).isfinite()
 
 
 def test_pictures_of_one_prompt_share_the_conditioning(tiny, monkeypatch):
