@@ -283,7 +283,7 @@ def check(args) -> None:
         check_outputs(args)
 
 
-def guide_as_usual(args, model: TBAC) -> None:
+def default_guidance(args, model: TBAC) -> None:
     """Guidance that was not chosen is the model's own."""
     for name in ("guidance", "image_guidance"):
         if getattr(args, name) is None:
@@ -351,7 +351,7 @@ def explained(model: TBAC, prompt: str, images: list[Image.Image] = (), compare:
     """What --explain writes as a page, of a picture drawn now; in a notebook it displays itself.
     settings: those that differ from the command line's defaults."""
     args = options(["a prompt"])
-    guide_as_usual(args, model)
+    default_guidance(args, model)
     usual = {name: getattr(args, name) for name in SETTINGS}
     request = as_request(model, prompt, list(images), usual | settings)
     request["generator"] = torch.Generator().manual_seed(seed)
@@ -370,21 +370,19 @@ def explanation(model: TBAC, request: dict, seed: int, picture: Image.Image,
     return explain_html.drawing(model, request, seed, picture, watch, exchanges)
 
 
-def draw_exchanges(model: TBAC, request: dict, seed: int, compare: str):
-    """-> (name, picture) of every single exchange of rungs with another prompt (engine/mixer.py),
-    from the same noise, drawn as they are asked for."""
+def draw_exchanges(model: TBAC, request: dict, seed: int,
+                   compare: str) -> Iterator[tuple[str, Image.Image]]:
+    """Yields (name, picture) of every single exchange of rungs with another prompt
+    (engine/mixer.py), from the same noise, drawn as they are asked for."""
     a, k = request["conditioning"]
     b, _ = encode_for_guidance(model, [compare], request["images"], request["image_guidance"],
                                request["negative"])
     noise = torch.randn(1, *latent_shape(model.config, request["size"]),
                         generator=torch.Generator().manual_seed(seed))
-
-    def draw(rungs: Tensor, eps: Tensor) -> list[Image.Image]:
-        return generate(model, **request | dict(conditioning=(rungs, k), eps=eps))
-
-    choices = mixer.single_exchanges(a)
-    pictures = mixer.draw_mixed(draw, a, b, choices, noise)
-    return tqdm(pictures, "exchange", len(choices), unit="picture")
+    for name, choice in tqdm(mixer.single_exchanges(a).items(), "exchange", unit="picture"):
+        mixed = mixer.mixed_rows(a, b, choice)
+        picture, = generate(model, **request | dict(conditioning=(mixed, k), eps=noise))
+        yield name, picture
 
 
 def sheet(args, images: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:
@@ -421,7 +419,7 @@ def live(args, model: TBAC) -> Live:
         rungs, k = encode_for_guidance(model, [request["prompt"]], [images], *guided)
         if choice is not None:
             other, _ = encode_for_guidance(model, [request["other"]], [images], *guided)
-            rungs = mixer.mixed_rows(rungs, other, [choice])
+            rungs = mixer.mixed_rows(rungs, other, choice)
         settings = {name: request[name] for name in ("steps", "guidance", "image_guidance",
                                                      "solver")}
         generator = torch.Generator().manual_seed(request["seed"])
@@ -444,7 +442,7 @@ def main() -> None:
         set_threads(model)
         if not args.plain:
             fast.enable(model)
-        guide_as_usual(args, model)
+        default_guidance(args, model)
         words.listen(args.model, args.prompt, args.ask, args.negative, args.compare)
         if args.serve:
             page.serve(live(args, model), args.host, args.port)

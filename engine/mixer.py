@@ -2,14 +2,11 @@
 
 A cell is a block and a slot of queries; a choice says of every cell whether its queries come from
 prompt A or from prompt B. The noise is the same for all choices, so whatever differs between two
-pictures comes from the cells in which their choices differ. What draws is handed in.
+pictures comes from the cells in which their choices differ.
 
-Dimension key: L rungs = blocks, S slots, Q queries, k rows that guidance compares, n pictures,
+Dimension key: L rungs = blocks, S slots, Q queries, k rows that guidance compares,
 D caption_dim.
 """
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -70,25 +67,8 @@ def mix(a: Tensor, b: Tensor, choice: Tensor) -> Tensor:
     return torch.where(per_query, b, a)                                    # (L, ..., Q, D)
 
 
-def mixed_rows(a: Tensor, b: Tensor, choices: list[Tensor]) -> Tensor:
+def mixed_rows(a: Tensor, b: Tensor, choice: Tensor) -> Tensor:
     """What guidance compares for one picture, rungs (L, k, Q, D) of A and of B, whose last row is
-    the prompt's -> rungs (L, k n, Q, D) for a picture of each choice, laid out as `denoise` reads
-    them. Only the prompt's row is mixed: what guidance compares it with stays A's."""
-    null, own_a, own_b = a[:, :-1], a[:, -1], b[:, -1]
-    rows = [torch.cat([null, mix(own_a, own_b, choice)[:, None]], 1) for choice in choices]
-    # First one row of all pictures, then the next.
-    return torch.stack(rows, 2).flatten(1, 2)                              # (L, k n, Q, D)
-
-
-def draw_mixed(draw: Callable, a: Tensor, b: Tensor, choices: dict[Any, Tensor], eps: Tensor,
-               at_once: int = 1) -> Iterator[tuple[Any, Any]]:
-    """Yields (name, picture) for each of these choices, as they are drawn, all from the noise eps
-    (1, C, h, w). a, b: as for `mixed_rows`.
-
-    draw: rungs (L, k n, Q, D), noise (n, C, h, w) -> n pictures, for n up to `at_once`.
-    """
-    names = list(choices)
-    for start in range(0, len(names), at_once):
-        some = names[start:start + at_once]
-        rungs = mixed_rows(a, b, [choices[name] for name in some])
-        yield from zip(some, draw(rungs, eps.expand(len(some), -1, -1, -1)), strict=True)
+    the prompt's. Only that row is mixed: what guidance compares it with stays A's."""
+    own = mix(a[:, -1], b[:, -1], choice)                                  # (L, Q, D)
+    return torch.cat([a[:, :-1], own[:, None]], 1)                         # (L, k, Q, D)

@@ -394,7 +394,7 @@ def benchmark(
 
 
 @torch.no_grad()
-def ceilings(model: TBAC, n: int = 24, batch: int = 32) -> Scores:
+def ceilings(model: TBAC, n: int, batch: int) -> Scores:
     """The grader's scores on correct pictures, rendered and as reconstructed by the autoencoder.
 
     The pictures are the targets of the benchmark, and scenes of every kind, of which everything
@@ -600,7 +600,7 @@ def main(argv: list[str] | None = None) -> None:
         set_threads(model)
         if not args.plain:
             fast.enable(model)
-        sample.guide_as_usual(args, model)
+        sample.default_guidance(args, model)
         scores, failures = benchmark(
             model, args.tasks, args.n, args.pictures, args.batch, args.seed, steps=args.steps,
             solver=args.solver, guidance=args.guidance, image_guidance=args.image_guidance,

@@ -533,7 +533,7 @@ const write = async (id, field, text) => {
 def draw_live(args):
     options = sample.options(["--serve", "--model", str(args.model)])
     model = fast.enable(TBAC.load(args.model))
-    sample.guide_as_usual(options, model)
+    sample.default_guidance(options, model)
     with page.serving(sample.live(options, model), "127.0.0.1", 0) as (server, line):
         add_use(server)
         working = threading.Thread(target=line.run)

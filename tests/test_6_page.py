@@ -47,7 +47,7 @@ def request(**changes):
 
 def live_of(model, folder="model", **settings):
     args = sample.options(["--serve", "--model", str(folder)])
-    sample.guide_as_usual(args, model)
+    sample.default_guidance(args, model)
     return sample.live(args, model)
 
 
