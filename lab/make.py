@@ -109,17 +109,17 @@ def git(*words: str) -> str:
 
 
 def open_diary(args) -> dict:
-    """{commit, seed, dry_run, minutes: {stage: so far}, cpu_minutes: the same, finished: [stages]}
-    of this --out. ValueError where it was made otherwise so far: one toy is of one commit."""
+    """{commit, seed, dry_run, minutes: {stage: so far}, cpu_minutes: the same, finished: [stages],
+    made: {stage: how}} of this --out. ValueError where it was made otherwise so far: one toy is of
+    one commit."""
     made = dict(commit=commit(), seed=args.seed, dry_run=args.dry_run)
     file = args.out / "make.json"
     if not file.exists():
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"--out {args.out} is not empty, and not of this command")
         args.out.mkdir(parents=True, exist_ok=True)
-        return made | {what: {} for what in MINUTES} | dict(finished=[])
-    # Older ones do not say which stages are finished: what is left of each then takes seconds.
-    diary = dict(finished=[]) | read_json(file)
+        return made | {what: {} for what in MINUTES} | dict(finished=[], made={})
+    diary = read_json(file)
     if len(diary["finished"]) == len(RECIPE):
         made["commit"] = diary["commit"]
     for name, value in made.items():
@@ -218,7 +218,7 @@ def run(stage: Stage, args, diary: dict, show: Callable) -> None:
         said = file.read_text(errors="replace")
         raise ValueError(f"stage {stage.name} failed (status {status}):\n" + said[-2000:])
     diary["finished"].append(stage.name)
-    diary.setdefault("made", {})[stage.name] = made_by(stage, args)
+    diary["made"][stage.name] = made_by(stage, args)
     keep(diary, args)
 
 
@@ -295,14 +295,11 @@ def ship(args, diary: dict, scores: dict, others: list[dict]) -> pathlib.Path:
 
 def record(args, diary: dict, scores: dict, folder: pathlib.Path) -> dict:
     """How it was made, with folders as they are for whoever types the commands that stand there."""
-    args = argparse.Namespace(**vars(args) | dict(out=pathlib.Path("runs/toy")))
-    scores["options"] |= dict(model=str(args.out / "edit"), out=str(args.out / "scores"))
+    scores["options"] |= dict(model="runs/toy/edit", out="runs/toy/scores")
     stages = {}
     for stage in RECIPE:
-        # Diaries of older code do not say it.
-        made = diary.get("made", {}).get(stage.name) or made_by(stage, args)
-        stages[stage.name] = made | {what: round(diary[what].get(stage.name, 0), 2)
-                                     for what in MINUTES}
+        took = {what: round(diary[what].get(stage.name, 0), 2) for what in MINUTES}
+        stages[stage.name] = diary["made"][stage.name] | took
     return dict(
         command=f"python -m lab.make --seed {args.seed}", commit=diary["commit"], seed=args.seed,
         dry_run=args.dry_run, machine=machine(args.device), stages=stages,

@@ -11,7 +11,7 @@ import pathlib
 
 from engine.command import Parser, one_line_errors
 from engine.files import read_json, write_text
-from lab import make, plan
+from lab import plan
 from lab.evaluate import GENEVAL, OTHER, percent
 from sample import TOY_FOLDER
 
@@ -130,11 +130,9 @@ def recipe() -> str:
     """A row for each stage."""
     record = read_json(RECORD)
     rows = []
-    for stage in make.RECIPE:
-        made = record["stages"][stage.name]
-        rows.append([stage.name, str(made["steps"]), str(made["batch"]),
-                     f"{made.get('lr', stage.preset()['lr']):g}", f"{made['minutes']:.0f}",
-                     f"{made['cpu_minutes']:.0f}"])
+    for name, made in record["stages"].items():
+        rows.append([name, str(made["steps"]), str(made["batch"]), f"{made['lr']:g}",
+                     f"{made['minutes']:.0f}", f"{made['cpu_minutes']:.0f}"])
     minutes = sum(made["minutes"] for made in record["stages"].values())
     rows.append(["**all**", "", "", "", f"{minutes:.0f}", f"{cpu_minutes(record):.0f}"])
     return table(["stage", "steps", "batch", "learning rate", "minutes", "CPU minutes"], rows)
