@@ -8,7 +8,6 @@ done, token ids, positions, masks and picture grids, is computed. Operations are
 products and convolutions. Bytes are those of all tensors alive at once, weights included, at the
 worst moment. The answer of 64 tokens needs values, so it is counted on the CPU, at size mid only.
 """
-import argparse
 import dataclasses
 import functools
 import json
@@ -27,6 +26,7 @@ from bench.make_random import released_tensors, write_layouts
 from bench.measure import Counter, Operations, bytes_read
 from bench.sizes import ROOT, SIZES, empty_model, random_model
 from bench.work import Ours, all_tasks
+from engine.command import Parser
 
 FILE = ROOT / "bench" / "counts.json"
 # Modules of either model -> the part that they are counted under; the last line that fits holds.
@@ -164,8 +164,7 @@ def show(name, row):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--only", default="", help="rows whose name contains this")
     p.add_argument("--sizes", nargs="+", choices=SIZES, default=["mid", "full"])
     p.add_argument("--out", type=pathlib.Path, default=FILE)

@@ -11,7 +11,6 @@ threads gives the same bits. Two precisions, or a CPU and a GPU, are compared in
     python -m bench.first_difference --record float32.safetensors
     python -m bench.first_difference --against float32.safetensors --dtype bfloat16 --above 0.05
 """
-import argparse
 import pathlib
 
 import torch
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from bench.work import CAPTION, ORDER, distance, picture
+from engine.command import Parser
 from engine.pictures import to_pixels
 from sample import TOY_FOLDER
 from tbac import TBAC
@@ -125,8 +125,7 @@ def report(found, recorded, above):
 
 
 def options(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--model", type=pathlib.Path, default=TOY_FOLDER,
                    help="a model folder (default: the toy)")
     p.add_argument("--device", default="cpu")

@@ -7,7 +7,6 @@ Steps, in order of value: machine, parity, draw, train, compile, toy (the peer's
 and, by itself, study. Models have the released sizes and random weights, made on the GPU itself;
 study's are toys. --rehearse runs the same code on the CPU at a tiny size.
 """
-import argparse
 import dataclasses
 import functools
 import gc
@@ -31,6 +30,7 @@ from bench.parity import Recorded, exact_products
 from bench.sizes import ROOT, SIZES, random_model
 from bench.work import CAPTION, ORDER, Ours, Task, picture
 from engine import fast
+from engine.command import Parser
 from engine.device import machine
 from engine.files import read_json
 from lab import ablate, plan, trials
@@ -325,8 +325,7 @@ STEPS = {"machine": machine_step, "parity": parity_step, "draw": draw_step, "tra
 
 
 def options(steps, doc):
-    p = argparse.ArgumentParser(description=doc,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=doc)
     p.add_argument("step", choices=steps)
     p.add_argument("--out", type=pathlib.Path, required=True, help="JSON file")
     p.add_argument("--minutes", type=float, default=0.1,

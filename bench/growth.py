@@ -9,7 +9,6 @@ bench/growth.png drawn from it. Time is the median of five runs, memory the tens
 beside the weights (memory.py). An exponent of 1 is linear: twice as much of this, twice the cost.
 It is fitted to the upper half of each curve, where what does not grow weighs least.
 """
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -26,6 +25,7 @@ import sample
 from bench.measure import Counter, repeated
 from dit import linear_attention
 from engine import fast
+from engine.command import Parser
 from lab import dots
 from tbac import TBAC
 
@@ -203,8 +203,7 @@ def spread(values):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("model", type=pathlib.Path, nargs="?")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--plain", action="store_true", help="without engine/fast.py")

@@ -13,7 +13,6 @@ second setting is added to the same file:
     python -m bench.load /tmp/full/ours --dtype bfloat16 --picture --out bench/results/whole.json
     python -m bench.load /tmp/full/ours --dtype bfloat16 --low-memory --picture --out ...
 """
-import argparse
 import json
 import pathlib
 import subprocess
@@ -22,6 +21,7 @@ import tempfile
 import time
 
 from bench.sizes import ROOT
+from engine.command import Parser
 from engine.device import machine
 from engine.files import read_json
 
@@ -48,8 +48,7 @@ print(peak_memory("cpu"))
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("folder", type=pathlib.Path)
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"))

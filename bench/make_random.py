@@ -9,7 +9,6 @@ OUT gets ours/, and qwen/, sana/, tbac/ for the public libraries: names, shapes 
 of the public checkpoints (bench/sizes.py has the sizes). The disk holds all weights twice;
 --layouts leaves them out.
 """
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -18,6 +17,7 @@ import shutil
 import torch
 
 from bench.sizes import QWEN_FILES, SIZES, empty_model, random_tensors
+from engine.command import Parser
 from engine.files import read_json
 from weights_convert import PARTS, export, public_names, released_config
 
@@ -105,8 +105,7 @@ def released_tensors(model, prefix):
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("out", type=pathlib.Path)
     p.add_argument("--size", choices=SIZES, default="mid")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -9,7 +9,6 @@ Counted are the bytes of all tensors alive at once, at the worst moment of a tra
 backward, AdamW) or of sampling. Not counted: the CUDA context (about 0.5 GB), what the allocator
 cannot use between blocks, and workspaces inside single operations.
 """
-import argparse
 import dataclasses
 import pathlib
 import random
@@ -22,6 +21,7 @@ import train
 from bench.measure import Counter
 from bench.sizes import ROOT, empty_model
 from engine import fast
+from engine.command import Parser
 from engine.sources import Example
 from engine.files import read_json
 from engine.log import peak_memory
@@ -122,8 +122,7 @@ def table(plain):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--check", type=pathlib.Path, metavar="DIR", help="a model folder")
     p.add_argument("--edit", action="store_true", help="with --check: an editing step")
     p.add_argument("--plain", action="store_true", help="without engine/fast.py")

@@ -10,7 +10,6 @@ bfloat16 and with weights in 8 bits (engine/int8.py) against float32, call by ca
 (bench/first_difference.py). Each leaves its results in the folder and is not done again while they
 are there; --side does one of them.
 """
-import argparse
 import dataclasses
 import gc
 import json
@@ -25,6 +24,7 @@ from bench.first_difference import differences, some_values, trace
 from bench.peer import Peer
 from bench.work import CAPTION, ORDER, Inputs, distance, picture
 from engine import fast
+from engine.command import Parser
 from engine.device import machine
 from engine.files import read_json
 from engine.pictures import to_pixels
@@ -224,8 +224,7 @@ def worst(found):
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("folder", type=pathlib.Path, help="made by bench.make_random")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--side", choices=SIDES, help="only this, and no comparison")

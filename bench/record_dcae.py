@@ -5,7 +5,6 @@ attention in the quadratic form.)
     pip install torch diffusers==0.34.0
     python -m bench.record_dcae tests/fixtures/tiny/sana tests/fixtures/tiny/dcae.safetensors
 """
-import argparse
 import pathlib
 
 import torch
@@ -13,6 +12,7 @@ from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 
 from bench.odd_maps import SIZES, odd_pictures
+from engine.command import Parser
 
 
 def error(found, expected) -> float:
@@ -21,8 +21,7 @@ def error(found, expected) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("sana", type=pathlib.Path)
     p.add_argument("out", type=pathlib.Path)
     args = p.parse_args()

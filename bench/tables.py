@@ -5,10 +5,10 @@
 
 The text between two marks, <!-- NAME --> and <!-- end of NAME -->, is replaced.
 """
-import argparse
 import json
 import pathlib
 
+from engine.command import Parser
 from engine.files import read_json
 from lab.tables import filled, table
 
@@ -257,8 +257,7 @@ def add(folder, name):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--add", type=pathlib.Path, metavar="OUT", help="a folder of bench/gpu.sh")
     p.add_argument("--name", default="gpu", help="of the machine, with --add")
     args = p.parse_args()

@@ -1,6 +1,5 @@
 """The pieces of work that are measured, one for each row of the tables, and how ours does them; and
 what the command lines of bench/ have in common."""
-import argparse
 import json
 import pathlib
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from PIL import Image
 
 import sample
 from engine import distributed, fast
+from engine.command import Parser
 from engine.device import machine
 from engine.pictures import to_pixels
 from mllm import ASK
@@ -153,8 +153,7 @@ def distance(a, b):
 
 def parser(doc, folder):
     """With the options that bench.bench and bench.parts share. folder: what it must hold."""
-    p = argparse.ArgumentParser(description=doc,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=doc)
     p.add_argument("folder", type=pathlib.Path, help=f"made by bench.make_random: {folder}")
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
