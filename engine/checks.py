@@ -98,7 +98,7 @@ STAGES = 12
 # ------------------------------------------------------------------------------------ the table
 
 CONFIG = {
-    "format": whole(FORMAT, FORMAT),
+    "format": whole(1, FORMAT),
     "mllm": {
         "vocab_size": whole(1, MAX_VOCABULARY),
         "n_layer": LAYERS,
@@ -254,8 +254,7 @@ def check_config(found, where: str) -> dict:
     if number > FORMAT:
         raise ValueError(f"{where} has format {shown(number)}, and this version reads formats up "
                          f"to {FORMAT}: use a newer version of this project")
-    if number >= 1:
-        found = upgraded(found, number) | dict(format=FORMAT)
+    found = upgraded(found, number)
     checked = check_keys(found, CONFIG, where)
     del checked["format"]
     return checked

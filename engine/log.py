@@ -86,16 +86,15 @@ def example_sheet(examples: list, drawn: list, size: int):
 
 
 class Log:
-    """Writes log.jsonl and the bar while a run goes on: `with Log(run) as log`, `log.write(report)`
-    after each step. The first process writes the steps, each process names its own broken records.
-    """
+    """Writes log.jsonl and the bar while a run goes on: `with Log(run) as log`, `log.write(report,
+    seconds)` after each step. The first process writes the steps, each process names its own broken
+    records."""
 
     def __init__(self, run):
         self.run = run
         self.args = run.args
         self.mean = None                    # of the loss, for the bar
         self.named = 0                      # broken records that are in the log
-        self.timer = None
 
     def __enter__(self):
         args, rank = self.args, self.run.rank

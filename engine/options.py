@@ -141,7 +141,7 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     args = p.parse_args(argv)
     if said.steps is not None:
         # Not the preset's.
-        args.epochs = said.epochs
+        args.epochs = None
     if args.dry_run:
         args.steps = args.warmup = args.save_every = args.sheet_every = 1
         args.epochs, args.resume = None, False

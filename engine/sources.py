@@ -609,11 +609,11 @@ def hint_compressed(spec: str) -> str:
 def source(spec: str, makers: dict, seed: int, size: int, latents=None):
     """`open_source`. ValueError also where no record in it can be used."""
     found = open_source(spec, makers, seed, size, latents)
-    check_readable(found, spec)
+    check_any_usable(found, spec)
     return found
 
 
-def check_readable(found, spec: str) -> None:
+def check_any_usable(found, spec: str) -> None:
     """ValueError with the first ten reasons if a source holds no record that can be used."""
     reasons = []
     for location in itertools.islice(found.locations(random.Random(0)), 1000):

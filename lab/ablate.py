@@ -458,11 +458,12 @@ def refuse_unused(p, args, words: list[str]) -> None:
 def origin(args) -> dict:
     """What was asked for (folders without the way to them), by which code, on what."""
     looks = args.study in inside.STUDIES
-    names = options_of(args.study) if looks else vars(args).keys() - {"parts"}
+    names = options_of(args.study) if looks else vars(args).keys() - {"parts", "model", "pictures"}
     said = {name: value for name, value in vars(args).items() if name in names}
     for folder in said.keys() & {"model", "start", "out"}:
         said[folder] = pathlib.Path(said[folder] or "").name
-    said["weights"] = weights_digest(args.model)
+    if looks:
+        said["weights"] = weights_digest(args.model)
     if args.start:
         said |= {f"{name} weights": weights_digest(args.start / name) for name in starts(args)}
     return dict(options=said, commit=commit(), machine=machine(args.device))

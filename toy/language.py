@@ -116,7 +116,7 @@ REPLACEABLE = SYNONYMS | PLURALS
 WORD = re.compile(rf"\b({any_of(REPLACEABLE)})\b")
 
 # a form -> what it means
-NOUNS = {form: shape for shape in (*SHAPES, "object") for form in forms(shape)} | {"one": "object"}
+NOUNS = {form: shape for shape in COUNTED for form in forms(shape)} | {"one": "object"}
 COLOUR_NAMES = {form: colour for colour in COLOURS for form in forms(colour)}
 SIZE_NAMES = {form: size for size in SIZES for form in forms(size)}
 
@@ -801,7 +801,7 @@ def groups(scene: Scene) -> list[tuple[str, tuple[Thing, ...]]]:
 def recolour_all(scene, speaker, thing, words):
     """Everything, or all things of a shape."""
     rng = speaker.rng
-    words, things = rng.choice((("everything", scene.things), ("all objects", scene.things)))
+    words, things = rng.choice(("everything", "all objects")), scene.things
     if len(scene.things) > 1:
         several = ["all objects", "all the objects", "all of them", "everything"]
         several += ["both objects", "both"] if len(scene.things) == 2 else []
@@ -1301,8 +1301,8 @@ def words() -> frozenset[str]:
     """All words, in lower case, that training can ever say or hear."""
     lines = [line for block in TRAINED.values() for line in block]
     texts = [re.sub(r"{\w+}", " ", text) for line in lines for text in line.sentences]
-    for forms_of_word in REPLACEABLE.items():
-        texts += [forms_of_word[0], *forms_of_word[1]]
+    for word, others in REPLACEABLE.items():
+        texts += [word, *others]
     for table in (SIDES, ITS_SIDES, PLACE_WORDS):
         texts += [text for wordings in table.values() for text in wordings]
     texts += [*COLOURS, *BACKGROUNDS, *SHAPES, *NUMBERS, *DIRECTIONS.values(), "1"]
