@@ -226,7 +226,7 @@ def drawn(found: Scene, case: Case) -> dict[str, bool]:
     if case.rules == "position" and shapes:
         by_shape = {t.shape: t for t in found.things}
         first, second = (by_shape[t.shape] for t in target.things)
-        sides = world.relation(first, second, ratio=1.2) == world.relation(*target.things)
+        sides = world.relation(first, second, world.READ) == world.relation(*target.things)
     asked = names if "colour" in case.rules else shapes
     return {
         "category": asked and sides,
@@ -248,7 +248,7 @@ def in_place(thing: Thing, wanted: Thing, found: Scene, case: Case) -> bool:
         return grader.near(thing, wanted)
     others = [t for t in found.things if t.name == other.name]
     asked = ("left of", "right of") if where == "next to" else (where,)
-    return any(world.relation(thing, t, ratio=1.2) in asked for t in others)
+    return any(world.relation(thing, t, world.READ) in asked for t in others)
 
 
 def is_right(thing: Thing, wanted: Thing, found: Scene, case: Case) -> bool:

@@ -323,7 +323,7 @@ def assert_is_where_it_should_be(order, action, t, scene):
     where, other = language.destination(order, scene) or (None, None)
     if other:
         asked = ("left of", "right of") if where == "next to" else (where,)
-        assert world.relation(t, other, ratio=1.2) in asked, order
+        assert world.relation(t, other, world.READ) in asked, order
     elif where == "spot" and not re.search("(left|right) (to|up|down|in|at|on|should)", order):
         order = canonical(order).replace("upper", "top").replace("lower", "bottom")
         spots = [name for name in world.SPOTS if re.search(rf"\b{name}\b", order)]

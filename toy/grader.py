@@ -9,7 +9,18 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from toy.world import BACKGROUNDS, COLOURS, FORMS, SIZES, Scene, Thing, coverage, relation, sides
+from toy.world import (
+    BACKGROUNDS,
+    COLOURS,
+    FORMS,
+    READ,
+    SIZES,
+    Scene,
+    Thing,
+    coverage,
+    relation,
+    sides,
+)
 
 # a pixel stands out if its RGB distance to the background is larger (purple on grey is 117)
 CONTRAST = 75
@@ -182,8 +193,7 @@ def same_relation(found: Scene, target: Scene) -> bool:
     first, second = target.things
     firsts = [t for t in found.things if t.name == first.name]
     seconds = [t for t in found.things if t.name == second.name]
-    # 1.2, not 1.5: a scene just within the limit of clear may be read as just beyond it
-    return any(relation(f, s, ratio=1.2) == where for f in firsts for s in seconds)
+    return any(relation(f, s, READ) == where for f in firsts for s in seconds)
 
 
 def matches(found: Scene, target: Scene, places: bool = False) -> bool:

@@ -33,6 +33,7 @@ from toy.world import (
     HELD_OUT,
     MARGIN,
     OPPOSITE,
+    READ,
     SHAPES,
     SIZES,
     SPOTS,
@@ -897,10 +898,10 @@ def move_beside(scene, speaker, thing, words, other, other_words):
     new = replace(thing, x=x, y=y)
     where = relation(new, other)
     # there must be a side to name, and the thing must not be there already
-    if where in (None, relation(thing, other, ratio=1.2)) or distance(new, thing) < STEP:
+    if where in (None, relation(thing, other, READ)) or distance(new, thing) < STEP:
         return "move", {}, scene
     # 'next to' says little to a thing that is at the other side already
-    beside = {relation(thing, other, ratio=1.2), where} <= {"left of", "right of"}
+    beside = {relation(thing, other, READ), where} <= {"left of", "right of"}
     words_of_side = speaker.side(where) if beside else say_side(where, speaker)
     place = f"{words_of_side} {anchor(other, scene, other_words)}"
     return "move", dict(it=words, to=place, at=place), swapped(scene, thing, new)

@@ -81,8 +81,14 @@ class Scene:
 
 # ---------------------------------------------------------------- geometry
 
-def relation(a: Thing, b: Thing, ratio: float = 1.5) -> str | None:
-    """Where a is, seen from b, or None where neither axis clearly dominates."""
+# How many times farther along one axis than along the other a thing has to be from another, to be
+# clearly at its side. As read in a picture less is enough: what is just within the limit may be
+# read as just beyond it.
+CLEARLY, READ = 1.5, 1.2
+
+
+def relation(a: Thing, b: Thing, ratio: float = CLEARLY) -> str | None:
+    """Where a is, seen from b, or None where neither axis dominates by this ratio."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > ratio * abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -145,7 +151,7 @@ def valid(scene: Scene, held_out: bool = False) -> bool:
         return False
 
     # two things are clearly in a relation, or clearly in none
-    if len(things) == 2 and relation(*things) != relation(*things, ratio=1.2):
+    if len(things) == 2 and relation(*things) != relation(*things, READ):
         return False
 
     if not all(inside(t) and placed(t) for t in things):
