@@ -65,7 +65,9 @@ def draw(logs: dict, file: pathlib.Path) -> None:
         axis.set(xlabel="step", yscale="log")
         axis.set_visible(axis.has_data())
         axis.grid(alpha=0.3)
-        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
+        low, high = axis.get_ylim()
+        marks = (1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+        axis.yaxis.set(major_locator=LogLocator(subs=marks), major_formatter="{x:g}",
                        minor_locator=NullLocator())
     with new_file(file) as opened:
         figure.savefig(opened, format="png", dpi=144)

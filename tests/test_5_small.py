@@ -223,7 +223,7 @@ def test_what_stays_as_it_is():
 
 
 # |with 8 bits - without| / |without| of the toy, as measured.
-INT8_ERRORS = {"rungs": 0.0091, "velocity": 0.0026, "latents": 0.0051, "pixels": 0.0061}
+INT8_ERRORS = {"rungs": 0.0102, "velocity": 0.0019, "latents": 0.0061, "pixels": 0.0053}
 
 
 @torch.no_grad()
