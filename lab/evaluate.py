@@ -1,10 +1,10 @@
 """The benchmark on the toy world: does a model draw, change and say what it is asked for?
 
-    python -m lab.evaluate                              # the shipped weights; 9 minutes
+    python -m lab.evaluate                              # the shipped weights; 7 to 10 minutes
     python -m lab.evaluate --quick                      # under a minute, but rough
     python -m lab.evaluate --model runs/edit --out runs/scores
 
-The times are those of two CPU cores. There are three tasks:
+The times are those of one CPU core. There are three tasks:
 
 draw   the six categories of GenEval (arXiv 2310.11513), several pictures per prompt
 edit   the actions of ImgEdit (arXiv 2505.20275) that exist in this world:
