@@ -132,6 +132,16 @@ def test_every_wiring_runs_from_prompt_to_rungs(model):
         assert rungs.shape == (dit.n_layer, 2, 4, dit.caption_dim)
 
 
+def test_starting_values_are_smaller_the_more_inputs_there_are(tiny):
+    """And what writes to the residual stream the deeper the stack."""
+    tiny.mllm.init_weights(seeded())
+    for layers in (tiny.mllm.layers, tiny.mllm.vision.blocks):
+        mlp = layers[0].mlp
+        for weight, depth in ((mlp.gate.weight, 1), (mlp.down.weight, 2 * len(layers))):
+            want = (weight.shape[1] * depth) ** -0.5
+            assert weight.std().item() == pytest.approx(want, rel=0.1)
+
+
 # ----------------------------------------------------------------------------------------- DiT
 
 SMALL_DIT = dict(n_head=2, head_dim=8, cross_n_head=2, channels=4, caption_dim=6)
@@ -145,6 +155,10 @@ def test_first_velocity_is_zero_and_every_block_attends_to_its_rung():
     time = torch.tensor([10.0, 900.0])
     rungs = torch.randn(3, 2, 7, 6, generator=g)
     assert torch.equal(dit(x, time, dit.project_kv(rungs)), torch.zeros(2, 4, 3, 5))
+    # With another last layer it is not 0, but knows nothing of the rungs yet.
+    torch.nn.init.normal_(dit.proj_out.weight, generator=g)
+    at_first = dit(x, time, dit.project_kv(rungs))
+    assert at_first.any() and torch.equal(at_first, dit(x, time, dit.project_kv(rungs + 1)))
     # Off the zeros: now a change of any one rung must show.
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=g)

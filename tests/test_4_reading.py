@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.test_4_pictures import only_a_header
 
 
-def jpeg(colour, size=(80, 60)):
+def png(colour, size=(80, 60)):
     f = io.BytesIO()
     Image.new("RGB", size, colour).save(f, "png")
     return f.getvalue()
@@ -50,7 +50,7 @@ def shards(tmp_path):
     for i, n in enumerate((10, 7, 1)):
         records = {}
         for k in itertools.islice(numbers, n):
-            records[f"a/{k:04d}"] = {"png": jpeg((k, 0, 0)), "txt": str(k).encode()}
+            records[f"a/{k:04d}"] = {"png": png((k, 0, 0)), "txt": str(k).encode()}
         tar(tmp_path / f"s-{i:03d}.tar", records)
     return tmp_path
 
@@ -100,7 +100,7 @@ def test_shorter_side_then_centre_crop(tmp_path):
 def test_editing_records_in_tars_and_folders_are_the_same(tmp_path):
     (tmp_path / "tars").mkdir()
     (tmp_path / "folder").mkdir()
-    files = {"source0.png": jpeg("red"), "source1.png": jpeg("green"), "target.png": jpeg("blue")}
+    files = {"source0.png": png("red"), "source1.png": png("green"), "target.png": png("blue")}
     tar(tmp_path / "tars" / "a.tar", {"one": files | {"txt": b"mix them"}})
     for name, content in files.items():
         (tmp_path / "folder" / name).write_bytes(content)
@@ -167,7 +167,7 @@ def test_in_epochs_sizes_count_unless_weights_are_given(tmp_path, given, weights
     line = json.dumps(dict(file_name="a.jpg", text="x")) + "\n"
     for name, n in (("many", 6), ("few", 2)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "a.jpg").write_bytes(jpeg("red"))
+        (tmp_path / name / "a.jpg").write_bytes(png("red"))
         (tmp_path / name / "metadata.jsonl").write_text(n * line)
     args = argparse.Namespace(seed=0, size=32, overfit=False, epochs=1, batch=1, accumulate=1,
                               workers=0, max_bad=0,
@@ -184,11 +184,11 @@ def test_in_epochs_sizes_count_unless_weights_are_given(tmp_path, given, weights
 
 
 def broken(tmp_path):
-    good = {"png": jpeg("red"), "txt": b"fine"}
+    good = {"png": png("red"), "txt": b"fine"}
     tar(tmp_path / "a.tar", {
         "good": good,
-        "cut": good | {"png": jpeg("red")[:40]},
-        "no-text": {"png": jpeg("red")},
+        "cut": good | {"png": png("red")[:40]},
+        "no-text": {"png": png("red")},
         "no-picture": {"txt": b"x"},
         "huge": good | {"png": only_a_header(20_000, 20_000)},
         "latin": good | {"txt": b"\xff\xfe\xfa"},
@@ -293,8 +293,8 @@ def test_a_tar_that_is_gone_stops_the_run_with_a_line(shards, workers):
 
 
 def test_two_records_of_one_key_have_two_names_and_sources_come_by_number(tmp_path):
-    files = {f"source{i}.png": jpeg((i, 0, 0)) for i in (10, 9, 2)}
-    files |= {"target.png": jpeg("blue"), "txt": b"mix them"}
+    files = {f"source{i}.png": png((i, 0, 0)) for i in (10, 9, 2)}
+    files |= {"target.png": png("blue"), "txt": b"mix them"}
     tar(tmp_path / "a.tar", {"one": files, "two": files})
     with tarfile.open(tmp_path / "a.tar", "a") as t:
         for suffix, content in files.items():
@@ -306,7 +306,7 @@ def test_two_records_of_one_key_have_two_names_and_sources_come_by_number(tmp_pa
 
 
 def test_a_missing_picture_or_a_bad_line_is_one_broken_record(tmp_path):
-    (tmp_path / "a.png").write_bytes(jpeg("red"))
+    (tmp_path / "a.png").write_bytes(png("red"))
     fine = dict(text="x", target="a.png")
     rows = [
         dict(file_name="a.png", text="fine"),
@@ -345,7 +345,7 @@ def test_a_missing_picture_or_a_bad_line_is_one_broken_record(tmp_path):
 def test_an_empty_source_is_an_error_at_once(tmp_path, spec, message):
     (tmp_path / "empty").mkdir()
     tar(tmp_path / "empty.tar", {})
-    tar(tmp_path / "broken.tar", {"a": {"png": jpeg("red")}})
+    tar(tmp_path / "broken.tar", {"a": {"png": png("red")}})
     (tmp_path / "zero.tar").write_bytes(b"")
     (tmp_path / "text.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train
 from engine.files import write_shards
 from engine.log import read_log
-from engine.state import State, checkpoints, model_tensors
+from engine.state import State, checkpoints, ema_weights, model_tensors
 from tests.conftest import ROOT, run
 
 TOY = ("--stage", "mix", "--batch", 2, "--warmup", 2, "--sheet-every", 0, "--dtype", "float32")
@@ -53,6 +53,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, more):
     assert losses(whole) == losses(half) and len(losses(whole)) == 5
     (a, counters), (b, again) = state_of(whole), state_of(half)
     assert counters == again and a.keys() == b.keys()
+    assert counters["seen"] == 5 * 2 * (2 if more else 1)
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert {n.split(".")[0] for n in a} == {"param", "ema", "exp_avg", "exp_avg_sq", "step"}
 
@@ -203,6 +204,16 @@ def test_the_mean_is_short_at_first_and_is_what_is_saved():
     assert update(1) == pytest.approx(0.9 * 11 + 0.1 * 1)
     saved = dict(model_tensors(s, {}))
     assert torch.equal(saved["a"], s.ema["a"]) and not torch.equal(saved["a"], s.params["a"])
+
+
+def test_the_mean_is_lent_to_the_model_and_given_back():
+    s, args = state()
+    steps(s, args, "ab")
+    own = {n: p.detach().clone() for n, p in s.params.items()}
+    assert not torch.equal(own["a"], s.ema["a"])
+    with ema_weights(s):
+        assert all(torch.equal(s.params[n], s.ema[n]) for n in "ab")
+    assert all(torch.equal(s.params[n], own[n]) for n in "ab")
 
 
 def stored(s, folder):

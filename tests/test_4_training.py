@@ -199,6 +199,30 @@ def test_a_ladder_is_taken_with_its_wiring_and_queries(tmp_path):
     assert (config.wiring, config.n_query) == ("final", 4)
 
 
+def test_a_part_is_taken_with_its_weights(tmp_path):
+    """And nothing else: each part begins as one of the two models has it."""
+    first = start(tmp_path / "a")
+    next(first.steps())
+    first.save()
+    moved, shipped = TBAC.load(tmp_path / "a"), TBAC.load(TOY_FOLDER)
+    for part, other in (("ladder", "dit"), ("dit", "ladder")):
+        found = start(tmp_path / part, "--take", f"{part}={tmp_path / 'a'}").model
+        for name, want in ((part, moved), (other, shipped)):
+            weights = getattr(want, name).state_dict()
+            for key, value in getattr(found, name).state_dict().items():
+                assert torch.equal(value, weights[key].float()), (name, key)
+    assert not torch.equal(moved.dit.proj_out.weight, shipped.dit.proj_out.weight.float())
+
+
+def test_matrices_decay_and_gains_and_biases_do_not(tmp_path):
+    started = start(tmp_path, "--weight-decay", 0.3, "--betas", 0.8, 0.9)
+    groups = started.state.optimizer.param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert {group["betas"] for group in groups} == {(0.8, 0.9)}
+    for name, p in started.state.params.items():
+        assert decay[id(p)] == (0.3 if p.dim() > 1 else 0), name
+
+
 @pytest.mark.parametrize("script", [("train.py",), ("-m", "lab.pretrain", "--stage", "dcae")])
 def test_a_dry_run_goes_through_everything_and_leaves_nothing(tmp_path, script):
     done = run(*script, "--out", tmp_path / "x", "--dry-run", "--batch", 2)
@@ -213,7 +237,10 @@ def test_presets_are_the_papers_and_the_command_line_wins():
     assert (a.betas, a.weight_decay, a.clip) == ([0.9, 0.999], 0.05, 0.5)
     assert (a.batch, a.epochs, a.cond_drop) == (4, 10, 0.1)
     a = train.options([*paper, "t2i"])
-    assert (a.batch, a.steps) == (16, 150_000)
+    assert (a.batch, a.steps, a.lr) == (16, 150_000, 1e-4)
+    assert (a.ema, a.size, a.grad_checkpoint) == (0.0, 512, True)
+    a = train.options([*paper, "mix"])
+    assert (a.batch, a.epochs) == (4, 100)
     assert train.options([]).model == str(TOY_FOLDER) and train.options([]).data == ["toy"]
     for wrong in ([*paper, "vit"], ["--stage", "vit"]):
         with pytest.raises(SystemExit):
@@ -590,10 +617,13 @@ def test_what_learns_is_float32_and_what_is_frozen_is_not(tmp_path):
     named = {n for n, p in model.named_parameters() if p.requires_grad}
     in_groups = sum(len(g["params"]) for g in state.optimizer.param_groups)
     assert len(named) == len(state.params) == in_groups
+    # After a step the model has the new weights.
+    for name, p in state.params.items():
+        assert torch.equal(p.bfloat16(), state.weights.working[name]), name
 
 
 def test_the_working_weights_are_the_masters_rounded(tmp_path):
-    """Gradients arrive in float32 and add up there; after a step the model has the new weights."""
+    """Gradients arrive in float32 and add up there."""
     started = start(tmp_path, "--dtype", "bfloat16", "--accumulate", 2)
     state = started.state
     stream = train.batches(started.reader, state, started.args)

@@ -247,11 +247,19 @@ def test_messages_are_cut_and_escaped():
 # File -> the keys that are read.
 PUBLIC = {
     "qwen/config.json": [*QWEN_CONFIG.values(), *QWEN_VISION_CONFIG.values(), "model_type",
-                         "tie_word_embeddings", "rms_norm_eps", "hidden_act"],
+                         "tie_word_embeddings", "rms_norm_eps", "hidden_act", "use_sliding_window",
+                         "vision_config.hidden_act"],
     "sana/transformer/config.json": [*SANA_CONFIG.values(), "patch_size", "qk_norm",
-                                     "timestep_scale", "sample_size"],
-    "sana/vae/config.json": [*DC_AE_CONFIG.values(), "encoder_block_types", "decoder_act_fns"],
-    "tbac/config.json": [*RELEASED_CONFIG.values(), "model_type", "vae_downsample_f"],
+                                     "timestep_scale", "sample_size", "attention_bias",
+                                     "norm_elementwise_affine", "norm_eps", "out_channels",
+                                     "cross_attention_dim", "guidance_embeds",
+                                     "interpolation_scale"],
+    "sana/vae/config.json": [*DC_AE_CONFIG.values(), "encoder_block_types", "decoder_act_fns",
+                             "decoder_block_types", "encoder_qkv_multiscales",
+                             "decoder_qkv_multiscales", "decoder_block_out_channels",
+                             "upsample_block_type", "decoder_norm_types"],
+    "tbac/config.json": [*RELEASED_CONFIG.values(), "model_type", "vae_downsample_f",
+                         "architectures", "loss_type", "in_channels", "input_size"],
 }
 
 

@@ -1,4 +1,5 @@
 """Files and the command line: what is written is whole, what is wrong is named, nothing is lost."""
+import dataclasses
 import json
 import shutil
 
@@ -102,10 +103,11 @@ def test_a_folder_of_the_wrong_kind_is_named(copy):
 # ---------------------------------------------------------------------------------------- prompts
 
 def test_a_long_prompt_is_cut_with_a_warning_and_an_empty_one_is_fine(model):
+    model.config = dataclasses.replace(model.config, max_prompt=77)
     long = "circle " * 400
-    with pytest.warns(UserWarning, match="cut from .* to 256 tokens"):
+    with pytest.warns(UserWarning, match="cut from .* to 77 tokens"):
         found = model.encode([long])
-    ids = model.mllm.tokenizer.encode(long)[:256]
+    ids = model.mllm.tokenizer.encode(long)[:77]
     want = model.encode([model.mllm.tokenizer.decode(ids)])
     assert relative(found.detach(), want.detach()) < 1e-5
     assert model.encode([""]).shape == (4, 1, 8, 48)

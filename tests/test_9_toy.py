@@ -15,6 +15,7 @@ from toy import grader, language, world
 # the least fractions of right answers and right pictures
 ANSWERED = 0.9
 DRAWN = 0.8
+EDITED = 0.7
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,9 @@ def test_it_fits_in_16_megabytes_and_says_how_it_was_made():
     assert not record["dry_run"] and "+" not in record["commit"]
     for stage in make.RECIPE:
         said = record["stages"][stage.name]
-        assert said["steps"] == stage.preset()["steps"] and said["cpu_minutes"] > 0
+        preset = stage.preset()
+        assert all(said[name] == preset[name] for name in ("steps", "batch", "lr"))
+        assert said["cpu_minutes"] > 0
         assert (TOY_FOLDER / f"{stage.name}-sheet-{said['steps']:08d}.png").is_file()
 
 
@@ -70,3 +73,13 @@ def test_it_draws_what_it_is_asked_for(model):
     found = [grader.grade(picture) for picture in pictures]
     right = sum(grader.matches(f, scene) for f, scene in zip(found, scenes))
     assert right >= DRAWN * len(scenes)
+
+
+def test_it_edits_as_it_is_told(model):
+    """The first of each kind of edit; with the model's own guidance, for pictures too."""
+    cases = [case for case in evaluate.cases("edit", 3) if case.pairs == "seen"]
+    scores, _ = evaluate.score("edit", cases, 1, lambda rows: evaluate.paint(
+        model, rows, 0, 32, steps=10, solver="euler"))
+    right = [value for (_, _, what, _), values in scores.items() if what == "followed"
+             for value in values]
+    assert len(right) == len(cases) > 25 and sum(right) >= EDITED * len(right)
