@@ -45,8 +45,8 @@ def request(**changes):
                 image_guidance=1.5, solver="dpm++", other=None, choice=None) | changes
 
 
-def live_of(model, folder="model", **settings):
-    args = sample.options(["--serve", "--model", str(folder)])
+def live_of(model, folder="model", *words):
+    args = sample.options(["--serve", "--model", str(folder), *words])
     sample.default_guidance(args, model)
     return sample.live(args, model)
 
@@ -184,6 +184,11 @@ def test_a_picture_is_edited_and_asked_about(one, server, gradient):
     for kind in ("png", "bmp", "tiff"):
         found = outcome(server, "/draw", **request(image=base64_of(gradient, kind)))
         assert np.array_equal(opened(found["picture"]["picture"]), expected(one, image=gradient))
+    settings = dict(image_guidance=3.0)
+    closer = outcome(server, "/draw", **request(image=base64_of(gradient), **settings))
+    picture = opened(closer["picture"]["picture"])
+    assert np.array_equal(picture, expected(one, image=gradient, **settings))
+    assert not np.array_equal(picture, expected(one, image=gradient))
     answer = events(post(server, "/ask", dict(question="what is it?", image=base64_of(gradient))))
     texts = [data["text"] for name, data in answer if name == "answer"]
     assert texts[-1] == one.ask("what is it?", [gradient])
@@ -191,6 +196,15 @@ def test_a_picture_is_edited_and_asked_about(one, server, gradient):
     assert len(texts) > 2 and all(map(str.startswith, texts[1:], texts))
     found = outcome(server, "/ask", question="what is it?", image=None)
     assert found["answer"]["text"] == one.ask("what is it?")
+
+
+def test_it_draws_at_the_size_asked_for(one):
+    with served(live_of(one, "model", "--size", "64x32")) as server:
+        found = outcome(server, "/draw", **request())
+    assert opened(found["picture"]["picture"]).shape == (32, 64, 3)
+    # Refused before the first request.
+    with pytest.raises(ValueError, match="multiple"):
+        live_of(one, "model", "--size", "30")
 
 
 def test_the_mixer_draws_any_exchange(one, server):

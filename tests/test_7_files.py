@@ -121,6 +121,17 @@ def listen(folder, monkeypatch, capsys, *words):
     return [line for line in capsys.readouterr().err.splitlines() if "heard" in line]
 
 
+def test_compile_is_warmed_up_before_it_draws(copy, monkeypatch):
+    """By a picture in one step."""
+    drawn = []
+    monkeypatch.setattr(fast, "compile_parts", lambda model, warm_up: drawn.append(warm_up()))
+    out = copy / "out.png"
+    monkeypatch.setattr("sys.argv", ["sample.py", "--model", str(copy), "--out", str(out),
+                                     "--compile", "--steps", "2", "a dog"])
+    sample.main()
+    assert [len(pictures) for pictures in drawn] == [1] and out.is_file()
+
+
 def test_words_that_a_model_has_never_heard_are_named(copy, monkeypatch, capsys):
     """If its folder says which it knows; it draws and answers all the same."""
     words = ("a red Corgi’s corgi", "--negative", "dog", "--steps", "1")
