@@ -54,8 +54,7 @@ class Recorded:
         known = {name.removeprefix(f"{case}."): t.to(device) for name, t in self.golden.items()
                  if name.startswith(case + ".")}
         rungs = model.encode(prompts, images)
-        loss = model.loss(known["target"].to(dtype), prompts, images, known["sigma"],
-                          known["noise"])
+        loss = model.loss(known["target"], prompts, images, known["sigma"], known["noise"])
         loss.backward()
         parameters = dict(model.named_parameters())
         found = {"rungs": rungs, "loss": loss,

@@ -53,11 +53,13 @@ def test_the_choices_in_advance_are_each_single_exchange_and_its_opposite():
 
 
 def test_the_ends_of_the_mixer_are_the_two_prompts_own_pictures(tiny):
+    """And each exchange is drawn by its name."""
     (a, k), (b, _) = rungs_of(tiny, "a dog"), rungs_of(tiny, "two cats")
     eps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    choices = mixer.single_exchanges(a)
 
     def mixed(name):
-        rungs = mixer.mixed_rows(a, b, mixer.single_exchanges(a)[name])
+        rungs = mixer.mixed_rows(a, b, choices[name])
         *_, last = sample.denoise(tiny, [""], conditioning=(rungs, k), eps=eps, steps=2)
         return last.x_t
 
@@ -65,6 +67,13 @@ def test_the_ends_of_the_mixer_are_the_two_prompts_own_pictures(tiny):
         *_, last = sample.denoise(tiny, [prompt], eps=eps, steps=2)
         assert torch.allclose(mixed(name), last.x_t, atol=1e-5)
     assert not torch.allclose(mixed("block 0"), mixed(""), atol=1e-3)
+    settings = dict(guidance=4.5, image_guidance=1.5, negative="", solver="dpm++", steps=2,
+                    size=None)
+    request = sample.as_request(tiny, "a dog", [], settings)
+    pictures = dict(sample.draw_exchanges(tiny, request, 0, "two cats"))
+    assert list(pictures) == list(choices)
+    for name, picture in pictures.items():
+        assert picture.tobytes() == tiny.decode(mixed(name))[0].tobytes(), name
 
 
 @pytest.mark.parametrize("b, choice, message", [
