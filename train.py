@@ -92,9 +92,10 @@ def pairs_beside(scene: world.Scene) -> set[tuple[str, str]]:
 
 def draw_example(rng: random.Random, number: int, size: int,
                  held_out: frozenset = world.HELD_OUT) -> Example:
-    """A scene of the toy world and a request for it. held_out: pairs that may only stand alone.
-    A scene that shows one beside another thing gives way to a new one of as many things: without
-    that, the more pairs were held out, the rarer would scenes of many things be."""
+    """A scene of the toy world and a request for it. number: of the example, for makers that count;
+    held_out: pairs that may only stand alone. A scene that shows one beside another thing gives way
+    to a new one of as many things: without that, the more pairs were held out, the rarer would
+    scenes of many things be."""
     scene = language.scene_to_draw(rng)
     n = len(scene.things)
     while len(scene.things) != n or pairs_beside(scene) & held_out:
@@ -149,9 +150,9 @@ def build(args) -> TBAC:
         ladder = model.config.build_ladder()
         ladder.init_weights(torch.Generator().manual_seed(args.seed))
         model.ladder = ladder.to(args.device)
-    check_fit(model, args)
     # From now on it draws at the size that it learns at.
     model.config = dataclasses.replace(model.config, size=args.size)
+    check_fit(model, args)
     return model
 
 
@@ -239,8 +240,8 @@ LADDER_TASK = Task(learns=LEARNS["all"], loss=ladder_loss,
 
 def backward(run, rows: list, n_pass: int) -> tuple[Tensor, Tensor | None]:
     """Adds the gradient of one pass. -> losses (B,), times (B,) or None"""
-    # Every pass needs it: the weights in --dtype, rounded from the float32 ones that learn, are
-    # freed one by one on the way back (engine/state.py:MasterWeights).
+    # Rounds the weights in --dtype anew from the float32 ones that learn: the last pass has freed
+    # them one by one on its way back (engine/state.py:MasterWeights).
     run.state.weights.cast(run.state.params)
     losses, times = run.loss(rows)
     (losses.mean() / n_pass).backward()
@@ -302,12 +303,12 @@ class Run:
 
     def prepare(self) -> tuple[State, dict]:
         """Freezes what does not learn and keeps it in --dtype. -> the state of what does, and
-        {name: tensor that is frozen, as stored}."""
+        {name: tensor that is frozen, as loaded}."""
         args, dtype = self.args, getattr(torch, self.args.dtype)
         learns = self.task.learns if args.train == "all" else LEARNS[args.train]
         check_learnable(self.model, learns)
         names = {name for name, _ in self.model.named_parameters() if belongs(name, learns)}
-        # Taken first: below the model gets new tensors, these stay as they were stored.
+        # Taken first: below the model gets new tensors, these stay as they were loaded.
         frozen = {name: t for name, t in self.model.state_dict().items() if name not in names}
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in names)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from dcae import DCAEConfig
 from dit import DiTConfig
+from engine.checks import check_rules
 from engine.data import times_and_noise
 from engine.fast import pack_mask
 from engine.files import new_file, write_text
@@ -120,9 +121,10 @@ def build(args) -> TBAC:
             part.init_weights(generator)
         # Drawn on the CPU: every device starts from the same weights.
         model = model.to(args.device)
-    if args.stage == "dit":
+    if args.stage in ("dcae", "dit"):
         # From now on it draws at the size that it learns at.
         model.config = dataclasses.replace(model.config, size=args.size)
+        check_rules(model.config, "config")
     return model
 
 

@@ -271,6 +271,17 @@ def test_a_model_draws_at_the_size_that_it_learnt_at(tmp_path):
     assert start(tmp_path, "--size", 32).model.config.size == 32
 
 
+@pytest.mark.parametrize("build, options", [
+    (train.build, train.options), (pretrain.build, pretrain.options)])
+def test_a_size_that_the_autoencoder_does_not_have(build, options, tmp_path):
+    """It is refused before a run has written anything."""
+    for stage in ("t2i", "edit") if build is train.build else ("dcae", "dit"):
+        args = options(["--stage", stage, "--size", "50", "--device", "cpu",
+                        "--model", str(TOY_FOLDER), "--out", str(tmp_path / stage)])
+        with pytest.raises(ValueError, match="size = 50, expected a multiple"):
+            build(args)
+
+
 def test_steps_and_epochs():
     def asked(*args):
         words = ["--preset", "paper", "--stage", "edit", "--model", "x", "--data", "y", *args]
