@@ -345,20 +345,20 @@ def dcae_config(file: Path) -> DCAEConfig:
 # ------------------------------------------------------------------------------ public to ours
 
 def convert(qwen: Path, sana: Path, tbac: Path | None, out: Path,
-            dtype: torch.dtype | None = None, seed: int = 0) -> TBACConfig:
+            dtype: torch.dtype | None = None) -> TBACConfig:
     """Public folders -> a folder that TBAC.load reads. dtype: default as stored; torch.int8 for
-    most weights in 8 bits (engine/int8.py), the others in bfloat16; seed: of a fresh ladder."""
+    most weights in 8 bits (engine/int8.py), the others in bfloat16."""
     config = read_config(qwen, sana, tbac)
     tokenizer = qwen / "tokenizer.json"
     check_readable(tokenizer, MAX_TOKENIZER_BYTES)
-    # ValueError now, not after hours, if it is another one than ours.
+    # ValueError now, not after the weights, if the tokenizer is not one of Qwen's.
     with torch.device("meta"):
         model = TBAC(config, Tokenizer(tokenizer))
 
     if dtype == torch.int8:
-        tensors = in_int8(model, converted(qwen, sana, tbac, model, None, seed))
+        tensors = in_int8(model, converted(qwen, sana, tbac, model, None))
     else:
-        tensors = converted(qwen, sana, tbac, model, dtype, seed)
+        tensors = converted(qwen, sana, tbac, model, dtype)
     with replacing(out) as new:
         write_shards(new, tqdm(tensors, "convert", len(model.state_dict()), mininterval=1))
         shutil.copyfile(tokenizer, new / "tokenizer.json")
@@ -368,14 +368,14 @@ def convert(qwen: Path, sana: Path, tbac: Path | None, out: Path,
 
 
 def converted(qwen: Path, sana: Path, tbac: Path | None, model: TBAC,
-              dtype: torch.dtype | None, seed: int) -> Iterator[tuple[str, Tensor]]:
+              dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Yields (our name, tensor) for every tensor of our model; a fresh ladder without `tbac`."""
     # check_tensor takes out what has come.
     missing = model.state_dict()
     fresh = {}
     if not tbac:
         ladder = model.config.build_ladder()
-        ladder.init_weights(torch.Generator().manual_seed(seed))
+        ladder.init_weights(torch.Generator().manual_seed(0))
         fresh = ladder.state_dict(prefix="ladder.")
     for name in fresh:
         del missing[name]
@@ -509,6 +509,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.export and not (args.qwen and args.sana):
         parser.error("give --qwen and --sana (and --tbac for the released weights), or --export")
+    if args.export and (args.qwen or args.sana or args.tbac):
+        parser.error("--export reads one folder: leave out --qwen, --sana and --tbac")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with command.one_line_errors():
         check_new_folder(args.out, (args.qwen, args.sana, args.tbac, args.export))

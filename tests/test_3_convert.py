@@ -52,6 +52,14 @@ def test_a_source_is_not_lost_to_the_result(tiny_folder, tmp_path):
     assert tensors(tmp_path / "ours").keys() == tensors(tiny_folder).keys()
 
 
+def test_an_export_reads_one_folder(tiny_folder, tmp_path):
+    for part in ("--qwen", "--sana", "--tbac"):
+        done = run("weights_convert.py", "--export", tiny_folder, part, TINY / part.strip("-"),
+                   "--out", tmp_path / "out")
+        assert done.returncode == 2 and "--export reads one folder" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
 def test_export_knows_the_released_wiring_only(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "ours")
     config = json.loads((tiny_folder / "config.json").read_text())
