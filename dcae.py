@@ -5,7 +5,7 @@ pixels (B, 3, 32h, 32w) in [-1, 1] <-> latents (B, 32, h, w). It is deterministi
 variance, no sampling. Both halves go through the same stages, stage i at 1/2^i of the picture's
 side: ResBlocks in the outer stages, where positions are many, and EfficientViT blocks in the inner
 ones (multi-scale linear attention, arXiv 2205.14756; the feed-forward is SANA's gated convolution).
-The paper's "residual autoencoding": around every Down and Up, and around the convolutions next to
+DC-AE's "residual autoencoding": around every Down and Up, and around the convolutions next to
 the latents, runs a shortcut without parameters. It moves pixels into channels or back where the
 side changes, and averages or repeats channels to the new width.
 
@@ -78,7 +78,7 @@ class MultiScaleAttention(nn.Module):
         # Depthwise: gathers the neighbourhood of each position.
         self.near = nn.Conv2d(3 * dim, 3 * dim, kernel, padding=kernel // 2, groups=3 * dim,
                               bias=False)
-        # Mixes the channels of one head.
+        # Mixes K channels at a time: one head's q, its k, or its v.
         self.mix = nn.Conv2d(3 * dim, 3 * dim, 1, groups=3 * dim // head_dim, bias=False)
         self.out = nn.Linear(2 * dim, dim, bias=False)
         self.norm = RMSNorm(dim)

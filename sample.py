@@ -129,10 +129,10 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
 
     prompts, images: as for TBAC.encode; with images it is an edit (in a mixed batch the image term
     is zero for prompts without images); size: side in pixels or (height, width); guidance,
-    image_guidance: default the model's own; eps: (B, C, h, w) starting noise, else drawn by
-    generator: a CPU's, on every device, so that a seed draws the same noise everywhere;
-    conditioning: what `encode_for_guidance` gave, where several pictures are drawn of the same
-    prompts, or rungs were changed.
+    image_guidance: default the model's own; eps: (B, C, h, w) starting noise, of which the picture
+    has the size, else drawn by generator: a CPU's, on every device, so that a seed draws the same
+    noise everywhere; conditioning: what `encode_for_guidance` gave, where several pictures are
+    drawn of the same prompts, or rungs were changed.
     """
     if steps < 1 or solver not in SOLVERS:
         expected = f"at least 1 step and one of {list(SOLVERS)}"

@@ -155,8 +155,8 @@ class TBAC(nn.Module):
              images: list[list[Image.Image]] | None = None, t: Tensor | None = None,
              eps: Tensor | None = None, generator: torch.Generator | None = None, *,
              x0: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Flow matching: the squared error of the velocity, with a graph to queries, connector and
-        DiT -> scalar; with reduction="none" (B,), each row's own.
+        """Flow matching: the mean squared error of the velocity, with a graph to queries, connector
+        and DiT -> scalar; with reduction="none" (B,), each row's own.
 
         pixels (B, 3, H, W) in [-1, 1], or their latents x0 (B, C, h, w) where these are known;
         t (B,) and eps (B, C, h, w) are drawn where not given (train.py gives them, drawn row by

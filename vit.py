@@ -47,8 +47,9 @@ def smart_size(width: int, height: int, factor: int, area: int) -> tuple[int, in
     w, h = round(width / factor) * factor, round(height / factor) * factor
     if w * h == area:
         return w, h
-    # Never above the area when the picture is too large, nor below it when too small. (Dividing by
-    # a scale rounds differently from multiplying by its inverse; this follows the public code.)
+    # Never above the area when the picture is too large (unless it is so thin that a side has only
+    # one factor), nor below it when too small. (Dividing by a scale rounds differently from
+    # multiplying by its inverse; this follows the public code.)
     if w * h > area:
         scale = math.sqrt(width * height / area)
         w = max(factor, math.floor(width / scale / factor) * factor)

@@ -333,7 +333,7 @@ def save(model, state: State, frozen: dict[str, Tensor], args, rank: int) -> Non
     """A checkpoint, and the model with the mean weights. Called on every process, since shards are
     put together; written by the first.
 
-    frozen: {name: tensor of the model that does not learn, as stored}. ValueError, and nothing is
+    frozen: {name: tensor of the model that does not learn, as loaded}. ValueError, and nothing is
     written or removed, where the weights have become infinite or NaN.
     """
     if name := first_of_all(state.not_finite()):
