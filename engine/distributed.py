@@ -7,6 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -45,7 +46,10 @@ def shard(model, dtype: torch.dtype) -> None:
     loss; gradients are averaged and scattered in float32. What is frozen stays whole everywhere."""
     frozen = {p for p in model.parameters() if not p.requires_grad}
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    fully_shard(model, mp_policy=policy, ignored_params=frozen)
+    # Without a mesh it takes the GPU where there is one, whatever --device says.
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     register_fsdp_forward_method(model, "loss")
 
 

@@ -137,16 +137,19 @@ def tokens_of(batch, tokenizer) -> tuple[list[dict], list[list[int]]]:
     """A batch of one row -> what to show of its user's turn, [{text, picture}], and which tokens
     each of them stands for: a word for one, a picture (its number, from 0) for all of its own."""
     ids = batch.ids[0].tolist()
-    special = tokenizer.special
+    pad, start, end = (tokenizer.special[name]
+                       for name in ("image_pad", "vision_start", "vision_end"))
     parts, places = [], []
     for i in user_turn(ids, tokenizer):
-        if ids[i] == special["image_pad"]:
+        if ids[i] == pad:
+            # The first of a picture.
+            if ids[i - 1] != pad:
+                n = sum(part["picture"] is not None for part in parts)
+                parts.append(dict(text=f"picture {n + 1}", picture=n))
+                places.append([])
             places[-1].append(i)
-        elif ids[i] == special["vision_start"]:
-            n = sum(part["picture"] is not None for part in parts)
-            parts.append(dict(text=f"picture {n + 1}", picture=n))
-            places.append([])
-        elif ids[i] != special["vision_end"]:
+        # Not those around a picture. (A prompt may have some of its own.)
+        elif ids[i:i + 2] != [start, pad] and ids[i - 1:i + 1] != [pad, end]:
             parts.append(dict(text=word(tokenizer, ids[i]), picture=None))
             places.append([i])
     most = MAX_WORDS + len(batch.pictures)

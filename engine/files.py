@@ -131,7 +131,7 @@ class Stored:
     shape: tuple
 
 
-# The files of a saved model, by their full names: nothing else is ever removed or replaced.
+# The files of a saved model, by their full names: nothing else is ever removed.
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -372,8 +372,9 @@ def save_png(image, file, **settings) -> None:
 class replacing:
     """A scratch folder whose files move into `folder` only when the block ends well.
 
-    So a half-written model is never seen. Files of an older save with other shards go away then:
-    those that MODEL_FILE names, and no others. ValueError if `folder` is a file.
+    So no file is ever seen half written, though several change their names one by one
+    (docs/promises.md). Files of an older save with other shards go away then: those that MODEL_FILE
+    names, and no others. ValueError if `folder` is a file.
     """
 
     def __init__(self, folder):

@@ -33,7 +33,7 @@ class Full(Exception):
 class Job:
     """work: () -> events. events: what the work said so far, and the job's place in the line:
     ("queue", {"ahead": n}), ("start", {}), what the work yields, ("note", {"text": t}) for each
-    warning, then one of LAST."""
+    warning if it ends well, then one of LAST."""
 
     def __init__(self, work: Callable[[], Generator[Event, None, None]]):
         self.work = work

@@ -1,6 +1,6 @@
 """Limits on what comes from outside: options, files, records. Each is far above what anybody needs
-and far below what exhausts a machine. They stand here and nowhere else; whoever needs more changes
-a number here.
+and far below what exhausts a machine. Nearly all of them stand here; whoever needs more changes a
+number.
 """
 
 # ------------------------------------------------------------------------------------- options

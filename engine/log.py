@@ -103,6 +103,8 @@ class Log:
         # A crash may have left half a line.
         if rank == 0 and path.read_bytes()[-1:] not in (b"", b"\n"):
             self.file.write("\n")
+            # Before another process adds a line of its own.
+            self.file.flush()
         self.bar = tqdm(total=args.steps, initial=self.run.state.step, desc=args.stage,
                         mininterval=1, disable=rank > 0)
         return self

@@ -101,9 +101,13 @@ class Turns:
 
     def leave(self, part: str) -> None:
         module = getattr(self.model, part)
+        # What is absent has no strides: it says nothing.
+        here = [t for _, _, t in own_tensors(module) if any(t.stride())]
+        if any(map(is_channels_last, here)):
+            self.channels_last.add(part)
+        elif here:
+            self.channels_last.discard(part)
         for m, name, t in own_tensors(module):
-            if is_channels_last(t):
-                self.channels_last.add(part)
             new = absent(t, self.device)
             if isinstance(t, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=t.requires_grad)

@@ -6,8 +6,8 @@
 
 A connection carries one request and lives as long as its job: who closes the tab takes the job out
 of the line, or stops it. The thread that calls `serve` computes; a thread for each connection
-reads, checks and writes. The page and its style are the only files that are ever opened. Whatever
-is not as it should be is refused with a status and {"error": why}.
+reads, checks and writes. No path that is sent is ever opened. Whatever is not as it should be is
+refused with a status and {"error": why}.
 """
 import base64
 import contextlib
@@ -49,6 +49,9 @@ SIGN_SECONDS = 5.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Of the first line of a request. (http.server limits the others.)
 MAX_LINE = 4096
+# To a connection that gets no thread.
+TOO_MANY = (b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n"
+            b'{"error": "too many connections: try again later"}')
 
 
 class Refused(Exception):
@@ -322,7 +325,7 @@ class Server(socketserver.ThreadingTCPServer):
     def process_request(self, request, client_address):
         if len(self.connections) >= MAX_PAGE_CONNECTIONS:
             with contextlib.suppress(OSError):
-                request.sendall(b"HTTP/1.0 503 Too many connections\r\n\r\n")
+                request.sendall(TOO_MANY)
             self.shutdown_request(request)
             return
         self.connections.add(request)

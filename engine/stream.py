@@ -48,6 +48,8 @@ def open_reader(args, state, rank: int, world: int, makers: dict, latents) -> Re
         # An epoch has all of each source, unless weights say otherwise.
         if set(weights) == {None}:
             weights = records
+            # --resume --steps N has to go on in the same order.
+            args.data = [f"{spec}={n}" for spec, n in zip(args.data, records)]
     weights = [1.0 if weight is None else weight for weight in weights]
     return Reader(Share(sources, weights, args.seed, rank, state.history), args.workers,
                   args.max_bad)

@@ -115,6 +115,14 @@ def test_grey_of_32_bits_holds_8_or_16_bits(value, seen):
     assert open_image(stored(image, "tiff")).getpixel((0, 0)) == (seen,) * 3
 
 
+@pytest.mark.parametrize("dtype, scale", [(np.uint8, 1), (np.uint16, 256)])
+def test_what_is_transparent_in_a_grey_picture_is_white(dtype, scale):
+    values = np.full((4, 4), 100 * scale, dtype)
+    values[0] = 0
+    image = open_image(stored(Image.fromarray(values), "png", transparency=0))
+    assert image.getpixel((0, 0)) == (255,) * 3 and image.getpixel((0, 1)) == (100,) * 3
+
+
 @pytest.mark.parametrize("value", [-5, 1 << 24])
 def test_grey_of_32_bits_that_may_mean_anything_is_refused(value):
     image = Image.fromarray(np.full((4, 4), value, np.int32))

@@ -176,6 +176,10 @@ def test_in_epochs_sizes_count_unless_weights_are_given(tmp_path, given, weights
     reader = stream.open_reader(args, state, 0, 1, {}, None)
     assert reader.share.weights == weights
     assert args.steps == 8
+    # With --resume --steps it goes on in the same order: options.json has what args have now.
+    state = argparse.Namespace(history=[(1, [4])], step=4, seen=4)
+    resumed = argparse.Namespace(**vars(args) | dict(epochs=None, steps=10))
+    assert stream.open_reader(resumed, state, 0, 1, {}, None).share.weights == weights
 
     # Half of it done by one process, the rest by two.
     state = argparse.Namespace(history=[(1, [4])], step=4, seen=4)

@@ -254,6 +254,20 @@ def test_a_parameter_without_a_gradient_in_some_steps_goes_on_exactly(tmp_path):
     assert [u.optimizer.state[u.params[n]]["step"].item() for n in "ab"] == [5, 2]
 
 
+@pytest.mark.parametrize("world, factor, fits", [
+    (1, 1, True), (2048, 1, True), (2048, 2000, False)])
+def test_what_has_been_passed_fits_what_was_seen(world, factor, fits, tmp_path):
+    """Offsets count in the one order of all processes, however many these are."""
+    s, _ = state()
+    s.step, s.seen = 10, 10 * world
+    s.history = [(world, [factor * (s.seen + i) for i in range(world)])]
+    folder = stored(s, tmp_path)
+    if fits:
+        return state()[0].load(folder)
+    with pytest.raises(ValueError, match="examples were passed, and seen says 20480"):
+        state()[0].load(folder)
+
+
 def test_a_mean_begins_and_ends_where_a_run_goes_on(tmp_path):
     without, args = state(ema=0)
     steps(without, args, "ab")

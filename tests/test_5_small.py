@@ -57,6 +57,16 @@ def test_in_turns_the_numbers_are_the_same(switch, how):
     assert turns.ask("how many circles?", [RED]) == whole.ask("how many circles?", [RED])
 
 
+@torch.no_grad()
+def test_in_turns_the_plain_path_comes_back():
+    """Its layout, too."""
+    model = fast.enable(TBAC.load(TOY_FOLDER, low_memory=True))
+    drawn(model)
+    drawn(fast.disable(model))
+    tensors = [t for _, _, t in low_memory.own_tensors(model.dcae)]
+    assert not any(map(low_memory.is_channels_last, tensors))
+
+
 def held(model):
     """{part: bytes of its tensors that have memory of their own}"""
     parts = {}

@@ -155,6 +155,18 @@ def test_an_answer_has_what_its_tokens_looked_at(one, gradient):
     assert np.abs(values[:, :2] - expected).max() <= 1.01 * half_step
 
 
+def test_a_token_that_somebody_has_typed_is_no_picture(one):
+    """What a prompt may say of pictures stands there as it was typed."""
+    prompt = "<|vision_start|> a <|vision_end|>"
+    for images in ([], [Image.new("RGB", (64, 64))] * 2):
+        batch = one.mllm.tokenize([prompt], [images])
+        parts, places = explain_html.tokens_of(batch, one.mllm.tokenizer)
+        texts = [part["text"] for part in parts]
+        assert texts[:len(images)] == [f"picture {i + 1}" for i in range(len(images))]
+        assert "".join(texts[len(images):]) == prompt
+        assert all(places) and len(set(sum(places, []))) == sum(map(len, places))
+
+
 # ------------------------------------------------------------------------------- safe and small
 
 @pytest.mark.filterwarnings("ignore:prompt cut")

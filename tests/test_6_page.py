@@ -411,7 +411,9 @@ def test_connections_are_limited(one, monkeypatch):
         idle = [socket.create_connection(server.server_address) for _ in range(3)]
         until(lambda: len(server.connections) == 3)
         with socket.create_connection(server.server_address) as more:
-            assert more.recv(100).startswith(b"HTTP/1.0 503")
+            head, _, body = more.recv(1000).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.0 503")
+        assert "too many connections" in json.loads(body)["error"]
         for connection in idle:
             connection.close()
         until(lambda: not server.connections)
