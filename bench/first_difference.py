@@ -45,7 +45,8 @@ def some_values(t, n=N_VALUES):
 
 
 class Trace:
-    """Within `with`: values {"00012 dit.blocks.0.attn": the outputs of the 12th call of a layer}"""
+    """Within `with`: values {"00012 dit.blocks.0.attn": the output of a layer}, numbered from 0 in
+    the order of the calls. Of several outputs the last."""
 
     def __init__(self, model):
         self.model = model

@@ -13,9 +13,6 @@ from bench.make_random import released_tensors, write_layouts
 from bench.measure import Operations, in_turns, peak
 from bench.work import CAPTION, ORDER, Ours, Task, distance, picture
 
-# The bars: times as fast, and share of the peer's memory.
-BARS = {"draw": 2.5, "train": 1.7, "memory": 0.6}
-
 
 def tasks_of(config):
     """In order of value. Training steps: forward and backward, without an optimizer."""
@@ -52,8 +49,7 @@ def compare(ours, theirs, task, args):
         used["peer"] -= sum(p.nbytes for p in ours.model.parameters())
         used["ours"] -= sum(p.nbytes for p in theirs.peer.parameters())
     pairs = in_turns(f, g, 1 if args.rehearse else 3, args.device)
-    bars = dict(time=BARS.get(task.kind), memory=BARS["memory"] if task.kind == "train" else None)
-    return vars(pairs) | dict(apart=distance(found, expected), memory=used, bars=bars,
+    return vars(pairs) | dict(apart=distance(found, expected), memory=used,
                               operations=dict(peer=of_peer, ours=of_ours))
 
 

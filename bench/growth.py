@@ -6,7 +6,7 @@ length, with fitted exponents.
 
 DIR is a model folder, for example /tmp/mid/ours of bench.py; bench/growth.json is written, and
 bench/growth.png drawn from it. Time is the median of five runs, memory the tensors alive at once
-beside the weights (memory.py). An exponent of 1 is linear: twice as much of this, twice the cost.
+beside the weights (measure.py). An exponent of 1 is linear: twice as much of this, twice the cost.
 It is fitted to the upper half of each curve, where what does not grow weighs least.
 """
 import dataclasses
@@ -170,7 +170,6 @@ def plot(found, file):
         for ax, (_, _, name, _) in zip(axes[:, 0], DRAWN):
             ax.set_ylabel(name, fontsize=11)
     dots.save(figure, file)
-    plt.close(figure)
 
 
 def plot_lines(ax, lines, cost, place, unit):

@@ -4,8 +4,9 @@ command to the first picture and to an answer.
     python -m bench.load DIR [--device cuda] [--dtype bfloat16] [--int8] [--low-memory] [--picture]
                          [--out FILE]
 
-Each measurement is a process of its own; counted is what its peak (getrusage) adds to that of the
-imports alone. On a CPU the weights themselves are part of it, on a GPU only what passes through.
+Each measurement is a process of its own. Of loading, what its peak (getrusage) adds to that of the
+imports alone is counted: on a CPU the weights themselves are part of it, on a GPU only what passes
+through. Of a whole command, all of its peak.
 A whole model of the released sizes on a laptop (23 GB of disk, 13 GB of memory, in bfloat16); a
 second setting is added to the same file:
 

@@ -1,5 +1,5 @@
 """To measure with, on a CPU and on a GPU alike: seconds, alone or in alternating pairs; bytes alive
-at once; operations counted one by one; what the machine is, and what it can do at best.
+at once; operations counted one by one; what the machine can do at best.
 
 The protocol: one run to warm up, in which operations are counted; then n runs, each between two
 points where the device has nothing left to do; the median counts, lowest and highest are kept.

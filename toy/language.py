@@ -1122,7 +1122,7 @@ def ask_exists(scene, rng, seen, plain):
     colour, shape = rng.choice(sorted(names))
     yes = rng.random() < 0.5
     if not plain and rng.random() < 0.5:
-        words, verb = existing(scene, rng, colour, shape) if yes else missing(scene, rng, colour)
+        words, verb = existing(scene, rng, colour, shape) if yes else missing(scene, rng)
         return [("exists", {"a": words, "is": verb}, "yes" if yes else "no")]
     if yes:
         return [("exists", {"a": a(f"{colour} {shape}"), "is": "is"}, "yes")]
@@ -1143,7 +1143,7 @@ def existing(scene, rng, colour, shape) -> tuple[str, str]:
     return rng.choice(options)
 
 
-def missing(scene, rng, colour) -> tuple[str, str]:
+def missing(scene, rng) -> tuple[str, str]:
     """-> words for something that is not there, and 'is' or 'are'."""
     options = [(a(rng.choice(NEVER_THERE)), "is")] * 4
     shapes = Counter(t.shape for t in scene.things)
