@@ -31,7 +31,7 @@ from engine.files import write_text
 from engine.live import Live
 from engine.outputs import check_outputs, outputs, save_png
 from engine.pictures import contact_sheet, open_image
-from engine.sources import check_shape
+from engine.sources import check_shape, check_text
 from mllm import matching_images
 from tbac import TBAC
 
@@ -270,6 +270,7 @@ def check(args) -> None:
         raise ValueError("--explain and --ask need an --image")
     if args.compare is not None and (args.prompt is None or not args.explain):
         raise ValueError("--compare needs a prompt and --explain, whose page it adds to")
+    check_text(args.compare or "", "--compare")
     if args.serve and any((args.prompt is not None, args.ask is not None, args.image, args.explain,
                            args.n > 1)):
         raise ValueError("--serve takes prompts, questions and pictures from the page: leave them "

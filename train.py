@@ -40,11 +40,12 @@ from engine.distributed import average_gradients, mean_over_processes
 from engine.files import save_png
 from engine.loading import belongs, check_learnable
 from engine.options import parse, store
+from engine.outputs import check_kind
 from engine.runs import last_checkpoint, run_folder
 from engine.sources import Example
 from engine.state import State, ema_weights, gather_full, save
 from engine.stream import batches, first_examples, open_reader
-from sample import TOY_FOLDER, generate, shifted
+from sample import TOY_FOLDER, generate, latent_shape, shifted
 from tbac import TBAC
 from toy import language, world
 
@@ -151,6 +152,7 @@ def build(args) -> TBAC:
         ladder.init_weights(torch.Generator().manual_seed(args.seed))
         model.ladder = ladder.to(args.device)
     # From now on it draws at the size that it learns at.
+    latent_shape(model.config, args.size)
     model.config = dataclasses.replace(model.config, size=args.size)
     check_fit(model, args)
     return model
@@ -405,6 +407,7 @@ def main(args=None, task: Task = LADDER_TASK, finish: Callable | None = None) ->
     args = args or options()
     with one_line_errors():
         if args.curves:
+            check_kind(args.out / "curves.png")
             log.plot_curves(args.out)
         else:
             launch(args, task, finish)

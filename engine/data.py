@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from engine.checks import check_config, printable
 from engine.command import Parser, count, one_line_errors, path, path_text
-from engine.files import read_json, save_png
-from engine.limits import MAX_SIZE
+from engine.files import check_readable, check_writable, read_json, save_png
+from engine.limits import MAX_SIZE, MAX_TOKENIZER_BYTES
 from engine.outputs import check_kind, check_name
 from engine.pictures import contact_sheet, to_pixels
 from engine.sources import Example, open_source, square
@@ -297,7 +297,9 @@ class Summary:
         self.args = args
         self.tokenizer = None
         if args.model:
-            self.tokenizer = Tokenizer(args.model / "tokenizer.json")
+            file = args.model / "tokenizer.json"
+            check_readable(file, MAX_TOKENIZER_BYTES)
+            self.tokenizer = Tokenizer(file)
             file = args.model / "config.json"
             self.max_prompt = check_config(read_json(file), file)["max_prompt"]
         self.began = time.time()
@@ -394,6 +396,9 @@ def check(args) -> int:
     if args.sheet:
         check_name("--sheet", args.sheet)
         check_kind(args.sheet)
+        if not args.sheet.parent.is_dir():
+            raise ValueError(f"--sheet {args.sheet}: there is no folder {args.sheet.parent}")
+        check_writable(args.sheet.parent)
     source = open_source(args.spec, {}, 0)
     summary = Summary(args)
     bar = tqdm(source.locations(), "records", disable=sys.stdout.isatty() or None)

@@ -306,7 +306,10 @@ def check_replaceable(file) -> None:
 def check_writable(folder) -> None:
     """OSError where no file can be made in a folder: better now than after an hour's work."""
     scratch = pathlib.Path(folder) / f".{secrets.token_hex(8)}.new"
-    scratch.touch(exist_ok=False)
+    try:
+        scratch.touch(exist_ok=False)
+    except OSError as e:
+        raise OSError(f"no file can be made in {folder}: {e.strerror}") from None
     scratch.unlink()
 
 

@@ -5,6 +5,7 @@ the preset's of the stage.
 """
 import argparse
 import json
+import os
 import pathlib
 import re
 
@@ -37,7 +38,8 @@ def what_learns(add, presets):
     """What learns, and from what"""
     stages = dict.fromkeys(stage for preset in presets.values() for stage in preset)
     first = next(iter(stages))
-    add("--stage", choices=stages, default=first, help="what learns")
+    add("--stage", choices=stages, default=first,
+        help="which examples, and these defaults; in lab.pretrain also what learns")
     add("--preset", choices=presets, default="toy", help="defaults of this stage for what follows")
     add("--model", type=path_text, help="folder to start from")
     add("--take", type=take, nargs="*", default=[], metavar="PART=FOLDER",
@@ -136,7 +138,7 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
         p.error(f"preset {said.preset} has no stage {said.stage}")
     out = said.out or pathlib.Path("runs") / said.stage
     p.set_defaults(**presets[said.preset][said.stage], out=out)
-    if said.resume and (out / "options.json").exists():
+    if said.resume and os.path.exists(out / "options.json"):
         p.set_defaults(**stored_options(p, out / "options.json") | dict(out=out))
     args = p.parse_args(argv)
     if said.steps is not None:

@@ -14,7 +14,7 @@ import re
 import socket
 import tempfile
 
-from engine.files import MODEL_FILE, check_replaceable, check_writable
+from engine.files import MODEL_FILE, check_replaceable, check_writable, read_text
 from engine.log import read_log
 from engine.options import is_of_a_run
 from engine.state import checkpoints
@@ -26,6 +26,8 @@ except ImportError:
     fcntl = None
 
 # What a run writes before its first checkpoint, or draws.
+# What .lock holds: whose run it was; nothing where that was killed at once.
+OWNER = re.compile(r"(process \d+ on .*\n)?")
 RUN_FILE = re.compile(r"options\.json|log\.jsonl|curves\.png|sheet-\d{8}\.png|tokenizer\.json")
 
 
@@ -67,7 +69,11 @@ def run_folder(args):
 def check_place(out: pathlib.Path) -> None:
     """ValueError where a run would write over a file that is not a run's, or not a file."""
     check_writable(out)
-    known = is_of_a_run(out / "options.json") or (out / ".lock").exists()
+    held = out / ".lock"
+    if held.is_file() and not OWNER.fullmatch(read_text(held, 1000)):
+        raise ValueError(f"--out {out} holds .lock, which is not of a run: it would be lost, give "
+                         "another --out")
+    known = is_of_a_run(out / "options.json") or held.exists()
     for file in sorted(out.iterdir()):
         mine = RUN_FILE.fullmatch(file.name)
         if mine or file.name == ".lock":

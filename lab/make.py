@@ -278,9 +278,8 @@ def score(args, diary: dict) -> dict:
 
 
 def ship(args, diary: dict, scores: dict, others: list[dict]) -> pathlib.Path:
-    """The folder `weights`, made anew -> its place. others: what is said of other seeds."""
+    """The folder `weights` -> its place. others: what is said of other seeds."""
     folder = args.out / "weights"
-    shutil.rmtree(folder, ignore_errors=True)
     TBAC.load(args.out / "edit").save(folder, torch.float16)
     shutil.copyfile(args.out / "mllm" / pretrain.CODE, folder / pretrain.CODE)
     write_text(folder / "words.txt", "\n".join(sorted(language.words())) + "\n")

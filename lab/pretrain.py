@@ -29,16 +29,22 @@ from collections.abc import Callable
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from dcae import DCAEConfig
 from dit import DiTConfig
-from engine.checks import check_rules
 from engine.data import times_and_noise
 from engine.fast import pack_mask
-from engine.files import new_file, write_text
+from engine.files import (
+    check_finite,
+    check_none_missing,
+    check_tensor,
+    new_file,
+    read_tensors,
+    write_text,
+)
 from engine.options import parse
 from engine.pictures import to_pixels
 from engine.stream import first_examples
@@ -57,6 +63,7 @@ from mllm import (
 )
 from tbac import TBAC, TBACConfig, flow_matching
 from toy import language, world
+from sample import latent_shape
 from train import Task, adamw
 from train import main as run_stage
 from vit import ViTConfig, patchify
@@ -123,8 +130,8 @@ def build(args) -> TBAC:
         model = model.to(args.device)
     if args.stage in ("dcae", "dit"):
         # From now on it draws at the size that it learns at.
+        latent_shape(model.config, args.size)
         model.config = dataclasses.replace(model.config, size=args.size)
-        check_rules(model.config, "config")
     return model
 
 
@@ -720,7 +727,12 @@ def learnt_code(model: TBAC, args) -> SummaryTokens:
     if not file.exists():
         raise ValueError(f"{file} is missing: the code that stage mllm writes beside its model")
     code = SummaryTokens(model.config)
-    code.load_state_dict(load_file(file))
+    missing, found = code.state_dict(), {}
+    for name, tensor in read_tensors(file):
+        check_tensor(missing, name, tensor, file, name)
+        found[name] = check_finite(tensor, file, name)
+    check_none_missing(missing, file)
+    code.load_state_dict(found)
     return code.requires_grad_(False)
 
 

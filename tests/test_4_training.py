@@ -278,7 +278,7 @@ def test_a_size_that_the_autoencoder_does_not_have(build, options, tmp_path):
     for stage in ("t2i", "edit") if build is train.build else ("dcae", "dit"):
         args = options(["--stage", stage, "--size", "50", "--device", "cpu",
                         "--model", str(TOY_FOLDER), "--out", str(tmp_path / stage)])
-        with pytest.raises(ValueError, match="size = 50, expected a multiple"):
+        with pytest.raises(ValueError, match="size 50x50: both sides must be .* multiples of 8"):
             build(args)
 
 

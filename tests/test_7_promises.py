@@ -1,5 +1,6 @@
 """What docs/promises.md promises of writing, commands and --resume: nothing is destroyed, nothing
 that is wrong passes."""
+import argparse
 import functools
 import json
 import os
@@ -23,7 +24,8 @@ from engine.log import read_log
 from engine.outputs import save_png
 from engine.runs import lock, run_folder
 from engine.state import checkpoints
-from lab import evaluate
+from lab import evaluate, pretrain
+from sample import TOY_FOLDER
 from tbac import TBAC
 from tests.conftest import ROOT, TINY, run
 from tests.fuzz.runs import DAMAGE
@@ -90,12 +92,38 @@ def test_a_run_never_takes_the_place_of_a_model(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "options.json", "log.jsonl", "tokenizer.json", "curves.png", "sheet-00000500.png"])
+    "options.json", "log.jsonl", "tokenizer.json", "curves.png", "sheet-00000500.png", ".lock"])
 def test_a_run_never_takes_the_place_of_files_of_others(small, tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("{}")
     said = main(monkeypatch, train, *RUN, "--model", small, "--out", tmp_path)
     assert f"holds {name}, which is not of a run" in said
-    assert contents(tmp_path) == {name: b"{}"}
+    assert (tmp_path / name).read_text() == "{}" and not contents(tmp_path).keys() - {name}
+
+
+def test_curves_take_the_place_of_a_png_only(copy, monkeypatch):
+    (copy / "curves.png").write_text("somebody's")
+    assert "curves.png" in main(monkeypatch, train, "--curves", "--out", copy)
+    assert (copy / "curves.png").read_text() == "somebody's"
+
+
+def test_what_is_compared_is_checked_first(tmp_path, monkeypatch):
+    said = main(monkeypatch, sample, "a red circle", "--explain", "--compare", "<|image_pad|>",
+                "--out", tmp_path / "out.png")
+    assert "--compare" in said and not list(tmp_path.iterdir())
+
+
+def test_a_code_that_is_none_is_refused(small, tmp_path):
+    """By its file's name; a pipe, too, and at once."""
+    model = TBAC.load(TOY_FOLDER, "cpu")
+    args = argparse.Namespace(model=tmp_path)
+    file = tmp_path / pretrain.CODE
+    for write, why in ((lambda: file.write_bytes(b"{}"), "code.safetensors"),
+                       (lambda: shutil.copy(small / "model.safetensors", file), "unknown|not"),
+                       (lambda: os.mkfifo(file), "regular file")):
+        file.unlink(missing_ok=True)
+        write()
+        with pytest.raises(ValueError, match=why):
+            pretrain.learnt_code(model, args)
 
 
 def test_a_run_refuses_what_is_no_regular_file(copy, tmp_path, monkeypatch):
