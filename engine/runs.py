@@ -26,7 +26,7 @@ except ImportError:
     fcntl = None
 
 # What .lock holds: whose run it was; nothing where that was killed at once.
-OWNER = re.compile(r"(process \d+ on .*\n)?")
+OWNER = re.compile(r"(process \d+ on .*\n?)?")
 # What a run writes before its first checkpoint, or draws.
 RUN_FILE = re.compile(r"options\.json|log\.jsonl|curves\.png|sheet-\d{8}\.png|tokenizer\.json")
 
