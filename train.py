@@ -151,11 +151,16 @@ def build(args) -> TBAC:
         ladder = model.config.build_ladder()
         ladder.init_weights(torch.Generator().manual_seed(args.seed))
         model.ladder = ladder.to(args.device)
-    # From now on it draws at the size that it learns at.
-    latent_shape(model.config, args.size)
-    model.config = dataclasses.replace(model.config, size=args.size)
     check_fit(model, args)
+    set_size(model, args.size)
     return model
+
+
+def set_size(model: TBAC, size: int) -> None:
+    """From now on it draws at the size that it learns at. ValueError for one that the autoencoder
+    does not have."""
+    latent_shape(model.config, size)
+    model.config = dataclasses.replace(model.config, size=size)
 
 
 def check_fit(model: TBAC, args) -> None:

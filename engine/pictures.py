@@ -119,14 +119,12 @@ def to_bytes(image: Image.Image) -> Image.Image:
     if low < 0 or high > 65535:
         raise ValueError(f"its values go from {low} to {high}, and no convention says which of "
                          "them is white; expected 0 to 255 or 0 to 65535")
+    wide = image.mode != "I" or high > 255
+    grey = Image.fromarray((values >> 8 if wide else values).astype(np.uint8))
     # A PNG may name one value that is transparent.
-    clear = image.info.get("transparency")
-    covered = np.where(values == clear, 0, 255).astype(np.uint8)
-    if image.mode != "I" or high > 255:
-        values = values >> 8
-    grey = Image.fromarray(values.astype(np.uint8))
-    if clear is not None:
-        grey.putalpha(Image.fromarray(covered))
+    if "transparency" in image.info:
+        seen = values != image.info["transparency"]
+        grey.putalpha(Image.fromarray(255 * seen.astype(np.uint8)))
     return grey
 
 

@@ -63,8 +63,7 @@ from mllm import (
 )
 from tbac import TBAC, TBACConfig, flow_matching
 from toy import language, world
-from sample import latent_shape
-from train import Task, adamw
+from train import Task, adamw, set_size
 from train import main as run_stage
 from vit import ViTConfig, patchify
 
@@ -129,9 +128,7 @@ def build(args) -> TBAC:
         # Drawn on the CPU: every device starts from the same weights.
         model = model.to(args.device)
     if args.stage in ("dcae", "dit"):
-        # From now on it draws at the size that it learns at.
-        latent_shape(model.config, args.size)
-        model.config = dataclasses.replace(model.config, size=args.size)
+        set_size(model, args.size)
     return model
 
 

@@ -92,12 +92,19 @@ def test_a_run_never_takes_the_place_of_a_model(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "options.json", "log.jsonl", "tokenizer.json", "curves.png", "sheet-00000500.png", ".lock"])
+    "options.json", "log.jsonl", "tokenizer.json", "curves.png", "sheet-00000500.png"])
 def test_a_run_never_takes_the_place_of_files_of_others(small, tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("{}")
     said = main(monkeypatch, train, *RUN, "--model", small, "--out", tmp_path)
     assert f"holds {name}, which is not of a run" in said
-    assert (tmp_path / name).read_text() == "{}" and not contents(tmp_path).keys() - {name}
+    assert contents(tmp_path) == {name: b"{}"}
+
+
+def test_a_lock_of_somebody_else_is_kept(small, tmp_path, monkeypatch):
+    (tmp_path / ".lock").write_text("{}")
+    said = main(monkeypatch, train, *RUN, "--model", small, "--out", tmp_path)
+    assert "holds .lock, which is not of a run" in said
+    assert (tmp_path / ".lock").read_text() == "{}" and not contents(tmp_path)
 
 
 def test_curves_take_the_place_of_a_png_only(copy, monkeypatch):
