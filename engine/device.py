@@ -1,8 +1,9 @@
-"""What a device can do, whether it does it right, and what it is called."""
+"""What a device can do, whether it does it right, and what it and the code on it are called."""
 import importlib.metadata
 import os
 import pathlib
 import platform
+import subprocess
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from dit import DiT, DiTConfig
 from engine.files import read_json, read_tensors, weight_files
 from engine.int8 import count_parameters
 
-TOY = pathlib.Path(__file__).parent.parent / "toy" / "weights"
+ROOT = pathlib.Path(__file__).parent.parent
+TOY = ROOT / "toy" / "weights"
 # Models of fewer parameters run on one thread: see `set_threads`.
 SMALL = 50e6
 
@@ -44,7 +46,7 @@ def check(device) -> None:
         check_numbers(device)
 
 
-# ------------------------------------------------------------------------------- which machine
+# -------------------------------------------------------------------- which machine, which code
 
 def processor() -> str:
     """Its name; where the system hides it, family and model."""
@@ -75,6 +77,20 @@ def machine(device: str) -> dict:
     return dict(device=name, processor=processor(), cores=os.cpu_count(),
                 threads=torch.get_num_threads(), python=platform.python_version(),
                 system=platform.system(), cuda=torch.version.cuda, versions=versions)
+
+
+def commit() -> str:
+    """The code's commit; with "+" if it was changed since; "unknown" outside a git checkout."""
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+        return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 # ------------------------------------------------------------------------ does it compute right?

@@ -265,12 +265,16 @@ def check_stored(model, folder):
     shapes. ValueError otherwise: before the first number is read."""
     files = weight_files(folder)
     check_record(folder)
+    check_headers(model, files, folder)
+    return files
+
+
+def check_headers(model, files, where):
     missing = model.state_dict()
     for file in files:
         for name, stored in stored_tensors(file).items():
             check_tensor(missing, name, stored, file, name)
-    check_none_missing(missing, folder)
-    return files
+    check_none_missing(missing, where)
 
 
 # ------------------------------------------------------------------------------------- writing

@@ -41,12 +41,11 @@ import numpy as np
 import torch
 
 from engine import command
-from engine.device import machine
+from engine.device import commit, machine
 from engine.distributed import StopSignal
 from engine.files import prepare_folder, weights_digest
 from engine.limits import MAX_FACTOR, MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
 from lab import dots, evaluate, inside, plan, statistics, tables, trials
-from lab.make import commit
 from lab.plan import PARTS, Arm, Part
 from lab.statistics import Estimate
 from lab.trials import write_json

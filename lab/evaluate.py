@@ -35,7 +35,7 @@ from tqdm import tqdm
 import sample
 from engine import command, fast
 from engine.data import times_and_noise
-from engine.device import set_threads
+from engine.device import commit, machine, set_threads
 from engine.files import prepare_folder, save_png, weights_digest, write_text
 from engine.limits import MAX_PICTURES, MAX_STEPS
 from engine.pictures import contact_sheet, to_pixels
@@ -546,8 +546,8 @@ def by_category(rows: dict) -> dict:
 def save(args: argparse.Namespace, rows: dict, sheet: Image.Image | None, seconds: float) -> None:
     """scores.json, and failures.png if there are any."""
     said = vars(args) | {"weights": weights_digest(args.model)}
-    record = dict(options=said, torch=torch.__version__, seconds=round(seconds),
-                  scores=by_category(rows))
+    record = dict(options=said, commit=commit(), machine=machine(args.device),
+                  seconds=round(seconds), scores=by_category(rows))
     write_text(args.out / "scores.json", json.dumps(record, indent=1, default=str))
     if sheet:
         save_png(sheet, args.out / "failures.png")

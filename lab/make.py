@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import train
 from engine.command import SEED, Parser, device, one_line_errors, path
-from engine.device import machine
+from engine.device import commit, machine
 from engine.files import digest, read_json, weight_files, write_text
 from engine.state import checkpoints
 from lab import curves, pretrain
@@ -93,20 +93,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------ what was made how
-
-def commit() -> str:
-    """The code's commit; with "+" if it was changed since; "unknown" outside a git checkout."""
-    try:
-        head = git("rev-parse", "--short", "HEAD")
-        return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
 
 def open_diary(args) -> dict:
     """{commit, seed, dry_run, minutes: {stage: so far}, cpu_minutes: the same, finished: [stages],

@@ -37,14 +37,8 @@ from dcae import DCAEConfig
 from dit import DiTConfig
 from engine.data import times_and_noise
 from engine.fast import pack_mask
-from engine.files import (
-    check_finite,
-    check_none_missing,
-    check_tensor,
-    new_file,
-    read_tensors,
-    write_text,
-)
+from engine.files import check_headers, new_file, write_text
+from engine.loading import load_weights
 from engine.options import parse
 from engine.pictures import to_pixels
 from engine.stream import first_examples
@@ -724,12 +718,8 @@ def learnt_code(model: TBAC, args) -> SummaryTokens:
     if not file.exists():
         raise ValueError(f"{file} is missing: the code that stage mllm writes beside its model")
     code = SummaryTokens(model.config)
-    missing, found = code.state_dict(), {}
-    for name, tensor in read_tensors(file):
-        check_tensor(missing, name, tensor, file, name)
-        found[name] = check_finite(tensor, file, name)
-    check_none_missing(missing, file)
-    code.load_state_dict(found)
+    check_headers(code, [file], file)
+    load_weights(code, [file], "cpu")
     return code.requires_grad_(False)
 
 

@@ -31,7 +31,7 @@ import sample
 import train
 from engine import fast
 from engine.data import Reader, Share, ignore_signals, times_and_noise
-from engine.device import set_threads
+from engine.device import commit, set_threads
 from engine.files import read_json, weights_digest, write_text
 from engine.pictures import to_pixels
 from engine.runs import lock
@@ -39,7 +39,6 @@ from engine.sources import Generated
 from engine.stacked import Learner, Prefix, Stack, read_prefix, signature
 from engine.state import State, checkpoints, ema_weights, write_checkpoint
 from lab import evaluate, plan
-from lab.make import commit
 from lab.plan import Run
 from tbac import TBAC, flow_matching
 from toy import grader

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lab import evaluate
@@ -378,5 +379,6 @@ def test_the_command_line_writes_scores_and_failures(tmp_path, capsys):
     row = record["scores"]["edit"]["move"]["unchanged, never seen"]
     assert row.keys() == {"mean", "interval", "prompts"}
     assert record["options"]["steps"] == 1
+    assert record["commit"] and record["machine"]["versions"]["torch"] == str(torch.__version__)
     page = Image.open(tmp_path / "failures.png")
     assert page.width > 1000 and len(page.getcolors(1 << 20)) > 20
