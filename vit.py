@@ -113,15 +113,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v for q (B, H, S, K), k and v (B, G, T, K) -> (B, H, S, K).
     mask (B, 1, S, T) or broadcastable, False = not attended to.
 
-    Grouped queries: each of the G key heads serves H / G query heads. These are stacked along S,
-    so that keys and values need not be repeated.
+    Grouped queries: each of the G heads of keys and values serves H / G heads of queries.
     """
-    G, S = k.shape[1], q.shape[2]
-    q = q.unflatten(1, (G, -1)).flatten(2, 3) / math.sqrt(q.shape[-1])  # (B, G, H/G * S, K)
-    scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, S))              # (B, G, H/G, S, T)
-    scores = scores.masked_fill(~mask[:, :, None], -math.inf)
-    out = scores.softmax(-1).flatten(2, 3) @ v                          # (B, G, H/G * S, K)
-    return out.unflatten(2, (-1, S)).flatten(1, 2)                      # (B, H, S, K)
+    shared = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(shared, 1)                                  # (B, H, T, K)
+    v = v.repeat_interleave(shared, 1)                                  # (B, H, T, K)
+    # Scaled before the product, which in float16 might become too large.
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)           # (B, H, S, T)
+    scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v                                       # (B, H, S, K)
 
 
 class SwiGLU(nn.Module):
