@@ -181,11 +181,13 @@ class DCAEConfig:
         """Pixels per latent position, along a side."""
         return 2 ** (len(self.widths) - 1)
 
-    def blocks(self, stage: int, n: int) -> list[nn.Module]:
-        width = self.widths[stage]
-        if stage < len(self.widths) - self.attention_stages:
-            return [ResBlock(width) for _ in range(n)]
-        return [EfficientViTBlock(width, self.head_dim, self.kernel) for _ in range(n)]
+
+def stage_blocks(c: DCAEConfig, stage: int, n: int) -> list[nn.Module]:
+    """n blocks: outside ResBlocks, in the innermost stages EfficientViT blocks."""
+    width = c.widths[stage]
+    if stage < len(c.widths) - c.attention_stages:
+        return [ResBlock(width) for _ in range(n)]
+    return [EfficientViTBlock(width, c.head_dim, c.kernel) for _ in range(n)]
 
 
 class Encoder(nn.Module):
@@ -194,11 +196,14 @@ class Encoder(nn.Module):
     def __init__(self, config: DCAEConfig):
         super().__init__()
         widths = config.widths
-        downs = [[Down(a, b)] for a, b in zip(widths, widths[1:])] + [[]]
+        downs = [Down(a, b) for a, b in zip(widths, widths[1:])]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.stages = nn.ModuleList()
         for i, n in enumerate(config.encoder_layers):
-            self.stages.append(nn.Sequential(*config.blocks(i, n), *downs[i]))
+            stage = stage_blocks(config, i, n)
+            if i < len(downs):
+                stage.append(downs[i])
+            self.stages.append(nn.Sequential(*stage))
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,11 +223,14 @@ class Decoder(nn.Module):
     def __init__(self, config: DCAEConfig):
         super().__init__()
         widths = config.widths
-        ups = [[Up(b, a)] for a, b in zip(widths, widths[1:])] + [[]]
+        ups = [Up(b, a) for a, b in zip(widths, widths[1:])]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.stages = nn.ModuleList()
         for i, n in enumerate(config.decoder_layers):
-            self.stages.append(nn.Sequential(*ups[i], *config.blocks(i, n)))
+            stage = stage_blocks(config, i, n)
+            if i < len(ups):
+                stage.insert(0, ups[i])
+            self.stages.append(nn.Sequential(*stage))
         self.norm_out = RMSNorm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 

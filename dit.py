@@ -36,10 +36,10 @@ class DiTConfig:
 
 # --------------------------------------------------------------------- math without parameters
 
-def timestep_embedding(time: Tensor, n: int = 256) -> Tensor:
-    """time (B,) in 0..1000 -> (B, n): cosines, then sines, of time * 10000^(-i / (n/2))."""
-    i = torch.arange(n // 2, device=time.device).float()
-    angle = time.float()[:, None] * 1e4 ** -(i / (n // 2))             # (B, n/2)
+def timestep_embedding(timestep: Tensor, n: int = 256) -> Tensor:
+    """timestep (B,) in 0..1000 -> (B, n): cosines, then sines, of timestep * 10000^(-i / (n/2))."""
+    i = torch.arange(n // 2, device=timestep.device).float()
+    angle = timestep.float()[:, None] * 1e4 ** -(i / (n // 2))         # (B, n/2)
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
@@ -144,8 +144,9 @@ class Block(nn.Module):
                 size: tuple[int, int]) -> Tensor:
         """x (B, N, D), modulation (B, 6, D) by the timestep, shared by all blocks (adaLN-single),
         keys and values of rung j, latent size (h, w) -> (B, N, D)"""
-        modulation = (self.scale_shift_table + modulation).chunk(6, 1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation      # (B, 1, D) each
+        modulation = self.scale_shift_table + modulation               # (B, 6, D)
+        # (B, 1, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
         # As in SANA, cross-attention has no norm, no modulation and no gate.
         x = x + self.cross(x, keys, values)
@@ -163,9 +164,9 @@ class TimeEmbedding(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """time (B,) in 0..1000 -> modulation of the blocks (B, 6, D), embedding (B, 1, D)"""
-        e = timestep_embedding(time).to(self.fc1.weight.dtype)         # (B, 256)
+    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """timestep (B,) in 0..1000 -> modulation of the blocks (B, 6, D), embedding (B, 1, D)"""
+        e = timestep_embedding(timestep).to(self.fc1.weight.dtype)     # (B, 256)
         e = self.fc2(F.silu(self.fc1(e)))                              # (B, D)
         return self.modulation(F.silu(e)).unflatten(1, (6, -1)), e[:, None]
 
@@ -211,11 +212,12 @@ class DiT(nn.Module):
         return [block.cross.project_kv(caption)
                 for block, caption in zip(self.blocks, captions, strict=True)]
 
-    def forward(self, x: Tensor, time: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """x (B, C, h, w) noisy latents, time (B,) in 0..1000, keys_values from `project_kv`
+    def forward(self, x: Tensor, timestep: Tensor,
+                keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """x (B, C, h, w) noisy latents, timestep (B,) in 0..1000, keys_values from `project_kv`
         -> velocity (B, C, h, w)."""
         size = x.shape[2:]
-        modulation, embedding = self.time_embed(time)                  # (B, 6, D), (B, 1, D)
+        modulation, embedding = self.time_embed(timestep)              # (B, 6, D), (B, 1, D)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)             # (B, N, D)
         for block, (keys, values) in zip(self.blocks, keys_values, strict=True):
             x = block(x, modulation, keys, values, size)               # (B, N, D)

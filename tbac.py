@@ -22,7 +22,7 @@ h x w latent size, H x W picture size.
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -33,10 +33,9 @@ from dcae import DCAE, DCAEConfig
 from dit import DiT, DiTConfig
 from engine.checks import FORMAT, check_config, check_rules
 from engine.device import check as check_device
-from engine.files import check_readable, read_json, replacing, write_shards
+from engine.files import read_json, replacing, write_shards
 from engine.int8 import in_dtype
-from engine.limits import MAX_TOKENIZER_BYTES
-from engine.loading import load_weights, prepare
+from engine.loading import load_weights, prepare, read_tokenizer
 from engine.low_memory import take_turns
 from engine.pictures import to_images
 from ladder import Ladder
@@ -148,23 +147,18 @@ class TBAC(nn.Module):
         rungs themselves are then not read."""
         if keys_values is None:
             keys_values = self.dit.project_kv(rungs)
-        time = (1000 * t).float().to(x_t.device)
-        return self.dit(x_t.to(self.dit.proj_out.weight.dtype), time, keys_values)
+        timestep = (1000 * t).float().to(x_t.device)
+        return self.dit(x_t.to(self.dit.proj_out.weight.dtype), timestep, keys_values)
 
-    def loss(self, pixels: Tensor | None, prompts: list[str],
-             images: list[list[Image.Image]] | None = None, t: Tensor | None = None,
-             eps: Tensor | None = None, generator: torch.Generator | None = None, *,
-             x0: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Flow matching: the mean squared error of the velocity, with a graph to queries, connector
-        and DiT -> scalar; with reduction="none" (B,), each row's own.
+    def loss(self, x0: Tensor, prompts: list[str], images: list[list[Image.Image]] | None = None,
+             t: Tensor | None = None, eps: Tensor | None = None,
+             generator: torch.Generator | None = None) -> Tensor:
+        """Flow matching for latents x0 (B, C, h, w) = dcae.encode(pixels): each row's mean squared
+        error of the velocity, (B,), with a graph to queries, connector and DiT.
 
-        pixels (B, 3, H, W) in [-1, 1], or their latents x0 (B, C, h, w) where these are known;
         t (B,) and eps (B, C, h, w) are drawn where not given (train.py gives them, drawn row by
         row).
         """
-        if x0 is None:
-            with torch.no_grad():
-                x0 = self.dcae.encode(pixels.to(self.dcae.encoder.conv_in.weight.dtype))
         x0 = x0.float()
         if t is None:
             t = 1 - torch.rand(len(x0), generator=generator).to(x0.device)       # in (0, 1]
@@ -173,8 +167,7 @@ class TBAC(nn.Module):
         rungs = self.encode(prompts, images)
         x_t, v = flow_matching(x0, t, eps)
         error = self.velocity(x_t, t, rungs).float() - v
-        losses = error.pow(2).flatten(1).mean(1)                           # (B,)
-        return losses if reduction == "none" else losses.mean()
+        return error.pow(2).flatten(1).mean(1)                             # (B,)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -193,7 +186,8 @@ class TBAC(nn.Module):
                       max_new_tokens: int = 64) -> Iterator[str]:
         """`ask`, piece by piece, each as soon as it is known."""
         batch = self.mllm.tokenize([question], [images or []], ASK)
-        ids, said = [], ""
+        ids = []
+        text = said = ""
         for token in self.mllm.next_tokens(batch, max_new_tokens):
             ids.append(token.item())
             text = self.mllm.tokenizer.decode(ids).strip()
@@ -212,7 +206,8 @@ class TBAC(nn.Module):
 
     # ---- files
 
-    def save(self, folder, dtype: torch.dtype | None = None, tensors=None) -> None:
+    def save(self, folder: str | pathlib.Path, dtype: torch.dtype | None = None,
+             tensors: Iterable[tuple[str, Tensor]] | None = None) -> None:
         """Writes config.json, tokenizer.json and model*.safetensors: the model's own tensors or
         these (name, tensor) pairs, in `dtype` if given. What is there already is replaced as a
         whole, or left as it is if anything goes wrong."""
@@ -223,8 +218,9 @@ class TBAC(nn.Module):
             write_shards(new, ((name, in_dtype(t.detach(), dtype)) for name, t in tensors))
 
     @classmethod
-    def load(cls, folder, device="cpu", dtype: torch.dtype | dict | None = None, *,
-             int8: bool = False, low_memory: bool = False) -> "TBAC":
+    def load(cls, folder: str | pathlib.Path, device: str = "cpu",
+             dtype: torch.dtype | dict | None = None, *, int8: bool = False,
+             low_memory: bool = False) -> "TBAC":
         """The model in a folder written by `save` or weights_convert.py. dtype: default the
         config's (half precision is bfloat16 or float16, as the GPU has it); or a dict for some of
         the parts, by regular expressions, {"dit": torch.float32}. int8: most weights in 8 bits
@@ -236,11 +232,11 @@ class TBAC(nn.Module):
         """
         folder = pathlib.Path(folder)
         check_device(device)
-        file, tokenizer = folder / "config.json", folder / "tokenizer.json"
+        file = folder / "config.json"
         config = TBACConfig.from_dict(read_json(file), file)
-        check_readable(tokenizer, MAX_TOKENIZER_BYTES)
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
         with torch.device("meta"):
-            model = cls(config, Tokenizer(tokenizer))
+            model = cls(config, tokenizer)
         # Names, shapes and dtypes; no numbers are read yet.
         files = prepare(model, folder, dtype, device, int8)
         fill = take_turns if low_memory else load_weights

@@ -54,12 +54,13 @@ class Recorded:
         known = {name.removeprefix(f"{case}."): t.to(device) for name, t in self.golden.items()
                  if name.startswith(case + ".")}
         rungs = model.encode(prompts, images)
-        loss = model.loss(known["target"], prompts, images, known["sigma"], known["noise"])
+        latents = model.dcae.encode(known["target"].to(dtype))
+        loss = model.loss(latents, prompts, images, known["sigma"], known["noise"]).mean()
         loss.backward()
         parameters = dict(model.named_parameters())
         found = {"rungs": rungs, "loss": loss,
                  "velocity": model.velocity(known["x"], known["t"] / 1000, rungs),
-                 "latents": model.dcae.encode(known["target"].to(dtype)),
+                 "latents": latents,
                  "decoded": model.dcae.decode(known["latents"].to(dtype))}
         found |= {f"grad.{name}": parameters[ours].grad for name, ours in GRADIENTS.items()}
         for name, settings in self.meta["samples"].items():

@@ -81,7 +81,7 @@ class OurSide:
 
     def loss(self, pixels, prompts, images, t, eps):
         """-> the loss; gradients are left behind"""
-        loss = self.model.loss(pixels, prompts, images, t, eps)
+        loss = self.model.loss(self.encode(pixels), prompts, images, t, eps).mean()
         loss.backward()
         return loss
 

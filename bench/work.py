@@ -113,15 +113,13 @@ class Ours:
     def train(self, task):
         model = self.model
         pixels, t, eps = self.inputs.training(len(task.prompts))
-        x0 = None
-        if task.cached:
-            x0 = model.dcae.encode(pixels).detach()
-            pixels = None
+        cached = model.dcae.encode(pixels) if task.cached else None
 
         def run():
             if task.grad_checkpoint:
                 distributed.checkpoint_blocks(model)
-            loss = model.loss(pixels, task.prompts, task.images, t, eps, x0=x0)
+            x0 = cached if task.cached else model.dcae.encode(pixels)
+            loss = model.loss(x0, task.prompts, task.images, t, eps).mean()
             loss.backward()
             model.zero_grad()
             if task.grad_checkpoint:

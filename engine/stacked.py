@@ -138,12 +138,12 @@ class Learner(nn.Module):
     def keys_values(self, rungs: Tensor) -> list[tuple[Tensor, Tensor]]:
         return self.dit.project_kv(rungs)
 
-    def velocity(self, x_t: Tensor, time: Tensor, keys_values: list) -> Tensor:
-        return self.dit(x_t.to(self.dit.proj_out.weight.dtype), time, keys_values)
+    def velocity(self, x_t: Tensor, timestep: Tensor, keys_values: list) -> Tensor:
+        return self.dit(x_t.to(self.dit.proj_out.weight.dtype), timestep, keys_values)
 
-    def losses(self, states: Tensor, x_t: Tensor, time: Tensor, v: Tensor) -> Tensor:
+    def losses(self, states: Tensor, x_t: Tensor, timestep: Tensor, v: Tensor) -> Tensor:
         """The squared error of the velocity, (B,)."""
-        found = self.velocity(x_t, time, self.keys_values(self.rungs(states)))
+        found = self.velocity(x_t, timestep, self.keys_values(self.rungs(states)))
         return (found.float() - v).pow(2).flatten(1).mean(1)
 
 
@@ -252,6 +252,6 @@ class Stack:
         """x_t (2 N B, C, h, w), which guidance sorts by row, then by model; t: the same for all.
         rungs and keys_values: those of `conditioning` -> velocity (2 N B, C, h, w)."""
         x = x_t.unflatten(0, (2, self.n, -1)).transpose(0, 1).flatten(1, 2)   # (N, 2 B, C, h, w)
-        time = (1000 * t[:1]).float().to(x.device).expand(x.shape[:2])
-        v = self.each("velocity", x, time, keys_values)
+        timestep = (1000 * t[:1]).float().to(x.device).expand(x.shape[:2])
+        v = self.each("velocity", x, timestep, keys_values)
         return v.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)

@@ -47,7 +47,7 @@ def loss_and_gradients(model, prompts, images):
     eps = torch.randn(shape, generator=g)
     t = torch.linspace(0.1, 1, len(prompts))
     model.zero_grad()
-    loss = model.loss(None, prompts, images, t, eps, x0=x0)
+    loss = model.loss(x0, prompts, images, t, eps).mean()
     loss.backward()
     gradients = {}
     for part in PARTS:

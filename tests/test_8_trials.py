@@ -112,7 +112,8 @@ def test_a_stacked_run_is_a_single_run(tmp_path):
                        for rng, (_, example) in zip(drops, batch)]
             pixels = to_pixels([example.target for _, example in batch], "cpu")
             t, eps = trials.noise_of_step(run.seed, step, (3, 16, 8, 8))
-            loss = model.loss(pixels, prompts, t=train.shifted(t, run.arm.shift), eps=eps)
+            x0 = model.dcae.encode(pixels)
+            loss = model.loss(x0, prompts, t=train.shifted(t, run.arm.shift), eps=eps).mean()
             loss.backward()
             assert relative(found[step, i], loss.detach()) < 1e-5
             clip_grad_norm_(params.values(), settings.clip)
