@@ -11,7 +11,7 @@ Left out: video, sliding windows in the text part (TBAC-UniImage uses neither).
 """
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import tokenizers
@@ -47,8 +47,6 @@ class MLLMConfig:
 # ---------------------------------------------------------------------------------------- text
 
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad")
-# A byte-level tokenizer gives every text back unchanged: tried on Latin, Chinese and an emoji.
-ANY_TEXT = "größe, 5 字 and 🦒"
 
 
 class Tokenizer:
@@ -56,23 +54,13 @@ class Tokenizer:
 
     def __init__(self, file: str):
         self.file = str(file)
-        content = pathlib.Path(file).read_bytes()
-        try:
-            self.bpe = tokenizers.Tokenizer.from_buffer(content)
-        # The library raises nothing narrower.
-        except Exception as e:
-            raise ValueError(f"{file} is not a tokenizer: {str(e)[:200]}") from None
+        self.bpe = tokenizers.Tokenizer.from_buffer(pathlib.Path(file).read_bytes())
         # The file may ask for both, for other programs: here every text is read to its end.
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.special = {name: self.bpe.token_to_id(f"<|{name}|>") for name in SPECIAL}
-        lost = [name for name, id in self.special.items() if self.encode(f"<|{name}|>") != [id]]
-        if lost:
-            raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {lost}")
         # Either of these tokens ends an answer.
         self.ends = [self.special["im_end"], self.special["endoftext"]]
-        if self.decode(self.encode(ANY_TEXT)) != ANY_TEXT:
-            raise ValueError(f"{file}: not byte-level, it loses characters of {ANY_TEXT!r}")
 
     @property
     def n_id(self) -> int:
@@ -99,7 +87,7 @@ class Tokenizer:
         return self.decode(ids[:max_len], keep_special=True).rstrip("\ufffd")
 
 
-def chat(text: str, image_units: list[int] = (), system: str = ASK) -> str:
+def chat(text: str, image_units: Sequence[int] = (), system: str = ASK) -> str:
     """One user turn in Qwen's chat format, up to where the assistant begins.
     image_units: how many units (tokens) each picture has."""
     pictures = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in image_units)
@@ -344,7 +332,7 @@ class MLLM(nn.Module):
         return states
 
     def logits(self, x: Tensor) -> Tensor:
-        """The head is the embedding table itself (tied)."""
+        """x (..., M) -> (..., vocab_size). The head is the embedding table itself (tied)."""
         return F.linear(x, self.embed_tokens.weight)
 
     @torch.no_grad()
@@ -367,6 +355,7 @@ class MLLM(nn.Module):
             position = positions.amax((0, 2), keepdim=True) + 1            # (1, B, 1)
             positions = position.expand(3, -1, 1)
             mask = F.pad(mask, (0, 1), value=True)
+        warnings.warn(f"answer cut at {max_new_tokens} tokens", stacklevel=2)
 
     def generate(self, batch: Batch, max_new_tokens: int = 64) -> list[list[int]]:
         """`next_tokens` to the end -> each row's answer as token ids, up to its end token."""

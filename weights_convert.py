@@ -6,9 +6,9 @@ and every place is filled.
     python weights_convert.py --export DIR --out DIR                      back to released layout
 
 DIR: a Hugging Face folder of Qwen2.5-VL (config.json, tokenizer.json), a diffusers folder of SANA
-(transformer/, vae/), the released TBAC-UniImage checkpoint. With --tbac only configs and tokenizer
-are read of the first two, without it their weights, too.
-Tensors pass through one at a time, so memory stays near one shard.
+(transformer/, vae/), the released TBAC-UniImage checkpoint. With --tbac only the configs and the
+tokenizer of the first two are read, without it their weights, too. Tensors pass through one at a
+time, so memory stays near one shard.
 """
 import json
 import re
@@ -29,7 +29,6 @@ from engine.files import (
     check_finite,
     check_new_folder,
     check_none_missing,
-    check_readable,
     check_stored,
     check_tensor,
     read_json,
@@ -40,8 +39,8 @@ from engine.files import (
     write_shards,
 )
 from engine.int8 import in_int8, is_stored
-from engine.limits import MAX_TOKENIZER_BYTES
-from mllm import MLLMConfig, Tokenizer
+from engine.loading import read_tokenizer
+from mllm import MLLMConfig
 from tbac import TBAC, TBACConfig
 from vit import ViTConfig
 
@@ -181,7 +180,7 @@ def public_names(model: TBAC, part: str, prefix: str | None = None) -> dict[str,
 
 # ------------------------------------------------------------------------------ public configs
 #
-# Our key, then the public one; what a value may be says engine/checks.py.
+# Our key, then the public one. engine/checks.py says what a value may be.
 
 QWEN_CONFIG = {
     "vocab_size":     "vocab_size",
@@ -350,10 +349,9 @@ def convert(qwen: Path, sana: Path, tbac: Path | None, out: Path,
     most weights in 8 bits (engine/int8.py), the others in bfloat16."""
     config = read_config(qwen, sana, tbac)
     tokenizer = qwen / "tokenizer.json"
-    check_readable(tokenizer, MAX_TOKENIZER_BYTES)
     # ValueError now, not after the weights, if the tokenizer is not one of Qwen's.
     with torch.device("meta"):
-        model = TBAC(config, Tokenizer(tokenizer))
+        model = TBAC(config, read_tokenizer(tokenizer))
 
     if dtype == torch.int8:
         tensors = in_int8(model, converted(qwen, sana, tbac, model, None))
@@ -370,7 +368,7 @@ def convert(qwen: Path, sana: Path, tbac: Path | None, out: Path,
 def converted(qwen: Path, sana: Path, tbac: Path | None, model: TBAC,
               dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Yields (our name, tensor) for every tensor of our model; a fresh ladder without `tbac`."""
-    # check_tensor takes out what has come.
+    # check_tensor takes out each name as it comes; what is left at the end is missing.
     missing = model.state_dict()
     fresh = {}
     if not tbac:

@@ -33,12 +33,12 @@ from tqdm import tqdm
 
 from engine.checks import check_config, printable
 from engine.command import Parser, count, one_line_errors, path, path_text
-from engine.files import check_readable, check_writable, read_json, save_png
-from engine.limits import MAX_SIZE, MAX_TOKENIZER_BYTES
+from engine.files import check_writable, read_json, save_png
+from engine.limits import MAX_SIZE
+from engine.loading import read_tokenizer
 from engine.outputs import check_kind, check_name
 from engine.pictures import contact_sheet, to_pixels
 from engine.sources import Example, open_source, square
-from mllm import Tokenizer
 
 # --------------------------------------------------------------------------- one order for all
 
@@ -297,9 +297,7 @@ class Summary:
         self.args = args
         self.tokenizer = None
         if args.model:
-            file = args.model / "tokenizer.json"
-            check_readable(file, MAX_TOKENIZER_BYTES)
-            self.tokenizer = Tokenizer(file)
+            self.tokenizer = read_tokenizer(args.model / "tokenizer.json")
             file = args.model / "config.json"
             self.max_prompt = check_config(read_json(file), file)["max_prompt"]
         self.began = time.time()
@@ -391,14 +389,22 @@ def told(example: Example) -> dict:
     return dict(name=example.name, prompt=example.prompt, sources=sizes[:-1], target=sizes[-1])
 
 
+def check_sheet(file: pathlib.Path, spec: str) -> None:
+    """ValueError where it could not be written, or something would be lost."""
+    check_name("--sheet", file)
+    check_kind(file)
+    if file.exists() and pathlib.Path(spec).resolve() in file.resolve().parents:
+        raise ValueError(f"--sheet {file} may be one of the pictures to read, and would be lost: "
+                         "give another name")
+    if not file.parent.is_dir():
+        raise ValueError(f"--sheet {file}: there is no folder {file.parent}")
+    check_writable(file.parent)
+
+
 def check(args) -> int:
     """Reads every record as training does, and prints what it finds. -> the exit status"""
     if args.sheet:
-        check_name("--sheet", args.sheet)
-        check_kind(args.sheet)
-        if not args.sheet.parent.is_dir():
-            raise ValueError(f"--sheet {args.sheet}: there is no folder {args.sheet.parent}")
-        check_writable(args.sheet.parent)
+        check_sheet(args.sheet, args.spec)
     source = open_source(args.spec, {}, 0)
     summary = Summary(args)
     bar = tqdm(source.locations(), "records", disable=sys.stdout.isatty() or None)

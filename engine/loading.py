@@ -1,6 +1,7 @@
 """From the files of a folder to a model whose parameters have no memory yet (the meta device):
 which tensor is kept in which dtype, and where it goes.
 
+    tokenizer = read_tokenizer(file)         of Qwen's kind, or an error that says what it lacks
     files = prepare(model, folder, ...)      what is kept how: decided and checked by headers alone
     load_weights(model, files, device)       all numbers, one tensor at a time
                                              (low_memory.take_turns: part by part, when needed)
@@ -14,7 +15,32 @@ from tqdm import tqdm
 from engine import float16
 from engine import int8 as eight_bits
 from engine.device import usable
-from engine.files import check_finite, check_stored, read_tensors
+from engine.files import check_finite, check_readable, check_stored, read_tensors
+from engine.limits import MAX_TOKENIZER_BYTES
+from mllm import Tokenizer
+
+# A byte-level tokenizer gives every text back unchanged: tried on Latin, Chinese and an emoji.
+ANY_TEXT = "größe, 5 字 and 🦒"
+
+
+def read_tokenizer(file) -> Tokenizer:
+    """ValueError for what is no tokenizer, lacks one of the chat format's special tokens, or loses
+    characters."""
+    check_readable(file, MAX_TOKENIZER_BYTES)
+    try:
+        tokenizer = Tokenizer(file)
+    except OSError:
+        raise
+    # The library raises nothing narrower.
+    except Exception as e:
+        raise ValueError(f"{file} is not a tokenizer: {str(e)[:200]}") from None
+    special = tokenizer.special.items()
+    lost = [name for name, id in special if tokenizer.encode(f"<|{name}|>") != [id]]
+    if lost:
+        raise ValueError(f"{file}: not a Qwen tokenizer, special tokens missing: {lost}")
+    if tokenizer.decode(tokenizer.encode(ANY_TEXT)) != ANY_TEXT:
+        raise ValueError(f"{file}: not byte-level, it loses characters of {ANY_TEXT!r}")
+    return tokenizer
 
 
 def belongs(name: str, parts) -> bool:

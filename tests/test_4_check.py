@@ -110,3 +110,14 @@ def test_a_sheet_takes_no_other_files_place(tmp_path, name, said):
     with pytest.raises(ValueError, match=said):
         data.check(args)
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_sheet_takes_no_records_place(tmp_path):
+    """A picture that is read is a PNG, too."""
+    file = tmp_path / "1.png"
+    file.write_bytes(GREEN)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "green"}\n')
+    args = data.options([str(tmp_path), "--check", "--sheet", str(file)])
+    with pytest.raises(ValueError, match="may be one of the pictures to read"):
+        data.check(args)
+    assert file.read_bytes() == GREEN
