@@ -28,26 +28,27 @@ from tqdm import tqdm
 from engine import command, explain, explain_html, fast, limits, mixer, page, words
 from engine.device import set_threads
 from engine.files import write_text
-from engine.live import Live
+from engine.live import Live, check_start
 from engine.outputs import check_outputs, outputs, save_png
 from engine.pictures import contact_sheet, open_image
 from engine.sources import check_shape, check_text
 from mllm import matching_images
-from tbac import TBAC
+from tbac import TBAC, TBACConfig
 
 TOY_FOLDER = pathlib.Path(__file__).parent / "toy" / "weights"
 
 
 # ------------------------------------------------------------------------- schedule and solvers
 
-def shifted(t, shift: float):
+def shifted(t: Tensor, shift: float) -> Tensor:
     """Multiplies the odds t / (1 - t) by `shift`: above 1, times move towards the noise."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def schedule(steps: int, shift: float = 3.0) -> Tensor:
     """(steps + 1,) times from almost 1 (noise) to 0. A shift above 1 spends more steps near the
-    noise. At t = 1 itself x_t says nothing of the data, and lambda (below) is infinite."""
+    noise. At t = 1 itself x_t says nothing of the data, and lambda (below) is infinite; 0.999 is
+    the released scheduler's."""
     return shifted(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift)
 
 
@@ -93,6 +94,11 @@ def guide(v: list[Tensor], guidance: float, image_guidance: float) -> Tensor:
     return null + image_guidance * (image - null) + guidance * (both - image)
 
 
+def black(images: list[Image.Image]) -> list[Image.Image]:
+    """What stands for no images: black ones of the same sizes, in training as in guidance."""
+    return [Image.new("RGB", image.size) for image in images]
+
+
 @torch.no_grad()
 def encode_for_guidance(model: TBAC, prompts: list[str], images: list | None,
                         image_guidance: float, negative: str) -> tuple[Tensor, int]:
@@ -103,8 +109,8 @@ def encode_for_guidance(model: TBAC, prompts: list[str], images: list | None,
     if not any(images) or image_guidance <= 1:
         # Both rows are given the images.
         return model.encode([*null, *prompts], images * 2), 2
-    black = [[Image.new("RGB", image.size) for image in row] for row in images]
-    return model.encode([*null, *null, *prompts], [*black, *images, *images]), 3
+    no_images = [black(row) for row in images]
+    return model.encode([*null, *null, *prompts], [*no_images, *images, *images]), 3
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -122,17 +128,20 @@ class Step:
 @torch.no_grad()
 def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, steps: int = 20,
             guidance: float | None = None, image_guidance: float | None = None,
-            negative: str = "", shift: float = 3.0, solver: str = "dpm++", size=None,
-            eps: Tensor | None = None, generator: torch.Generator | None = None,
-            conditioning: tuple | None = None):
+            negative: str = "", shift: float = 3.0, solver: str = "dpm++",
+            size: int | tuple[int, int] | None = None, eps: Tensor | None = None,
+            generator: torch.Generator | None = None,
+            conditioning: tuple[Tensor, int] | None = None) -> Iterator[Step]:
     """Yields a Step after every step; the last x_t is the picture, in the DiT's latent space.
 
-    prompts, images: as for TBAC.encode; with images it is an edit (in a mixed batch the image term
-    is zero for prompts without images); size: side in pixels or (height, width); guidance,
-    image_guidance: default the model's own; eps: (B, C, h, w) starting noise, of which the picture
-    has the size, else drawn by generator: a CPU's, on every device, so that a seed draws the same
-    noise everywhere; conditioning: what `encode_for_guidance` gave, where several pictures are
-    drawn of the same prompts, or rungs were changed.
+    prompts, images: as for TBAC.encode. With images it is an edit; in a mixed batch the image term
+        is zero for prompts without images.
+    guidance, image_guidance: default the model's own.
+    size: side in pixels, or (height, width).
+    eps: starting noise (B, C, h, w), whose size the picture then has. Else a generator of the CPU
+        draws it, on every device: so a seed gives the same noise everywhere.
+    conditioning: what `encode_for_guidance` gave, where several pictures are drawn of the same
+        prompts, or rungs were changed.
     """
     if steps < 1 or solver not in SOLVERS:
         expected = f"at least 1 step and one of {list(SOLVERS)}"
@@ -150,7 +159,8 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
     keys_values = model.dit.project_kv(rungs)
 
     times = schedule(steps, shift).tolist()
-    x, x0_prev = eps.float().to(device), None
+    x = eps.float().to(device)
+    x0_prev = None
     for i, t in enumerate(times[:-1]):
         # The network is fed 1000 t without its fraction, as in the released sampler; the solver
         # goes on with t itself. (float64, so that times 1000 it is a whole number again.)
@@ -162,7 +172,8 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
         yield Step(i, times[i + 1], x, x0)
 
 
-def latent_shape(c, size=None) -> tuple[int, int, int]:
+def latent_shape(c: TBACConfig,
+                 size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
     """(C, h, w) of a picture with this side, or (height, width), in pixels. ValueError names a size
     that the autoencoder does not have."""
     size = c.size if size is None else size
@@ -205,7 +216,7 @@ def add_request(p: argparse.ArgumentParser) -> None:
     p.add_argument("--image", type=command.path_text, nargs="+", default=[], metavar="FILE",
                    help="pictures to edit or to ask about")
     p.add_argument("--ask", type=command.text, metavar="QUESTION",
-                   help="answer a question instead of drawing")
+                   help="answer a question instead of drawing (64 tokens at most)")
     p.add_argument("--out", type=command.path, default="out.png", help="file to write (default: "
                    "out.png; several pictures: also out-1.png, out-2.png, ...)")
     p.add_argument("--n", type=command.count(1, limits.MAX_PICTURES), default=1,
@@ -257,8 +268,8 @@ def add_machine(p: argparse.ArgumentParser) -> None:
 
 def check(args) -> None:
     """ValueError for options that make no sense together, before any work."""
-    if args.serve and args.steps > limits.MAX_PAGE_STEPS:
-        raise ValueError(f"--serve: {limits.MAX_PAGE_STEPS} --steps are the limit")
+    if args.serve:
+        check_start(args)
     if args.explain and args.compile:
         raise ValueError("--explain reads what --compile fuses away: leave one out")
     if args.low_memory and args.compile:
@@ -271,12 +282,6 @@ def check(args) -> None:
     if args.compare is not None and (args.prompt is None or not args.explain):
         raise ValueError("--compare needs a prompt and --explain, whose page it adds to")
     check_text(args.compare or "", "--compare")
-    if args.serve and any((args.prompt is not None, args.ask is not None, args.image, args.explain,
-                           args.n > 1)):
-        raise ValueError("--serve takes prompts, questions and pictures from the page: leave them "
-                         "out, and --explain and --n")
-    if args.serve and args.compile:
-        raise ValueError("--serve stops between the layers that --compile fuses: leave one out")
     if len(args.image) > limits.MAX_SOURCES:
         limit = f"{limits.MAX_SOURCES} are the limit"
         raise ValueError(f"--image: {len(args.image)} pictures, {limit}")

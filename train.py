@@ -1,5 +1,5 @@
-"""Training, top to bottom: options, data, model, loss, optimizer, step, loop. The paper's three
-stages teach the ladder (queries and connector) and the DiT; everything else is frozen:
+"""Training, top to bottom: options, data, model, loss, optimizer, task, step, loop. The paper's
+three stages teach the ladder (queries and connector) and the DiT; everything else is frozen:
 
     t2i    to draw from captions
     edit   the same, from pictures and an instruction
@@ -10,9 +10,9 @@ stages teach the ladder (queries and connector) and the DiT; everything else is 
     torchrun --nproc-per-node 8 train.py --fsdp ...    the same on 8 GPUs
 
 What is random about an example (its noise, its time, whether its text is dropped) is drawn from
-(seed, step, number of the example): any number of processes takes the same steps, if a step has as
-many examples, and a run resumes without any random state. lab/pretrain.py teaches the toy's parts
-with the same loop.
+(seed, step, number of the example): a run takes the same steps on any number of processes that
+share as many examples a step, and resumes without any random state. lab/pretrain.py teaches the
+toy's parts with the same loop.
 
 Where the rest is: options in engine/options.py; examples in engine/sources.py; their order, times,
 noise and latents in engine/data.py, batches in engine/stream.py; float32 weights, EMA and
@@ -24,7 +24,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from PIL import Image
@@ -44,8 +44,8 @@ from engine.outputs import check_kind
 from engine.runs import last_checkpoint, run_folder
 from engine.sources import Example
 from engine.state import State, ema_weights, gather_full, save
-from engine.stream import batches, first_examples, open_reader
-from sample import TOY_FOLDER, generate, latent_shape, shifted
+from engine.stream import batches, first_examples, open_reader, open_sources
+from sample import TOY_FOLDER, black, generate, latent_shape, shifted
 from tbac import TBAC
 from toy import language, world
 
@@ -85,22 +85,11 @@ def options(argv=None):
 
 # ---------------------------------------------------------------------------------------- data
 
-def pairs_beside(scene: world.Scene) -> set[tuple[str, str]]:
-    """The pairs of colour and shape that stand beside another thing."""
-    pairs = {(thing.colour, thing.shape) for thing in scene.things}
-    return pairs if len(scene.things) > 1 else set()
-
-
 def draw_example(rng: random.Random, number: int, size: int,
                  held_out: frozenset = world.HELD_OUT) -> Example:
     """A scene of the toy world and a request for it. number: of the example, for makers that count;
-    held_out: pairs that may only stand alone. A scene that shows one beside another thing gives way
-    to a new one of as many things: without that, the more pairs were held out, the rarer would
-    scenes of many things be."""
-    scene = language.scene_to_draw(rng)
-    n = len(scene.things)
-    while len(scene.things) != n or pairs_beside(scene) & held_out:
-        scene = language.scene_to_draw(rng)
+    held_out: pairs of colour and shape that may only stand alone."""
+    scene = language.scene_to_draw(rng, held_out)
     text, _ = language.request(scene, rng)
     return Example(text, (), world.render(scene, size))
 
@@ -124,7 +113,7 @@ def drop_condition(example: Example, rng: random.Random, p: float) -> tuple[str,
     if r < (2 * p if images else p):
         prompt = ""
     if p <= r < 3 * p:
-        images = [Image.new("RGB", image.size) for image in images]
+        images = black(images)
     return prompt, images
 
 
@@ -137,23 +126,33 @@ def build(args) -> TBAC:
         raise ValueError(f"--preset {args.preset} needs --model and --data")
     dtype = dict.fromkeys(LEARNS[args.train], torch.float32)
     model = TBAC.load(args.model, args.device, dtype)
-    for part, folder in (take.split("=", 1) for take in args.take):
-        other = TBAC.load(folder, args.device, dtype)
-        setattr(model, part, getattr(other, part))
-        names = ("n_query", "wiring", "connector") if part == "ladder" else (part,)
-        new = {name: getattr(other.config, name) for name in names}
-        model.config = dataclasses.replace(model.config, **new)
+    for take in args.take:
+        part, folder = take.split("=", 1)
+        take_part(model, part, TBAC.load(folder, args.device, dtype))
     if args.wiring or args.connector or args.queries:
-        new = dict(wiring=args.wiring or model.config.wiring,
-                   connector=args.connector or model.config.connector,
-                   n_query=args.queries or model.config.n_query)
-        model.config = dataclasses.replace(model.config, **new)
-        ladder = model.config.build_ladder()
-        ladder.init_weights(torch.Generator().manual_seed(args.seed))
-        model.ladder = ladder.to(args.device)
+        fresh_ladder(model, args)
     check_fit(model, args)
     set_size(model, args.size)
     return model
+
+
+def take_part(model: TBAC, part: str, other: TBAC) -> None:
+    """Replaces a part, and what the config says of it, by another model's."""
+    setattr(model, part, getattr(other, part))
+    names = ("n_query", "wiring", "connector") if part == "ladder" else (part,)
+    new = {name: getattr(other.config, name) for name in names}
+    model.config = dataclasses.replace(model.config, **new)
+
+
+def fresh_ladder(model: TBAC, args) -> None:
+    """A ladder that has learnt nothing, as the config says where args do not."""
+    new = dict(wiring=args.wiring or model.config.wiring,
+               connector=args.connector or model.config.connector,
+               n_query=args.queries or model.config.n_query)
+    model.config = dataclasses.replace(model.config, **new)
+    ladder = model.config.build_ladder()
+    ladder.init_weights(torch.Generator().manual_seed(args.seed))
+    model.ladder = ladder.to(args.device)
 
 
 def set_size(model: TBAC, size: int) -> None:
@@ -168,8 +167,8 @@ def check_fit(model: TBAC, args) -> None:
     check_rules(model.config, "config")
     with torch.device("meta"):
         expected = model.config.build_ladder()
-    found, wanted = ({name: p.shape for name, p in ladder.named_parameters()}
-                     for ladder in (model.ladder, expected))
+    found = {name: p.shape for name, p in model.ladder.named_parameters()}
+    wanted = {name: p.shape for name, p in expected.named_parameters()}
     if found != wanted or model.ladder.taps != expected.taps:
         raise ValueError(f"--take {' '.join(args.take)}: the ladder does not fit the other parts; "
                          "--wiring ladder makes a fresh one")
@@ -186,22 +185,7 @@ def ladder_loss(model: TBAC, latents: Latents, rows: list, args) -> tuple[Tensor
     prompts, images = (list(column) for column in zip(*conditions))
     t, eps = times_and_noise(rngs, x0.shape[1:], args.device)              # (B,), (B, C, h, w)
     t = shifted(t, args.shift)
-    losses = model.loss(pixels=None, prompts=prompts, images=images, t=t, eps=eps, x0=x0,
-                        reduction="none")
-    return losses, t
-
-
-@dataclasses.dataclass
-class Task:
-    """What a stage trains. helper: a module that the loss needs beside the model and no saved model
-    keeps: an auxiliary head, whose parameters learn along, or here the autoencoder's latents."""
-    learns: tuple[str, ...]             # parts of the model, as regular expressions
-    loss: Callable                      # (model, helper, rows, args) -> losses (B,), times or None
-    makers: dict[str, Callable]         # {word for --data: make(rng, number, size) -> example}
-    build: Callable                     # args -> model
-    helper: Callable                    # (model, args) -> that module
-    sheet: Callable                     # run -> a page of pictures that shows how well it goes
-    optimizer: Callable                 # ({name: parameter}, args) -> optimizer
+    return model.loss(x0, prompts, images, t, eps), t
 
 
 # ----------------------------------------------------------------------------------- optimizer
@@ -225,17 +209,31 @@ def adamw(params: dict[str, nn.Parameter], args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
 
 
-# ---------------------------------------------------------------------------------------- sheet
+# ---------------------------------------------------------------------------------------- task
 
 def ladder_sheet(run) -> Image.Image:
     """Fixed prompts from fixed noise: for each example what it starts from, what it should become,
     and what is drawn."""
-    args, drawn = run.args, []
+    args = run.args
+    drawn = []
     for i, example in enumerate(run.shown):
         generator = torch.Generator().manual_seed(i)
         drawn += generate(run.model, [example.prompt], [list(example.images)],
                           generator=generator, size=args.size, steps=1 if args.dry_run else 20)
     return log.example_sheet(run.shown, drawn, args.size)
+
+
+@dataclasses.dataclass
+class Task:
+    """What a stage trains. helper: a module that the loss needs beside the model and no saved model
+    keeps: an auxiliary head, whose parameters learn along, or here the autoencoder's latents."""
+    learns: tuple[str, ...]             # parts of the model, as regular expressions
+    loss: Callable                      # (model, helper, rows, args) -> losses (B,), times or None
+    makers: dict[str, Callable]         # {word for --data: make(rng, number, size) -> example}
+    build: Callable                     # args -> model
+    helper: Callable                    # (model, args) -> that module
+    sheet: Callable                     # run -> a page of pictures that shows how well it goes
+    optimizer: Callable                 # ({name: parameter}, args) -> optimizer
 
 
 LADDER_TASK = Task(learns=LEARNS["all"], loss=ladder_loss,
@@ -247,8 +245,8 @@ LADDER_TASK = Task(learns=LEARNS["all"], loss=ladder_loss,
 
 def backward(run, rows: list, n_pass: int) -> tuple[Tensor, Tensor | None]:
     """Adds the gradient of one pass. -> losses (B,), times (B,) or None"""
-    # Rounds the weights in --dtype anew from the float32 ones that learn: the last pass has freed
-    # them one by one on its way back (engine/state.py:MasterWeights).
+    # The model computes with copies, in --dtype, of the float32 weights that learn. The last
+    # backward pass freed them one by one (engine/state.py:MasterWeights): here they are made anew.
     run.state.weights.cast(run.state.params)
     losses, times = run.loss(rows)
     (losses.mean() / n_pass).backward()
@@ -287,6 +285,11 @@ class Run:
         self.rank, self.n_process = distributed.start_processes(args)
         self.stop = distributed.StopSignal()
         last = last_checkpoint(args)
+        makers = {word: functools.partial(make, size=args.size)
+                  for word, make in task.makers.items()} | (own or {})
+        if args.data:
+            # What is wrong with it is said before the model is loaded.
+            open_sources(args, makers, None)
         torch.manual_seed(args.seed)
         self.model = task.build(args)
         set_threads(self.model)
@@ -299,13 +302,10 @@ class Run:
         if args.resume and self.rank == 0:
             start = f"no checkpoint in {args.out}: starts anew"
             print(f"goes on from {last}" if last else start)
-        makers = {word: functools.partial(make, size=args.size)
-                  for word, make in task.makers.items()}
         # Latents.known: a record whose latents are cached need not be decoded.
         latents = getattr(self.helper, "known", None)
         # Where --epochs are asked for, this turns them into args.steps.
-        self.reader = open_reader(args, self.state, self.rank, self.n_process,
-                                  makers | (own or {}), latents)
+        self.reader = open_reader(args, self.state, self.rank, self.n_process, makers, latents)
         self.shown = first_examples(self.reader, 8)
 
     def prepare(self) -> tuple[State, dict]:
@@ -337,7 +337,7 @@ class Run:
     def loss(self, rows: list) -> tuple[Tensor, Tensor | None]:
         return self.task.loss(self.model, self.helper, rows, self.args)
 
-    def steps(self):
+    def steps(self) -> Iterator[log.Report]:
         """Yields a Report after every step, until args.steps, or until some process is told to
         stop. To be asked for once: its examples begin where the last checkpoint was."""
         args, state = self.args, self.state

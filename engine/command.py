@@ -140,6 +140,7 @@ def whole_lines(e: Exception) -> str:
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """PyTorch has a class for it on a GPU only."""
-    known = isinstance(e, MemoryError | torch.OutOfMemoryError)
-    return known or "DefaultCPUAllocator" in str(e)
+    """PyTorch has a class for it on an NVIDIA GPU only."""
+    if isinstance(e, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(said in str(e) for said in ("DefaultCPUAllocator", "MPS backend out of memory"))

@@ -317,16 +317,6 @@ def check_writable(folder) -> None:
     scratch.unlink()
 
 
-def prepare_folder(folder, *names: str) -> None:
-    """A folder in which files of these names are to be written: made where there is none, and
-    tried."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder)
-    for name in names:
-        check_replaceable(folder / name)
-
-
 def check_new_folder(out, sources) -> None:
     """ValueError where `out`, which is to be written, is one of the folders that are read, or lies
     in one, or holds anything already. sources: folders, or None."""

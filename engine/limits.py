@@ -15,7 +15,7 @@ MAX_COUNT = 10 ** 9
 MAX_TRAINING_STEPS = 99_999_999
 # Side of a picture that is drawn or learnt from, in pixels.
 MAX_SIZE = 8192
-# Seeds are below this. (The seed of picture i is --seed + i, and torch takes 64 bits.)
+# No seed is above this. (The seed of picture i is --seed + i, and torch takes 64 bits.)
 MAX_SEED = 2 ** 62
 # Factors: guidance, shift. Far beyond what any of them does in practice.
 MAX_FACTOR = 1000.0
@@ -41,7 +41,7 @@ MAX_PROFILE_BYTES = 4 * 1024 * 1024
 MAX_LINE_BYTES = 1024 * 1024
 # Of what describes one member of a tar: its name, its owner, ...
 MAX_TAR_HEADER_BYTES = 1024 * 1024
-# Pictures that one record or one request refers to; together they have at most MAX_PIXELS.
+# Pictures that one record refers to, together of at most MAX_PIXELS, or one command (--image).
 MAX_SOURCES = 16
 # Members of a tar that share a key: a record's pictures and text, and what is not read of it.
 MAX_RECORD_MEMBERS = 64
@@ -54,6 +54,8 @@ MIN_TARGET_SIDE = 8
 MAX_PAGE_TEXT_BYTES = 4096
 # Steps of a drawing: everybody else waits for them.
 MAX_PAGE_STEPS = 200
+# Where the page begins (--seed): JavaScript has whole numbers up to here.
+MAX_PAGE_SEED = 2 ** 53 - 1
 # Of a picture that is given, and of a request; in base64 a picture is a third larger. (The page
 # itself makes larger pictures smaller.)
 MAX_PAGE_PIXELS = 16_000_000

@@ -29,6 +29,7 @@ from engine.limits import (
     MAX_FACTOR,
     MAX_PAGE_PIXELS,
     MAX_PAGE_REQUEST_BYTES,
+    MAX_PAGE_SEED,
     MAX_PAGE_STEPS,
     MAX_PAGE_TEXT_BYTES,
     MAX_SEED,
@@ -72,6 +73,21 @@ ASK = {
     "question": TEXT,
     "image": or_null(PICTURE),
 }
+
+
+def check_start(args) -> None:
+    """ValueError for options of sample.py with which the page cannot begin."""
+    if any((args.prompt is not None, args.ask is not None, args.image, args.explain, args.n > 1)):
+        raise ValueError("--serve takes prompts, questions and pictures from the page: leave them "
+                         "out, and --explain and --n")
+    if args.compile:
+        raise ValueError("--serve stops between the layers that --compile fuses: leave one out")
+    if args.steps > MAX_PAGE_STEPS:
+        raise ValueError(f"--serve: {MAX_PAGE_STEPS} --steps are the limit")
+    if args.seed > MAX_PAGE_SEED:
+        raise ValueError(f"--serve: --seed {args.seed} is above {MAX_PAGE_SEED}, up to which a "
+                         "browser counts exactly")
+    TEXT.check(args.negative, "--negative")
 
 
 def draw_fields(n_block: int, n_slot: int, solvers) -> dict:

@@ -1,5 +1,5 @@
 """The files that sample.py writes: where they are, what they may write over, and how they are
-written."""
+written. Other scripts that write pictures ask the same of them."""
 import json
 import pathlib
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from PIL import Image, PngImagePlugin
 from engine import files
 from engine.files import check_replaceable, check_writable
 
-# How a file of this kind begins.
-SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".html": b"<!DOCTYPE html>"}
+# How a file of this kind begins; a page, as engine/explain.html does.
+SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n",
+              ".html": b"<!DOCTYPE html>\n<!-- of sample.py --explain -->"}
 
 
 @dataclass
@@ -64,16 +65,28 @@ def check_name(option: str, file: pathlib.Path) -> None:
         raise ValueError(f"{option} {file}: pictures are written as PNG, call it {name}")
 
 
+def prepare_folder(folder, *names: str) -> None:
+    """A folder in which files of these names are to be written: made where there is none, and
+    tried."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    for name in names:
+        check_kind(folder / name)
+
+
 def check_kind(file: pathlib.Path) -> None:
     """ValueError where something has this name that is not of the kind that it says."""
     check_replaceable(file)
     if not file.exists():
         return
     kind = file.suffix.lower()
+    # Of other kinds any file will do.
+    expected = SIGNATURES.get(kind, b"")
     with open(file, "rb") as f:
-        found = f.read(len(SIGNATURES[kind]))
-    if found != SIGNATURES[kind]:
-        name = "a PNG" if kind == ".png" else "an HTML page of ours"
+        found = f.read(len(expected))
+    if found != expected:
+        name = "a PNG" if kind == ".png" else "a page of --explain"
         raise ValueError(f"{file} is not {name} and would be lost: give another name")
 
 

@@ -27,8 +27,9 @@ except ImportError:
 
 # What .lock holds: whose run it was; nothing where that was killed at once.
 OWNER = re.compile(r"(process \d+ on .*\n?)?")
-# What a run writes before its first checkpoint, or draws.
-RUN_FILE = re.compile(r"options\.json|log\.jsonl|curves\.png|sheet-\d{8}\.png|tokenizer\.json")
+# What a run writes before its first checkpoint, or draws, or leaves beside its model.
+RUN_FILE = re.compile(r"options\.json|log\.jsonl|curves\.png|sheet-\d{8}\.png|tokenizer\.json"
+                      r"|code\.safetensors")
 
 
 def last_checkpoint(args) -> pathlib.Path | None:

@@ -43,14 +43,15 @@ import torch
 from engine import command
 from engine.device import commit, machine
 from engine.distributed import StopSignal
-from engine.files import prepare_folder, weights_digest
+from engine.files import weights_digest
 from engine.limits import MAX_FACTOR, MAX_STEPS, MAX_TRAINING_STEPS, MAX_WORKERS
+from engine.outputs import prepare_folder
 from lab import dots, evaluate, inside, plan, statistics, tables, trials
 from lab.plan import PARTS, Arm, Part
 from lab.statistics import Estimate
 from lab.trials import write_json
 from sample import TOY_FOLDER
-from train import pairs_beside
+from toy.world import pairs_beside
 
 # ----------------------------------------------------------------------------------- the prompts
 
@@ -473,8 +474,8 @@ def main(argv=None):
     # Figures go to files: a command needs no screen.
     matplotlib.use("Agg")
     with command.one_line_errors():
-        names = [f"{name}.{kind}" for name in args.parts for kind in ("json", "png")]
-        prepare_folder(args.out, *names)
+        endings = (".json", ".png", "-categories.png")
+        prepare_folder(args.out, *(name + ending for name in args.parts for ending in endings))
         if args.study in inside.STUDIES:
             look(args, args.study)
         else:

@@ -30,16 +30,18 @@ from functools import cache, partial
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import sample
 from engine import command, fast
 from engine.data import times_and_noise
 from engine.device import commit, machine, set_threads
-from engine.files import prepare_folder, save_png, weights_digest, write_text
+from engine.files import save_png, weights_digest, write_text
 from engine.limits import MAX_PICTURES, MAX_STEPS
+from engine.outputs import prepare_folder
 from engine.pictures import contact_sheet, to_pixels
-from tbac import TBAC
+from tbac import TBAC, TBACConfig
 from toy import grader, language, world
 from toy.world import Scene, Thing
 
@@ -314,15 +316,19 @@ JUDGES = {"draw": drawn, "edit": edited, "ask": answered, "read": read}
 
 # ---------------------------------------------------------------- the benchmark
 
+def noise(rows: list[Row], seed: int, config: TBACConfig, device) -> Tensor:
+    """(B, C, h, w): for each prompt and number k of its picture one of its own."""
+    rngs = [random.Random(f"{seed} {case.category} {case.prompt} {k}") for case, k in rows]
+    return times_and_noise(rngs, sample.latent_shape(config), device)[1]
+
+
 def paint(model: TBAC, rows: list[Row], seed: int, batch: int, **settings) -> Iterator[Image.Image]:
-    """Yields a picture for each row. The noise of each has a seed of its own, so that (but for
-    rounding) a picture depends neither on the other ones nor on the batch size."""
+    """Yields a picture for each row. Its noise depends on its prompt alone, so (but for rounding) a
+    picture depends neither on the other ones nor on the batch size."""
     config = model.config
-    device = model.ladder.queries.device
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
-        rngs = [random.Random(f"{seed} {case.category} {case.prompt} {k}") for case, k in part]
-        _, eps = times_and_noise(rngs, sample.latent_shape(config), device)   # (B, C, h, w)
+        eps = noise(part, seed, config, model.ladder.queries.device)
         prompts = [case.prompt for case, _ in part]
         images = [case.images(config.size) for case, _ in part]
         yield from sample.generate(model, prompts, images, eps=eps, **settings)
@@ -543,17 +549,20 @@ def by_category(rows: dict) -> dict:
     return found
 
 
-def save(args: argparse.Namespace, rows: dict, sheet: Image.Image | None, seconds: float) -> None:
-    """scores.json, and failures.png if there are any."""
+def origin(args: argparse.Namespace) -> dict:
+    """What is scored, how, and by which code: to be asked before the work, which takes a while."""
     said = vars(args) | {"weights": weights_digest(args.model)}
-    record = dict(options=said, commit=commit(), machine=machine(args.device),
-                  seconds=round(seconds), scores=by_category(rows))
-    write_text(args.out / "scores.json", json.dumps(record, indent=1, default=str))
+    return dict(options=said, commit=commit(), machine=machine(args.device))
+
+
+def save(out: pathlib.Path, record: dict, sheet: Image.Image | None) -> None:
+    """scores.json, and failures.png if there are any."""
+    write_text(out / "scores.json", json.dumps(record, indent=1, default=str))
     if sheet:
-        save_png(sheet, args.out / "failures.png")
+        save_png(sheet, out / "failures.png")
     else:
         # not one of an earlier run
-        (args.out / "failures.png").unlink(missing_ok=True)
+        (out / "failures.png").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- command line
@@ -601,6 +610,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.plain:
             fast.enable(model)
         sample.default_guidance(args, model)
+        record = origin(args)
         scores, failures = benchmark(
             model, args.tasks, args.n, args.pictures, args.batch, args.seed, steps=args.steps,
             solver=args.solver, guidance=args.guidance, image_guidance=args.image_guidance,
@@ -608,7 +618,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = summary(scores | ceilings(model, args.n, args.batch))
         for task in dict.fromkeys(key[0] for key in rows):
             show(rows, task)
-        save(args, rows, failures_sheet(failures, model.config.size), time.time() - start)
+        record |= dict(seconds=round(time.time() - start), scores=by_category(rows))
+        save(args.out, record, failures_sheet(failures, model.config.size))
     print("\nPercent right, with 95 % bootstrap intervals over prompts.")
     print(f"A category has {args.n} prompts, each drawn {args.pictures} times, {args.n} edits or "
           f"{args.n * args.pictures} questions, or all that exist.")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import sample
 import train
 from engine import fast
-from engine.data import Reader, Share, ignore_signals, times_and_noise
+from engine.data import Reader, Share, ignore_signals
 from engine.device import commit, set_threads
 from engine.files import read_json, weights_digest, write_text
 from engine.pictures import to_pixels
@@ -357,16 +357,14 @@ class Group:
 
     @torch.no_grad()
     def score(self, stack: Stack, prompts: list, grade: Callable) -> Tensor:
-        """-> (N, prompts), 1 where the picture is right. Noise as in lab.evaluate: a seed of its
-        own for each prompt, the same for all models."""
-        config = self.model.config
+        """-> (N, prompts), 1 where the picture is right. The noise is that of lab.evaluate, for all
+        models the same."""
         device = self.args.device
         at_once = max(1, AT_ONCE["cuda" if device.startswith("cuda") else "cpu"] // stack.n)
         found = []
         for i in range(0, len(prompts), at_once):
             part = prompts[i:i + at_once]
-            rngs = [random.Random(f"0 {case.category} {case.prompt} 0") for case in part]
-            _, eps = times_and_noise(rngs, sample.latent_shape(config), device)
+            eps = evaluate.noise([(case, 0) for case in part], 0, self.model.config, device)
             texts = [case.prompt for case in part]
             *_, last = sample.denoise(stack, texts * stack.n, eps=eps.repeat(stack.n, 1, 1, 1),
                                       conditioning=stack.conditioning(texts),

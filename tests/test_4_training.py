@@ -42,7 +42,9 @@ def test_frozen_parts_stay_bit_identical_and_the_others_move(tiny):
     before = {n: t.clone() for n, t in tiny.state_dict().items()}
     optimizer = torch.optim.AdamW(tiny.trainable(), lr=1e-3, weight_decay=0.1)
     for _ in range(20):
-        tiny.loss(pixels(2, g), ["a red circle", "two blue squares"], generator=g).backward()
+        x0 = tiny.dcae.encode(pixels(2, g))
+        losses = tiny.loss(x0, ["a red circle", "two blue squares"], generator=g)
+        losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, t in tiny.state_dict().items():
@@ -58,9 +60,10 @@ def test_first_loss_is_the_power_of_the_target(tiny):
     tiny.dit.init_weights()
     tiny.ladder.init_weights()
     g = torch.Generator().manual_seed(0)
-    x, eps = pixels(2, g), torch.randn(2, 4, 8, 8, generator=g)
-    want = (eps - tiny.dcae.encode(x)).pow(2).mean()
-    assert torch.allclose(tiny.loss(x, ["a", "b"], eps=eps, generator=g), want)
+    x0 = tiny.dcae.encode(pixels(2, g))
+    eps = torch.randn(2, 4, 8, 8, generator=g)
+    want = (eps - x0).pow(2).mean((1, 2, 3))
+    assert torch.allclose(tiny.loss(x0, ["a", "b"], eps=eps, generator=g), want)
 
 
 def test_time_runs_from_data_to_noise(tiny):
@@ -68,10 +71,10 @@ def test_time_runs_from_data_to_noise(tiny):
     g, seen = torch.Generator().manual_seed(0), []
     x0, eps = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 4, 8, 8, generator=g)
     t = torch.tensor([0.25, 1.0])
-    tiny.dit.forward = lambda x, time, kv: seen.append((x, time)) or torch.zeros_like(x)
-    losses = tiny.loss(None, ["a", "b"], t=t, eps=eps, x0=x0, reduction="none")
-    (x_t, time), = seen
-    assert torch.equal(time, torch.tensor([250.0, 1000.0]))
+    tiny.dit.forward = lambda x, timestep, kv: seen.append((x, timestep)) or torch.zeros_like(x)
+    losses = tiny.loss(x0, ["a", "b"], t=t, eps=eps)
+    (x_t, timestep), = seen
+    assert torch.equal(timestep, torch.tensor([250.0, 1000.0]))
     assert torch.allclose(x_t[0], 0.75 * x0[0] + 0.25 * eps[0]) and torch.equal(x_t[1], eps[1])
     assert torch.allclose(losses, (eps - x0).pow(2).mean((1, 2, 3)))
     assert torch.equal(flow_matching(x0, t, eps)[0], x_t)
@@ -84,38 +87,40 @@ def test_times_are_uniform_and_never_0(tiny, monkeypatch):
     least = types.SimpleNamespace(random=lambda: 0.0, getrandbits=lambda n: 0)
     assert data.times_and_noise([least], (1,), "cpu")[0] == 1
     seen = []
-    tiny.dit.forward = lambda x, time, kv: seen.append(time) or torch.zeros_like(x)
+    tiny.dit.forward = lambda x, timestep, kv: seen.append(timestep) or torch.zeros_like(x)
     for drawn, fed in ((0.0, 1000.0), (0.25, 750.0)):
         monkeypatch.setattr(torch, "rand", lambda n, x=drawn, **_: torch.full((n,), x))
-        tiny.loss(None, ["a"], x0=torch.zeros(1, 4, 8, 8), eps=torch.zeros(1, 4, 8, 8))
+        tiny.loss(torch.zeros(1, 4, 8, 8), ["a"], eps=torch.zeros(1, 4, 8, 8))
         assert seen.pop().item() == fed
 
 
 def test_a_pass_drops_conditions_and_shifts_times():
     example = data.Example("x", (), Image.new("RGB", (8, 8)))
-    args, seen = argparse.Namespace(cond_drop=0.3, shift=3.0, device="cpu"), {}
-    model = types.SimpleNamespace(loss=lambda **given: seen.update(given) or torch.zeros(40))
+    args, seen = argparse.Namespace(cond_drop=0.3, shift=3.0, device="cpu"), []
+    model = types.SimpleNamespace(loss=lambda *given: seen.extend(given) or torch.zeros(40))
     rows = [(example, random.Random(i)) for i in range(40)]
     x0 = torch.zeros(40, 4, 8, 8)
     _, times = train.ladder_loss(model, lambda model, examples: x0, rows, args)
     rngs = [random.Random(i) for i in range(40)]
     prompts = [train.drop_condition(example, rng, 0.3)[0] for rng in rngs]
     t, eps = data.times_and_noise(rngs, (4, 8, 8), "cpu")
-    assert seen["prompts"] == prompts and 3 < prompts.count("") < 24
-    assert torch.equal(seen["eps"], eps) and times is seen["t"]
+    given_x0, given_prompts, _, given_t, given_eps = seen
+    assert given_x0 is x0 and given_prompts == prompts and 3 < prompts.count("") < 24
+    assert torch.equal(given_eps, eps) and given_t is times
     assert torch.allclose(times, 3 * t / (1 + 2 * t))
 
 
 @pytest.mark.slow
 def test_one_batch_can_be_learnt_by_heart(tiny):
     g = torch.Generator().manual_seed(0)
-    x, eps = pixels(4, g), torch.randn(4, 4, 8, 8, generator=g)
+    x0 = tiny.dcae.encode(pixels(4, g))
+    eps = torch.randn(4, 4, 8, 8, generator=g)
     t = torch.tensor([0.2, 0.4, 0.6, 0.8])
     tiny.dit.init_weights(g)
     tiny.ladder.init_weights(g)
     optimizer, losses = torch.optim.AdamW(tiny.trainable(), lr=3e-3), []
     for _ in range(150):
-        loss = tiny.loss(x, ["red", "green", "blue", "yellow"], t=t, eps=eps)
+        loss = tiny.loss(x0, ["red", "green", "blue", "yellow"], t=t, eps=eps).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -317,6 +322,16 @@ def test_help_shows_the_presets_values(capsys):
         train.options(["--preset", "paper", "--stage", "t2i", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "optimizer steps (default: 150000)" in said and "of matrices (default: 0.05)" in said
+
+
+def test_wrong_data_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.TBAC, "load", lambda *_: pytest.fail("the data were not tried first"))
+    out = tmp_path / "run"
+    words = ["--data", tmp_path / "nothing", "--cache-latents", "--out", out]
+    args = train.options([*map(str, words)])
+    with pytest.raises(ValueError, match="no such files"):
+        train.Run(args)
+    assert not out.exists()
 
 
 def test_no_toy_where_the_paper_was_meant_and_no_cuda_where_there_is_none(tmp_path, monkeypatch):

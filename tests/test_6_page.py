@@ -239,7 +239,9 @@ def test_what_is_cut_is_said_and_what_fails_does_not_end_the_server(one, server,
         patch.setattr(words, "listen", heard)
         found = outcome(server, "/draw", **request(prompt="dog", steps=1))
         assert "dog" in found["note"]["text"]
-        assert "cat" in outcome(server, "/ask", question="cat", image=None)["note"]["text"]
+        answered = list(events(post(server, "/ask", dict(question="cat", image=None))))
+    notes = [data["text"] for name, data in answered if name == "note"]
+    assert "cat" in notes[0] and notes[1:] == ["answer cut at 64 tokens"]
 
     def broken(*_):
         raise RuntimeError("a bug in here")
@@ -699,6 +701,8 @@ def test_names_cannot_leave_the_data_of_the_page(one):
     (["--serve", "--image", "x.png"], "leave them out"),
     (["--serve", "--explain"], "leave them out"), (["--serve", "--compile"], "leave one out"),
     (["--serve", "--steps", "201"], "200 --steps are the limit"),
+    (["--serve", "--seed", str(2 ** 53)], "a browser counts exactly"),
+    (["--serve", "--negative", "x" * 5000], "at most 4096 bytes"),
 ])
 def test_options_that_make_no_sense_with_it(words, message):
     with pytest.raises(ValueError, match=message):

@@ -92,7 +92,8 @@ def test_a_run_never_takes_the_place_of_a_model(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "options.json", "log.jsonl", "tokenizer.json", "curves.png", "sheet-00000500.png"])
+    "options.json", "log.jsonl", "tokenizer.json", "code.safetensors", "curves.png",
+    "sheet-00000500.png"])
 def test_a_run_never_takes_the_place_of_files_of_others(small, tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("{}")
     said = main(monkeypatch, train, *RUN, "--model", small, "--out", tmp_path)
@@ -313,6 +314,7 @@ def write_jpeg(file):
     (make_fifo, "is not a regular file"), (link_to_aim, "is not a regular file"),
     (write_jpeg, "is not a PNG and would be lost"),
     (lambda file: file.write_text("letters"), "is not a PNG"),
+    (lambda file: file.write_text("<!DOCTYPE html>\n<title>notes</title>"), "is not a PNG"),
     (lambda file: file.mkdir(), "is a folder"),
 ])
 @pytest.mark.parametrize("name, more", [
@@ -324,7 +326,7 @@ def test_only_a_png_is_written_over(small, tmp_path, monkeypatch, make, message,
     before = contents(tmp_path), os.lstat(tmp_path / name)
     said = draws(monkeypatch, small, tmp_path / "a.png", *more)
     if name.endswith("html"):
-        message = message.replace("a PNG", "an HTML page of ours")
+        message = message.replace("a PNG", "a page of --explain")
     assert message in said or "is not a regular file" in said
     assert (contents(tmp_path), os.lstat(tmp_path / name)) == before
 
@@ -393,12 +395,8 @@ def test_epochs_have_no_more_steps_than_a_run_may_have(small, tmp_path):
 
 # ----------------------------------------------------------------------------------------- evaluate
 
-ROW = {("draw", "counting", "category", "seen"): dict(mean=1.0, interval=[1, 1], prompts=1)}
-
-
 def test_scores_are_whole_or_the_older_ones(tmp_path, monkeypatch):
-    args = evaluate.options(["--out", str(tmp_path)])
-    evaluate.save(args, ROW, Image.new("RGB", (4, 4)), 1.0)
+    evaluate.save(tmp_path, dict(scores=1), Image.new("RGB", (4, 4)))
     before = contents(tmp_path)
 
     def full(*_):
@@ -406,10 +404,10 @@ def test_scores_are_whole_or_the_older_ones(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        evaluate.save(args, ROW, None, 2.0)
+        evaluate.save(tmp_path, dict(scores=2), None)
     assert contents(tmp_path) == before
     monkeypatch.undo()
-    evaluate.save(args, ROW, None, 2.0)
+    evaluate.save(tmp_path, dict(scores=2), None)
     assert list(contents(tmp_path)) == ["scores.json"]
 
 
@@ -421,7 +419,10 @@ def test_evaluate_tries_the_place_before_the_work(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "scores.json")
     file = tmp_path / "file"
     file.write_text("x")
+    (tmp_path / "own").mkdir()
+    write_jpeg(tmp_path / "own" / "failures.png")
     for out, message in ((tmp_path, "scores.json exists and is not a regular file"),
+                         (tmp_path / "own", "failures.png is not a PNG and would be lost"),
                          (file, "File exists"), ("/proc/none", "/proc/none")):
         with pytest.raises(SystemExit, match=message):
             evaluate.main(["--out", str(out)])

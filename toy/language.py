@@ -41,6 +41,7 @@ from toy.world import (
     Thing,
     cell,
     columns,
+    pairs_beside,
     relation,
     sample_name,
     sample_place,
@@ -449,12 +450,23 @@ def three_in_a_row(rng: random.Random) -> Scene:
                 return row
 
 
-def scene_to_draw(rng: random.Random) -> Scene:
+def scene_with_rare_ones(rng: random.Random) -> Scene:
     """As `sample_scene`; but every fifth holds three different things, or has three in a row, which
     are rare by chance."""
     if rng.random() > 0.2:
         return sample_scene(rng)
     return three_in_a_row(rng) if rng.random() < 0.5 else three_different(rng)
+
+
+def scene_to_draw(rng: random.Random, held_out: frozenset = HELD_OUT) -> Scene:
+    """held_out: pairs of colour and shape that may only stand alone. A scene that shows one beside
+    another thing gives way to a new one of as many things: else scenes of many things would be the
+    rarer, the more pairs are held out."""
+    scene = scene_with_rare_ones(rng)
+    n = len(scene.things)
+    while len(scene.things) != n or pairs_beside(scene) & held_out:
+        scene = scene_with_rare_ones(rng)
+    return scene
 
 
 def say_spots(things: Sequence[Thing], speaker: Speaker) -> str:

@@ -140,14 +140,19 @@ def placed(thing: Thing) -> bool:
     return all(abs(c - line) >= BORDER for c in (thing.x, thing.y) for line in (1 / 3, 2 / 3))
 
 
+def pairs_beside(scene: Scene) -> set[tuple[str, str]]:
+    """The pairs of colour and shape that stand beside another thing."""
+    pairs = {(thing.colour, thing.shape) for thing in scene.things}
+    return pairs if len(scene.things) > 1 else set()
+
+
 def valid(scene: Scene, held_out: bool = False) -> bool:
     """May this scene be drawn? held_out=True allows held-out pairs beside other things."""
     things = scene.things
     if not 1 <= len(things) <= 4:
         return False
 
-    # with more than one thing, none is a held-out pair of colour and shape
-    if not held_out and len(things) > 1 and any((t.colour, t.shape) in HELD_OUT for t in things):
+    if not held_out and pairs_beside(scene) & HELD_OUT:
         return False
 
     # two things are clearly in a relation, or clearly in none
