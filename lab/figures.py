@@ -491,9 +491,11 @@ def shoot(address, width, height, name):
         raise ValueError(f"the figure {name} needs a browser: install chromium")
     with tempfile.TemporaryDirectory() as folder:
         shot = pathlib.Path(folder, "shot.png")
-        subprocess.run([program, "--headless", "--no-sandbox", "--hide-scrollbars",
-                        f"--window-size={width},{height}", f"--screenshot={shot}", address],
-                       check=True, capture_output=True)
+        words = [program, "--headless", "--no-sandbox", "--hide-scrollbars",
+                 f"--window-size={width},{height}", f"--screenshot={shot}", address]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode or not shot.exists():
+            raise ValueError(f"{program} took no picture of {name}:\n{done.stderr[-2000:]}")
         with Image.open(shot) as image:
             save_picture(image, OUT / f"{name}.png")
 
@@ -601,7 +603,8 @@ def save_picture(image, file):
 
 def check_size(file):
     size = file.stat().st_size
-    assert size < LIMIT, f"{file}: {size} bytes, more than {LIMIT}"
+    if size >= LIMIT:
+        raise ValueError(f"{file}: {size} bytes, more than {LIMIT}")
     print(f"wrote {file.relative_to(ROOT)}, {size // 1000} kB")
 
 

@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import train
 from engine.command import SEED, Parser, device, one_line_errors, path
 from engine.device import commit, machine
-from engine.files import digest, read_json, weight_files, write_text
+from engine.files import digest, new_file, read_json, weight_files, write_text
 from engine.state import checkpoints
 from lab import curves, pretrain
 from tbac import TBAC
@@ -104,8 +103,13 @@ def open_diary(args) -> dict:
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"--out {args.out} is not empty, and not of this command")
         args.out.mkdir(parents=True, exist_ok=True)
-        return made | {what: {} for what in MINUTES} | dict(finished=[], made={})
+        diary = made | {what: {} for what in MINUTES} | dict(finished=[], made={})
+        # What comes to lie here is of this command, even if it is killed at once.
+        keep(diary, args)
+        return diary
     diary = read_json(file)
+    if not isinstance(diary, dict) or {*made, *MINUTES, "finished", "made"} - diary.keys():
+        raise ValueError(f"{file} is not of this command: give another --out")
     if len(diary["finished"]) == len(RECIPE):
         made["commit"] = diary["commit"]
     for name, value in made.items():
@@ -177,10 +181,19 @@ def train_all(args, diary: dict) -> None:
                 run(stage, args, diary, lambda: left.show(bar))
 
 
+def check_commit(diary: dict, args) -> None:
+    """ValueError where the code has become another since the beginning."""
+    now, begun = commit(), diary["commit"]
+    if now != begun:
+        raise ValueError(f"the code is {now} by now, not {begun}, with which {args.out} was begun: "
+                         "go back to that")
+
+
 def run(stage: Stage, args, diary: dict, show: Callable) -> None:
     """A stage, to its end, or until this process is told to stop; then it saves first. The diary
     says how long it took, and how long the processor worked for it: beside other work it takes more
     minutes, but hardly more of these."""
+    check_commit(diary, args)
     (args.out / stage.name).mkdir(exist_ok=True)
     file = args.out / f"{stage.name}.txt"
     with open(file, "ab") as output:
@@ -238,8 +251,9 @@ def cpu_seconds() -> float:
 
 
 def environment() -> dict:
-    """One thread a process: there are two, and tiny products wait for each other's threads."""
-    return os.environ | dict(OMP_NUM_THREADS="1")
+    """One thread a process: there are two, and tiny products wait for each other's threads. And ten
+    minutes to save for who is told to stop: torchrun by itself waits for half a minute."""
+    return os.environ | dict(OMP_NUM_THREADS="1", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600")
 
 
 def duration(seconds: float) -> str:
@@ -252,13 +266,15 @@ def duration(seconds: float) -> str:
 def score(args, diary: dict) -> dict:
     """Runs the benchmark, unless this commit has. ValueError if it fails."""
     file = args.out / "scores" / "scores.json"
-    if not file.exists() or diary.get("scored_by") != commit():
+    now = commit()
+    # Changes that no commit has may be others by now.
+    if not file.exists() or diary.get("scored_by") != now or now.endswith("+"):
         words = [sys.executable, "-m", "lab.evaluate", "--model", str(args.out / "edit"),
                  "--out", str(file.parent), "--device", args.device]
         status = subprocess.run(words + list(DRY_SCORES if args.dry_run else ()), cwd=ROOT)
         if status.returncode:
             raise ValueError(f"the benchmark failed (status {status.returncode}): see above")
-        diary["scored_by"] = commit()
+        diary["scored_by"] = now
         keep(diary, args)
     return read_json(file)
 
@@ -267,15 +283,21 @@ def ship(args, diary: dict, scores: dict, others: list[dict]) -> pathlib.Path:
     """The folder `weights` -> its place. others: what is said of other seeds."""
     folder = args.out / "weights"
     TBAC.load(args.out / "edit").save(folder, torch.float16)
-    shutil.copyfile(args.out / "mllm" / pretrain.CODE, folder / pretrain.CODE)
+    copy(args.out / "mllm" / pretrain.CODE, folder / pretrain.CODE)
     write_text(folder / "words.txt", "\n".join(sorted(language.words())) + "\n")
     curves.write({stage.name: args.out / stage.name for stage in RECIPE}, folder)
     for stage in RECIPE:
         for sheet in some(sorted((args.out / stage.name).glob("sheet-*.png")), 4):
-            shutil.copyfile(sheet, folder / f"{stage.name}-{sheet.name}")
+            copy(sheet, folder / f"{stage.name}-{sheet.name}")
     found = record(args, diary, scores, folder) | dict(other_seeds=others)
     write_text(folder / "record.json", json.dumps(found, indent=1))
     return folder
+
+
+def copy(source: pathlib.Path, file: pathlib.Path) -> None:
+    """Whole or not at all."""
+    with new_file(file) as f:
+        f.write(source.read_bytes())
 
 
 def record(args, diary: dict, scores: dict, folder: pathlib.Path) -> dict:
@@ -301,9 +323,12 @@ def made_by(stage: Stage, args) -> dict:
 
 
 def beside(folder: pathlib.Path) -> dict:
-    """What is said of another seed."""
-    other = read_json(folder / "weights" / "record.json")
+    """What is said of another seed. ValueError for what is no such record."""
+    file = folder / "weights" / "record.json"
+    other = read_json(file)
     kept = ("command", "commit", "seed", "machine", "stages", "scores")
+    if not isinstance(other, dict) or set(kept) - other.keys():
+        raise ValueError(f"--beside {folder}: {file} has not all of {', '.join(kept)}")
     return {name: other[name] for name in kept}
 
 
@@ -330,6 +355,8 @@ def interrupt(number: int, frame) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = options(argv)
+    # Its stages run in the folder of the code.
+    args.out = args.out.resolve()
     signal.signal(signal.SIGTERM, interrupt)
     with one_line_errors():
         # What is wrong with them should not show after hours only.

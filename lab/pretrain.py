@@ -658,11 +658,14 @@ def unit_latents(run) -> None:
     deviation of 1, as SANA's have."""
     args = run.args
     model = TBAC.load(args.out, args.device)
-    examples = first_examples(run.reader, 256)
-    pictures = [sheets.picture_of(example, args.size) for example in examples]
+    dtype = model.dcae.encoder.conv_in.weight.dtype
+    latents = []
+    for example in first_examples(run.reader, 256):
+        picture = sheets.picture_of(example, args.size)
+        with torch.no_grad():
+            latents.append(model.dcae.encode(to_pixels([picture], args.device, dtype)).float())
     c = model.config.dcae
-    with torch.no_grad():
-        std = model.dcae.encode(to_pixels(pictures, args.device)).std().item() / c.scaling_factor
+    std = torch.cat(latents).std().item() / c.scaling_factor
     dcae = dataclasses.replace(c, scaling_factor=1 / std)
     model.config = dataclasses.replace(model.config, dcae=dcae)
     model.save(args.out)

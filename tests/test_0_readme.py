@@ -165,9 +165,10 @@ def test_the_study_is_the_one_that_was_planned():
     """Every part that is stored: its arms, seeds, steps, prompts and settings are the plan's."""
     assert "primary" in tables.trained()
     for name in tables.trained():
-        found, part = study(name), plan.PARTS[name]
+        found, part = study(name), plan.PARTS[name.removesuffix(tables.AGAIN)]
         assert set(found["runs"]) == {run.name for run in part.runs()}
-        said = dict(steps=plan.STEPS if part.long else plan.OTHER_STEPS, batch=plan.BATCH,
+        steps = plan.STEPS if part.long else plan.OTHER_STEPS
+        said = dict(steps=2 * steps if name.endswith(tables.AGAIN) else steps, batch=plan.BATCH,
                     lr=plan.LR, n=plan.PROMPTS, draw_steps=plan.DRAW_STEPS, guidance=plan.GUIDANCE)
         assert {key: found["options"][key] for key in said} == said, name
         for run in found["runs"].values():
@@ -261,7 +262,7 @@ def test_the_notebooks_point_at_what_exists():
 # -------------------------------------------------------------------------------------- commands
 
 COMMAND = re.compile(r"python (?:-m ((?:lab|bench|engine)\.\w+)|(?!-)([\w/]+\.py))([^`\n]*)"
-                     r"|torchrun --nproc-per-node \d+ (train\.py)([^`\n]*)")
+                     r"|torchrun --nproc-per-node \d+ --shutdown-timeout \d+ (train\.py)([^`\n]*)")
 
 
 def commands():

@@ -49,9 +49,26 @@ def test_one_toy_is_of_one_commit_and_seed(tmp_path):
     whole = dict(commit="0000000", finished=[stage.name for stage in make.RECIPE])
     (args.out / "make.json").write_text(json.dumps(diary | whole))
     assert make.open_diary(args)["commit"] == "0000000"
+    (args.out / "make.json").write_text("{}")
+    with pytest.raises(ValueError, match="make.json is not of this command"):
+        make.open_diary(args)
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="not empty"):
         make.open_diary(arguments("--out", tmp_path))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "record.json").write_text("{}")
+    with pytest.raises(ValueError, match="record.json has not all of command, commit"):
+        make.beside(tmp_path)
+
+
+def test_other_code_does_not_go_on(tmp_path, monkeypatch):
+    """Not even between two stages; and what was begun is known, whenever it was killed."""
+    args = arguments("--out", tmp_path / "toy", "--stop-after", "vit")
+    diary = make.open_diary(args)
+    assert make.open_diary(args) == diary
+    monkeypatch.setattr(make, "commit", lambda: "0000000")
+    with pytest.raises(ValueError, match="the code is 0000000 by now"):
+        make.run(make.RECIPE[0], args, diary, lambda: None)
 
 
 @pytest.mark.parametrize("killed, left", [(True, ["dcae", "mllm"]), (False, ["mllm"])])
