@@ -416,11 +416,11 @@ def arrival(moved: dict) -> str:
     """Have the curves arrived? In words, by the mean of all arms. Only an interval that holds
     nothing larger says so."""
     if not moved:
-        return "Scored at the end only: whether the curves have arrived is not known."
+        return "Scored at the end only: there is no test of arrival."
     whole = next(iter(moved.values()))
     low, high = (100 * x for x in whole["interval"])
     moves = low > plan.STILL or high < -plan.STILL
-    said = f"{'have' if moves else 'may have'} not arrived: take more --steps"
+    said = "have not arrived" if moves else "may have not arrived"
     if low > -plan.STILL and high < plan.STILL:
         said = "have arrived"
     rows = [[label, points(row, 1)] for label, row in moved.items()]
@@ -453,9 +453,14 @@ def part_of(name: str) -> str:
     return part(study(name))
 
 
+# A part that was trained again, for twice as many steps (docs/study.md, "When to stop").
+AGAIN = f"-{2 * plan.STEPS}"
+
+
 def trained() -> list[str]:
     """The parts of the study that are stored."""
-    return [name for name in plan.PARTS if (STUDIES / f"{name}.json").is_file()]
+    names = [name + ending for name in plan.PARTS for ending in ("", AGAIN)]
+    return [name for name in names if (STUDIES / f"{name}.json").is_file()]
 
 
 # ------------------------------------------------------------------------------------- the pages
