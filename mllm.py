@@ -338,7 +338,7 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def next_tokens(self, batch: Batch, max_new_tokens: int = 64) -> Iterator[Tensor]:
         """Batch -> the likeliest next token of each row, (B,), again and again, until every row has
-        come to its end, or `max_new_tokens` times."""
+        come to its end, or `max_new_tokens` times: then with a warning."""
         cache = KVCache()
         x = self.embed(batch)                                              # (B, S, M)
         positions, mask = batch.positions, batch.attention_mask
@@ -355,7 +355,7 @@ class MLLM(nn.Module):
             position = positions.amax((0, 2), keepdim=True) + 1            # (1, B, 1)
             positions = position.expand(3, -1, 1)
             mask = F.pad(mask, (0, 1), value=True)
-        warnings.warn(f"answer cut at {max_new_tokens} tokens", stacklevel=2)
+        warnings.warn(f"answer cut at {max_new_tokens} tokens", stacklevel=3)
 
     def generate(self, batch: Batch, max_new_tokens: int = 64) -> list[list[int]]:
         """`next_tokens` to the end -> each row's answer as token ids, up to its end token."""

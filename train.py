@@ -44,7 +44,7 @@ from engine.outputs import check_kind
 from engine.runs import last_checkpoint, run_folder
 from engine.sources import Example
 from engine.state import State, ema_weights, gather_full, save
-from engine.stream import batches, first_examples, open_reader, open_sources
+from engine.stream import batches, check_data, first_examples, open_reader
 from sample import TOY_FOLDER, black, generate, latent_shape, shifted
 from tbac import TBAC
 from toy import language, world
@@ -287,9 +287,7 @@ class Run:
         last = last_checkpoint(args)
         makers = {word: functools.partial(make, size=args.size)
                   for word, make in task.makers.items()} | (own or {})
-        if args.data:
-            # What is wrong with it is said before the model is loaded.
-            open_sources(args, makers, None)
+        check_data(args, makers)
         torch.manual_seed(args.seed)
         self.model = task.build(args)
         set_threads(self.model)

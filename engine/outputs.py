@@ -86,7 +86,7 @@ def check_kind(file: pathlib.Path) -> None:
     with open(file, "rb") as f:
         found = f.read(len(expected))
     if found != expected:
-        name = "a PNG" if kind == ".png" else "a page of --explain"
+        name = "a PNG" if kind == ".png" else "a page of this --explain"
         raise ValueError(f"{file} is not {name} and would be lost: give another name")
 
 

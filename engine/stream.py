@@ -9,7 +9,7 @@ from tqdm import tqdm
 from engine.checks import printable
 from engine.data import Reader, Share
 from engine.limits import MAX_COUNT, MAX_TRAINING_STEPS
-from engine.sources import Generated, source
+from engine.sources import Generated, open_source, source
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
@@ -20,6 +20,14 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     if not 0 < float(weight) <= MAX_COUNT:
         raise ValueError(f"--data {printable(spec)}: a weight must be above 0, at most {MAX_COUNT}")
     return name, float(weight)
+
+
+def check_data(args, makers: dict) -> None:
+    """ValueError for what --data cannot name: before a model is loaded. (Whether a record can be
+    read depends on the latents that are cached.)"""
+    for spec in args.data or ():
+        name, _ = split_weight(spec)
+        open_source(name, makers, args.seed)
 
 
 def open_sources(args, makers: dict, latents) -> tuple[list, list]:

@@ -323,8 +323,8 @@ def noise(rows: list[Row], seed: int, config: TBACConfig, device) -> Tensor:
 
 
 def paint(model: TBAC, rows: list[Row], seed: int, batch: int, **settings) -> Iterator[Image.Image]:
-    """Yields a picture for each row. Its noise depends on its prompt alone, so (but for rounding) a
-    picture depends neither on the other ones nor on the batch size."""
+    """Yields a picture for each row. (But for rounding) it depends neither on the other ones nor on
+    the batch size: its noise is its own."""
     config = model.config
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]

@@ -252,7 +252,8 @@ def cpu_seconds() -> float:
 
 def environment() -> dict:
     """One thread a process: there are two, and tiny products wait for each other's threads. And ten
-    minutes to save for who is told to stop: torchrun by itself waits for half a minute."""
+    minutes to save for who is told to stop: torchrun by itself waits for half a minute, and before
+    PyTorch 2.12 does not listen."""
     return os.environ | dict(OMP_NUM_THREADS="1", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600")
 
 

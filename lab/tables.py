@@ -420,7 +420,7 @@ def arrival(moved: dict) -> str:
     whole = next(iter(moved.values()))
     low, high = (100 * x for x in whole["interval"])
     moves = low > plan.STILL or high < -plan.STILL
-    said = "have not arrived" if moves else "may have not arrived"
+    said = "have not arrived" if moves else "may not have arrived"
     if low > -plan.STILL and high < plan.STILL:
         said = "have arrived"
     rows = [[label, points(row, 1)] for label, row in moved.items()]

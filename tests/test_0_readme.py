@@ -262,7 +262,7 @@ def test_the_notebooks_point_at_what_exists():
 # -------------------------------------------------------------------------------------- commands
 
 COMMAND = re.compile(r"python (?:-m ((?:lab|bench|engine)\.\w+)|(?!-)([\w/]+\.py))([^`\n]*)"
-                     r"|torchrun --nproc-per-node \d+ --shutdown-timeout \d+ (train\.py)([^`\n]*)")
+                     r"|torchrun --nproc-per-node \d+ (train\.py)([^`\n]*)")
 
 
 def commands():

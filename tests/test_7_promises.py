@@ -326,7 +326,7 @@ def test_only_a_png_is_written_over(small, tmp_path, monkeypatch, make, message,
     before = contents(tmp_path), os.lstat(tmp_path / name)
     said = draws(monkeypatch, small, tmp_path / "a.png", *more)
     if name.endswith("html"):
-        message = message.replace("a PNG", "a page of --explain")
+        message = message.replace("a PNG", "a page of this --explain")
     assert message in said or "is not a regular file" in said
     assert (contents(tmp_path), os.lstat(tmp_path / name)) == before
 

@@ -223,6 +223,12 @@ def probed(x, y, x_test, one=True, scale=True, by=lambda x, x_test: (x, x), scor
     return found if scores else found.argmax(1)
 
 
+def joined(batches):
+    """All latents at once, without torch.cat, which the check of 2.2 refuses."""
+    numbers = [x for batch in batches for x in batch.flatten().tolist()]
+    return torch.tensor(numbers).view(-1, *batches[0].shape[1:])
+
+
 # Per exercise, mistakes that its check must find.
 WRONG = {
     "1_flow": [
@@ -267,13 +273,15 @@ WRONG = {
             # the factor of each batch, averaged; deviations averaged; about 0; without the root
             lambda batches: sum(1 / batch.std().item() for batch in batches) / len(batches),
             lambda batches: len(batches) / sum(batch.std().item() for batch in batches),
-            lambda batches: 1 / torch.cat(batches).pow(2).mean().sqrt().item(),
-            lambda batches: 1 / torch.cat(batches).var().item(),
+            lambda batches: 1 / joined(batches).pow(2).mean().sqrt().item(),
+            lambda batches: 1 / joined(batches).var().item(),
             # within batches only
-            lambda batches: 1 / torch.cat([b - b.mean() for b in batches]).std().item(),
-            lambda batches: torch.cat(batches).std().item(),
-            lambda batches: 1 / torch.cat(batches).std(),
-            lambda batches: 1 / torch.cat(batches).std((0, 2, 3)),
+            lambda batches: 1 / joined([b - b.mean() for b in batches]).std().item(),
+            lambda batches: joined(batches).std().item(),
+            lambda batches: 1 / joined(batches).std(),
+            lambda batches: 1 / joined(batches).std((0, 2, 3)),
+            # right, but from all at once
+            lambda batches: 1 / torch.cat(batches).std().item(),
         ],
         [
             lambda t, s: t,
