@@ -115,13 +115,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     Grouped queries: each of the G heads of keys and values serves H / G heads of queries.
     """
-    shared = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(shared, 1)                                  # (B, H, T, K)
-    v = v.repeat_interleave(shared, 1)                                  # (B, H, T, K)
-    # Scaled before the product, which in float16 might become too large.
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)           # (B, H, S, T)
-    scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(-1) @ v                                       # (B, H, S, K)
+    q = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])       # (B, G, H/G, S, K)
+    scores = torch.einsum("bghsk, bgtk -> bghst", q, k)                 # (B, G, H/G, S, T)
+    scores = scores.masked_fill(~mask[:, :, None], -math.inf)
+    out = torch.einsum("bghst, bgtk -> bghsk", scores.softmax(-1), v)
+    return out.flatten(1, 2)                                            # (B, H, S, K)
 
 
 class SwiGLU(nn.Module):
