@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from dcae import DCAEConfig
 from dit import DiTConfig
 from engine.data import times_and_noise
-from engine.fast import pack_mask
+from engine.fast import encode_in_parts, pack_mask
 from engine.files import check_headers, new_file, write_text
 from engine.loading import load_weights
 from engine.options import parse
@@ -658,14 +658,12 @@ def unit_latents(run) -> None:
     deviation of 1, as SANA's have."""
     args = run.args
     model = TBAC.load(args.out, args.device)
-    dtype = model.dcae.encoder.conv_in.weight.dtype
-    latents = []
-    for example in first_examples(run.reader, 256):
-        picture = sheets.picture_of(example, args.size)
-        with torch.no_grad():
-            latents.append(model.dcae.encode(to_pixels([picture], args.device, dtype)).float())
+    examples = first_examples(run.reader, 256)
+    pictures = [sheets.picture_of(example, args.size) for example in examples]
+    pixels = to_pixels(pictures, args.device, model.dcae.encoder.conv_in.weight.dtype)
     c = model.config.dcae
-    std = torch.cat(latents).std().item() / c.scaling_factor
+    with torch.no_grad():
+        std = encode_in_parts(model.dcae, pixels).float().std().item() / c.scaling_factor
     dcae = dataclasses.replace(c, scaling_factor=1 / std)
     model.config = dataclasses.replace(model.config, dcae=dcae)
     model.save(args.out)
