@@ -836,8 +836,9 @@ def test_a_person_draws_edits_asks_and_mixes(browser, tiny_folder, tmp_path, gra
         tab.click("#question")
         tab.type("what is it?")
         tab.press("Enter")
-        tab.wait("!running && document.querySelector('dd') && status.textContent !== ''")
-        tab.wait("document.querySelector('#status').textContent === 'Answered'")
+        tab.wait("document.querySelector('#status').textContent.startsWith('Answered')")
+        # Untrained weights find no end.
+        assert status(tab) == "Answered. answer cut at 64 tokens"
         assert tab.js("document.querySelector('dd').textContent") not in ("", "…")
 
         # What is no picture, and what is stopped.
