@@ -386,12 +386,14 @@ def painted(model, own, null, args) -> list[Image.Image]:
 
 
 def things_there(pictures, asked) -> dict[str, list[bool]]:
-    """{which of the four things: is it in the picture?}"""
-    found = {what: [] for what in tables.THINGS}
+    """{which of the four things: is it in the picture?}, and whether there are more than two
+    things, of whatever name."""
+    found = {what: [] for what in (*tables.THINGS, tables.MORE)}
     for picture, four in zip(pictures, asked):
-        names = {thing.name for thing in grader.grade(picture).things}
+        names = [thing.name for thing in grader.grade(picture).things]
         for what, thing in zip(tables.THINGS, four):
             found[what].append(thing.name in names)
+        found[tables.MORE].append(len(names) > 2)
     return found
 
 
@@ -430,7 +432,7 @@ def slots(args):
         print(f"| {name} | " + " | ".join(map(evaluate.percent, row.values())) + " |")
     # Of single rungs there are too many.
     shown = {name: row for name, row in rows.items() if ", rung" not in name}
-    dots.plot_series(shown, args.out / "slots.png", "pictures that hold the object, %")
+    dots.plot_series(shown, args.out / "slots.png", "pictures, %")
     return dict(table=rows)
 
 

@@ -285,25 +285,27 @@ def probes_in_short() -> str:
 
 
 THINGS = ("its first", "its second", "the other's first", "the other's second")
+MORE = "more than two objects"
 
 
 def slots() -> str:
     """Which things are drawn where a slot is not its own prompt's, at every depth."""
-    rows = [[name.removesuffix(", every rung"), *cells(row, *THINGS)]
+    rows = [[name.removesuffix(", every rung"), *cells(row, *THINGS, MORE)]
             for name, row in study("slots")["table"].items() if ", rung" not in name]
-    return table(["", *THINGS], rows)
+    return table(["", *THINGS, MORE], rows)
 
 
 def slots_by_depth() -> str:
-    """How often a slot's own thing is still drawn, and the other prompt's, if only one rung of that
-    slot is changed."""
+    """How often a slot's own thing is still drawn, the other prompt's, or one too many, if only one
+    rung of that slot is changed."""
     found = study("slots")["table"]
     depths = [name.split(", ")[1] for name in found if name.startswith("mute slot 0")]
+    asked = [(how, slot, thing) for slot, (own, other) in enumerate(zip(THINGS, THINGS[2:]))
+             for how, thing in (("mute", own), ("splice", own), ("splice", other))]
     rows = []
-    for slot, (own, other) in enumerate(zip(THINGS, THINGS[2:])):
-        for how, thing in (("mute", own), ("splice", own), ("splice", other)):
-            shares = [percent(found[f"{how} slot {slot}, {depth}"][thing]) for depth in depths]
-            rows.append([f"{how} slot {slot}: {thing}", *shares])
+    for how, slot, thing in [*asked, ("mute", 2, MORE), ("mute", 3, MORE)]:
+        shares = [percent(found[f"{how} slot {slot}, {depth}"][thing]) for depth in depths]
+        rows.append([f"{how} slot {slot}: {thing}", *shares])
     return table(["", *depths], rows)
 
 

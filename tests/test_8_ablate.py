@@ -433,7 +433,11 @@ def test_the_things_that_are_there_are_told_apart():
     pictures = [world.render(world.Scene(tuple(places))), Image.new("RGB", (64, 64), "white")]
     found = inside.things_there(pictures, asked)
     assert found == dict(zip(tables.THINGS, ([True, False], [False] * 2, [False] * 2,
-                                             [True, False])))
+                                             [True, False]))) | {tables.MORE: [False] * 2}
+    # Of one name, one above the other: they count as three.
+    twice = [world.Thing(places[0].shape, places[0].colour, "medium", 0.22, y) for y in (0.2, 0.8)]
+    three = world.render(world.Scene((*twice, places[1])))
+    assert inside.things_there([three], asked)[tables.MORE] == [True]
     layout = inside.layout(pictures[0], places[::-1])
     assert layout["first is left"] == 0 and layout["number"] == 2
     assert layout["first, across"] == pytest.approx(0.75, abs=0.03)
