@@ -378,10 +378,9 @@ def options(argv=None):
     trains = args.study not in inside.STUDIES
     args.n = args.n or (plan.PROMPTS if trains else N_INSIDE.get(args.study, 24))
     args.n_early = min(args.n, args.n_early)
+    refuse_unused(p, args, sys.argv[1:] if argv is None else argv)
     if trains:
         refuse_missing(p, args)
-    else:
-        refuse_unused(p, args, sys.argv[1:] if argv is None else argv)
     return args
 
 
@@ -443,26 +442,27 @@ def refuse_missing(p, args) -> None:
                 "docs/study.md says under \"To repeat it\"")
 
 
-def options_of(study: str) -> tuple[str, ...]:
-    """Of a study that looks at a model."""
-    return "study", "model", "out", "device", *inside.OPTIONS[study]
+def options_of(args) -> set[str]:
+    """Those that its study uses."""
+    if args.study in inside.STUDIES:
+        return {"study", "model", "out", "device", *inside.OPTIONS[args.study]}
+    return vars(args).keys() - {"parts", "model", "pictures"}
 
 
 def refuse_unused(p, args, words: list[str]) -> None:
     """Options that are for other studies."""
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
-    if unused := given - {f"--{name.replace('_', '-')}" for name in options_of(args.study)}:
+    if unused := given - {f"--{name.replace('_', '-')}" for name in options_of(args)}:
         p.error(f"{args.study} does not ask for {', '.join(sorted(unused))}: leave it out")
 
 
 def origin(args) -> dict:
     """What was asked for (folders without the way to them), by which code, on what."""
-    looks = args.study in inside.STUDIES
-    names = options_of(args.study) if looks else vars(args).keys() - {"parts", "model", "pictures"}
+    names = options_of(args)
     said = {name: value for name, value in vars(args).items() if name in names}
     for folder in said.keys() & {"model", "start", "out"}:
         said[folder] = pathlib.Path(said[folder] or "").name
-    if looks:
+    if "model" in said:
         said["weights"] = weights_digest(args.model)
     if args.start:
         said |= {f"{name} weights": weights_digest(args.start / name) for name in starts(args)}

@@ -470,6 +470,8 @@ def test_a_look_inside_writes_its_table_and_its_figure(study, tmp_path):
     (["wirings", "--n", "0"], "must be a whole number from 1"),
     (["wirings"], "--start FOLDER"),
     (["everything"], "invalid choice"),
+    (["primary", "--start", "x", "--pictures", "3"], "primary does not ask for --pictures"),
+    (["wirings", "--start", "x", "--model", "y"], "wirings does not ask for --model"),
 ])
 def test_options_that_say_nothing(argv, message, capsys):
     with pytest.raises(SystemExit):
@@ -484,8 +486,8 @@ def test_what_a_look_does_not_use_cannot_be_asked(words, capsys):
         ablate.options(words)
     assert f"{words[0]} does not ask for --" in capsys.readouterr().err
     used = [f"--{name.replace('_', '-')}=7" for name in inside.OPTIONS[words[0]]]
-    about = ablate.origin(ablate.options([words[0], *used]))["options"]
-    assert about.keys() - {"weights"} == {*ablate.options_of(words[0])}
+    args = ablate.options([words[0], *used])
+    assert ablate.origin(args)["options"].keys() - {"weights"} == ablate.options_of(args)
 
 
 def test_runs_go_on_under_the_code_that_began_them(tmp_path):
