@@ -1,4 +1,6 @@
 """Figures of dots with intervals: no lines to follow, one row for each thing."""
+import math
+
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
@@ -72,12 +74,14 @@ def plot_series(rows: dict, file, x_label: str) -> None:
     named = set()
     for y, row in enumerate(rows.values()):
         for i, (name, found) in enumerate(row.items()):
-            offset = 0.18 * (i - (len(row) - 1) / 2)
+            offset = min(0.18, 0.7 / len(row)) * (i - (len(row) - 1) / 2)
             label = None if name in named else name
             dot(ax, y + offset, found, COLOURS[series.index(name)], label)
             named.add(name)
     label_rows(ax, list(rows), x_label)
     ax.set_xlim(-3, 103)
-    ax.legend(loc="lower left", fontsize=10, ncols=len(series), bbox_to_anchor=(0, 1),
-              frameon=False)
+    # Four names fit beside each other.
+    lines = math.ceil(len(series) / 4)
+    ax.legend(loc="lower left", fontsize=10, ncols=math.ceil(len(series) / lines),
+              bbox_to_anchor=(0, 1), frameon=False)
     save(figure, file)

@@ -965,24 +965,27 @@ def attention_and_change(shares: Tensor, changes: Tensor) -> None:
 
 def surgery(there: dict) -> None:
     """{what is done: {which object: is it in each picture}}: left what muting leaves of the
-    prompt's own two objects, right what splicing brings in of the other's; 95 % intervals."""
-    panels = {"mute": ("its first", "its second"),
-              "splice": ("the other's first", "the other's second")}
+    prompt's own two objects, right what splicing brings in of the other's, and where there are more
+    than two; 95 % intervals."""
+    more = "more than two objects"
+    panels = {"mute": ("its first", "its second", more),
+              "splice": ("the other's first", "the other's second", more)}
     fig, axes = plt.subplots(1, 2, figsize=(8, 4.6), sharey=True)
     for ax, (what, names) in zip(axes, panels.items()):
         rows = {"as it is": there["as it is"]}
         rows |= {done.split(" ", 1)[1]: found for done, found in there.items() if what in done}
         for (y, found), (k, name) in itertools.product(enumerate(rows.values()), enumerate(names)):
             low, high = wilson(sum(found[name]), len(found[name]))
-            y += 0.15 * (2 * k - 1)
+            y += 0.22 * (k - 1)
             ax.plot([100 * low, 100 * high], [y, y], color=f"C{k}", lw=2, alpha=0.5)
             label = name if y < 0.5 else None
             ax.plot(100 * np.mean(found[name]), y, "o", color=f"C{k}", label=label)
         ax.set_yticks(range(len(rows)), list(rows))
-        ax.set(title=what, xlabel="it is there, % of the pictures", xlim=(-3, 103))
+        ax.set(title=what, xlabel="% of the pictures", xlim=(-3, 103))
         ax.grid(alpha=0.3)
         # Below the axes: beside the dots, no place is free in every model.
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=10)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=9,
+                  columnspacing=1, handletextpad=0.2)
     axes[0].invert_yaxis()
     plt.show()
 
