@@ -38,7 +38,7 @@ from engine.files import (
     weight_files,
     write_shards,
 )
-from engine.int8 import in_int8, is_stored
+from engine.int8 import in_int8, stored_layers
 from engine.loading import read_tokenizer
 from mllm import MLLMConfig
 from tbac import TBAC, TBACConfig
@@ -430,7 +430,7 @@ def to_ours(name: str | None, tensor: Tensor, config: TBACConfig) -> Iterator[tu
 def stored_dtype(folder: Path) -> str:
     """The dtype of a folder's first tensor, such as "bfloat16", which is also what goes with
     layers in 8 bits."""
-    if is_stored(folder):
+    if stored_layers(folder):
         return "bfloat16"
     first = next(iter(stored_tensors(weight_files(folder)[0]).values()))
     return str(first.dtype).removeprefix("torch.")
@@ -446,7 +446,7 @@ def export(folder: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     if (config.wiring, config.connector) != ("ladder", "shared"):
         raise ValueError(f"{folder} is wired as {config.wiring!r}, connector {config.connector}; "
                          "the released code knows the paper's ladder only")
-    if dtype == torch.int8 or is_stored(folder):
+    if dtype == torch.int8 or stored_layers(folder):
         raise ValueError(f"--export {folder}: the released code knows no weights in 8 bits")
     with torch.device("meta"):
         model = TBAC(config)

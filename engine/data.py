@@ -132,7 +132,9 @@ def check_sendable(share, workers: int) -> None:
         return
     # As multiprocessing does it. What an object raises that cannot be sent is its own affair.
     try:
-        ForkingPickler.dumps(share)
+        sent = bytes(ForkingPickler.dumps(share))
+        if not hasattr(sys.modules["__main__"], "__file__") and b"__main__" in sent:
+            raise ValueError("what is defined in a notebook, another process does not have")
     except Exception as e:
         raise ValueError(f"--workers {workers}: a source cannot be sent to another process ({e}). "
                          "Make examples with a function that stands at the top of a file, not with "

@@ -60,10 +60,11 @@ def is_kept_in_int8(name: str, module: nn.Module) -> bool:
     return bool(INNER.match(name)) and (isinstance(module, nn.Linear) or flat)
 
 
-def enable(model):
-    """Replaces these layers of a whole model, of which they may have no values yet -> the model."""
+def enable(model, names=None):
+    """Replaces these layers of a whole model, of which they may have no values yet, or only those
+    of the given names -> the model."""
     for name, module in list(model.named_modules()):
-        if is_kept_in_int8(name, module):
+        if is_kept_in_int8(name, module) and (names is None or name in names):
             model.set_submodule(name, Int8(module))
     return model
 
@@ -74,10 +75,11 @@ def count_parameters(model) -> int:
     return in_8_bits + sum(p.numel() for p in model.parameters())
 
 
-def is_stored(folder) -> bool:
-    """Does a model folder hold such layers?"""
+def stored_layers(folder) -> set[str]:
+    """The names of a model folder's layers in 8 bits. (A model whose parts are of several folders
+    may have some.)"""
     names = (name for file in weight_files(folder) for name in stored_tensors(file))
-    return any(name.endswith(".int8") for name in names)
+    return {name.removesuffix(".int8") for name in names if name.endswith(".int8")}
 
 
 def in_int8(model, tensors: Iterator) -> Iterator[tuple[str, Tensor]]:

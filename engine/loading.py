@@ -64,11 +64,9 @@ def prepare(model, folder, dtype: torch.dtype | dict | None, device, int8: bool)
 
     ValueError where the files lack a tensor, or have one that the model does not, or another shape.
     """
-    stored = eight_bits.is_stored(folder)
-    if stored:
-        eight_bits.enable(model)
+    eight_bits.enable(model, eight_bits.stored_layers(folder))
     files = check_stored(model, folder)
-    if int8 and not stored:
+    if int8:
         eight_bits.enable(model)
     own = getattr(torch, model.config.dtype)
     of_part = dtype if isinstance(dtype, dict) else {}

@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import pathlib
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -17,9 +19,9 @@ from torch import nn
 
 import sample
 import train
-from engine import device, fast, float16, int8, low_memory
+from engine import data, device, fast, float16, int8, low_memory
 from engine.files import stored_tensors, weight_files
-from engine.sources import Example
+from engine.sources import Example, Generated
 from sample import TOY_FOLDER
 from tbac import TBAC, TBACConfig
 from tests.conftest import ROOT, TINY, relative, run
@@ -514,6 +516,24 @@ def test_what_is_in_8_bits_cannot_learn_but_may_be_frozen(tmp_path):
     assert sum(name.endswith(".int8") for name in names) > 50
 
 
+@torch.no_grad()
+def test_parts_in_8_bits_and_others_make_one_model(tmp_path):
+    """As a run leaves it that takes one part from such a folder and lets another learn."""
+    TBAC.load(TOY_FOLDER, int8=True).save(tmp_path / "int8")
+    run = short_run(tmp_path / "run", "--model", str(tmp_path / "int8"), "--take",
+                    f"dit={TOY_FOLDER}")
+    run.save()
+    mixed = TBAC.load(tmp_path / "run")
+    layers = {name for name, m in mixed.named_modules() if isinstance(m, int8.Int8)}
+    assert layers and all(name.startswith("mllm.") for name in layers)
+    built = train.build(run.args).state_dict()
+    assert all(torch.equal(value, built[name]) for name, value in mixed.state_dict().items())
+    small = TBAC.load(tmp_path / "run", int8=True)
+    layers = {name for name, m in small.named_modules() if isinstance(m, int8.Int8)}
+    assert {name.split(".")[0] for name in layers} == {"mllm", "dit"}
+    assert torch.equal(small.encode(["a dog"]), mixed.encode(["a dog"]))
+
+
 def test_a_lambda_does_not_reach_workers(monkeypatch, tmp_path):
     """Unless they are copies of this process."""
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "forkserver")
@@ -522,6 +542,20 @@ def test_a_lambda_does_not_reach_workers(monkeypatch, tmp_path):
     own = {"mine": lambda rng, number: Example("", (), Image.new("RGB", (64, 64)))}
     with pytest.raises(ValueError, match="--workers 1: .*lambda.*or take --workers 0"):
         train.Run(args, own=own).steps().__next__()
+
+
+def test_what_a_notebook_defines_does_not_reach_workers(monkeypatch):
+    """It is sent by its name, and the worker has no such module."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    main = types.ModuleType("__main__")
+    exec("def make(rng, number): pass", vars(main))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    share = data.Share([Generated(main.make, 0)], [1.0], 0, 0, [(1, [0])])
+    with pytest.raises(ValueError, match="--workers 1: .*notebook.*or take --workers 0"):
+        data.check_sendable(share, 1)
+    # A script has a file that the worker reads.
+    main.__file__ = "own.py"
+    data.check_sendable(share, 1)
 
 
 # -------------------------------------------------------------------------------------- versions
