@@ -329,7 +329,7 @@ class Run:
         trained |= {f"aux_head.{name}": p for name, p in self.helper.named_parameters()
                     if p.requires_grad}
         optimizer = functools.partial(self.task.optimizer, args=args)
-        state = State(trained, optimizer, args.ema, dtype, self.model)
+        state = State(trained, optimizer, args.ema, dtype, self.model, frozen)
         return state, frozen
 
     def loss(self, rows: list) -> tuple[Tensor, Tensor | None]:

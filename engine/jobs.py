@@ -92,7 +92,9 @@ class Line:
 
     def next(self) -> Job | None:
         with self.changed:
-            self.changed.wait_for(lambda: self.waiting or self.closed)
+            # Windows answers Ctrl-C between two waits only.
+            while not (self.waiting or self.closed):
+                self.changed.wait(0.5)
             if self.closed:
                 return None
             self.current = self.waiting.popleft()

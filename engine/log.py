@@ -174,9 +174,10 @@ def check_row(row, where: str) -> None:
 
 
 def read_log(out) -> list[dict]:
-    """The steps in log.jsonl, in order. A run that was killed and resumed has written some twice:
-    the later row counts; a crash has cut one in half."""
-    rows = {}
+    """The steps in log.jsonl, in order. A run that was killed, and goes on from a checkpoint or
+    anew, writes some once more: with the first of them all that were ahead of it no longer count. A
+    crash has cut a row in half."""
+    rows = []
     with open_to_read(out / "log.jsonl") as lines:
         for i, line in enumerate(lines):
             row = {}
@@ -185,8 +186,10 @@ def read_log(out) -> list[dict]:
             # Lines without a loss are of broken records, or of another process.
             if not isinstance(row, dict) or "loss" in row:
                 check_row(row, f"{out / 'log.jsonl'}, line {i + 1}")
-                rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
+                while rows and rows[-1]["step"] >= row["step"]:
+                    rows.pop()
+                rows.append(row)
+    return rows
 
 
 def smooth(values: list, n: int) -> np.ndarray:

@@ -130,6 +130,8 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     if own:
         own(p.add_argument)
     said, _ = p.parse_known_args(argv)
+    # What stands there is no default.
+    asked, _ = p.parse_known_args(argv, argparse.Namespace(stage=None, preset=None))
     if said.steps is not None and said.epochs is not None:
         p.error("--steps and --epochs say the same in two ways: leave one out")
     # Only now, so that the help shows the preset's values.
@@ -139,7 +141,12 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     out = said.out or pathlib.Path("runs") / said.stage
     p.set_defaults(**presets[said.preset][said.stage], out=out)
     if said.resume and os.path.exists(out / "options.json"):
-        p.set_defaults(**stored_options(p, out / "options.json") | dict(out=out))
+        stored = stored_options(p, out / "options.json")
+        for name in ("stage", "preset"):
+            if getattr(asked, name) not in (None, stored[name]):
+                p.error(f"--resume goes on with --{name} {stored[name]}: what comes next begins "
+                        f"with --model {out}, in another --out")
+        p.set_defaults(**stored | dict(out=out))
     args = p.parse_args(argv)
     if said.steps is not None:
         # Not the preset's.

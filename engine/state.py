@@ -7,6 +7,7 @@ number of processes.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -128,7 +129,7 @@ class State:
 
     trained: {name: parameter of the model}, float32; make_optimizer: {name: parameter} ->
     optimizer; ema_decay: of the running mean, 0 for none; dtype: to compute in; model: what FSDP
-    may shard.
+    may shard; frozen: {name: tensor of the model that does not learn, as loaded}.
 
     params: float32 weights that learn; ema: their running mean, which is what a saved model has;
     step: steps so far; updates: those that were taken; seen: examples, on all processes; history:
@@ -136,11 +137,12 @@ class State:
     """
 
     def __init__(self, trained: dict[str, nn.Parameter], make_optimizer, ema_decay: float,
-                 dtype=torch.float32, model=None):
+                 dtype=torch.float32, model=None, frozen: dict[str, Tensor] | None = None):
         self.weights = MasterWeights(trained, dtype)
         self.params = self.weights.params
         self.optimizer = make_optimizer(self.params)
         self.model = model
+        self.frozen = fingerprint(frozen or {})
         self.ema_decay = ema_decay
         self.step = self.updates = self.seen = 0
         self.saved = None
@@ -189,7 +191,7 @@ class State:
         """What is not a tensor, for JSON. tensors: how many belong to it."""
         return dict(step=self.step, updates=self.updates, seen=self.seen, history=self.history,
                     guard=vars(self.guard), tensors=sum(1 for _ in self.shards()),
-                    model=self.model_config())
+                    model=self.model_config(), frozen=self.frozen)
 
     def model_config(self) -> dict:
         """The sizes and the wiring of the model that this is the state of."""
@@ -204,7 +206,7 @@ class State:
     def load(self, folder) -> None:
         """Resumes from a checkpoint. ValueError for one that is damaged or does not fit, before
         anything here has changed."""
-        counters = read_counters(folder, self.model_config())
+        counters = read_counters(folder, self.model_config(), self.frozen)
         stored = self.check_tensors(folder, counters["tensors"])
         self.step = self.saved = counters["step"]
         self.updates, self.seen = counters["updates"], counters["seen"]
@@ -277,6 +279,19 @@ class State:
         else:
             like = torch.empty((), device=p.device) if kind == "step" else torch.empty_like(p)
             self.optimizer.state[p][kind] = copy_sharded(like, tensor)
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Sixteen letters that stand for some weights: 64 values of each tensor, spread evenly over it.
+    Training changes all of them, and to read so few takes no time. Empty for no weights."""
+    if not tensors:
+        return ""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().flatten()
+        values = values[::max(1, len(values) // 64)].float().cpu()
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def gather_full(tensor: Tensor) -> Tensor:
@@ -414,14 +429,19 @@ COUNTERS = {
     },
     "tensors": checks.whole(1, MAX_COUNT),
     "model": checks.Kind("an object", lambda value: isinstance(value, dict)),
+    "frozen": checks.Kind("a text", lambda value: isinstance(value, str)),
 }
 
 
-def read_counters(folder: pathlib.Path, model: dict) -> dict:
+def read_counters(folder: pathlib.Path, model: dict, frozen: str) -> dict:
     """state.json. ValueError that names the first key that is missing or wrong, or of another model
-    than this one (`State.model_config`)."""
+    than this one (`State.model_config`, `State.frozen`)."""
     file = folder / "state.json"
-    found = checks.check_keys(read_json(file), COUNTERS, str(file))
+    found = read_json(file)
+    if isinstance(found, dict):
+        # It had not been added yet.
+        found.setdefault("frozen", "")
+    found = checks.check_keys(found, COUNTERS, str(file))
     if model and found["model"]:
         # It has no format: what is not there had not been added yet.
         found["model"] = checks.upgraded(found["model"], 1)
@@ -440,4 +460,7 @@ def read_counters(folder: pathlib.Path, model: dict) -> dict:
         if stored != here:
             raise ValueError(f"{file}: the run has model.{key} = {checks.shown(stored)}, here it "
                              f"is {checks.shown(here)}: take the same options, or another --out")
+    if found["frozen"] not in ("", frozen):
+        raise ValueError(f"{file}: what does not learn (MLLM, autoencoder) had other weights in "
+                         "this run: take the same --model and --take, or another --out")
     return found

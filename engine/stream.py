@@ -1,6 +1,7 @@
 """From --data to the examples of this process: sources, their weights, one order, batches."""
 import itertools
 import math
+import os
 import random
 import re
 
@@ -13,9 +14,10 @@ from engine.sources import Generated, open_source, source
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
-    """"a=0.7" -> ("a", 0.7); without a weight None."""
+    """"a=0.7" -> ("a", 0.7); without a weight None. A folder that is called so has none."""
     name, equals, weight = spec.rpartition("=")
-    if not equals or not re.fullmatch(r"\d+\.?\d*|\.\d+", weight, re.ASCII):
+    number = re.fullmatch(r"\d+\.?\d*|\.\d+", weight, re.ASCII)
+    if not equals or not number or os.path.isdir(spec):
         return spec, None
     if not 0 < float(weight) <= MAX_COUNT:
         raise ValueError(f"--data {printable(spec)}: a weight must be above 0, at most {MAX_COUNT}")
@@ -49,7 +51,9 @@ def open_reader(args, state, rank: int, world: int, makers: dict, latents) -> Re
     if args.epochs:
         records = count_records(sources, rank)
         left = args.epochs * sum(records) - state.seen
-        args.steps = state.step + math.ceil(left / (args.batch * args.accumulate * world))
+        # Of fewer epochs than were seen nothing is left.
+        more = math.ceil(max(0, left) / (args.batch * args.accumulate * world))
+        args.steps = max(1, state.step + more)
         if args.steps > MAX_TRAINING_STEPS:
             raise ValueError(f"--epochs {args.epochs:g} are {args.steps} steps, "
                              f"{MAX_TRAINING_STEPS} are the limit")

@@ -186,6 +186,12 @@ def test_in_epochs_sizes_count_unless_weights_are_given(tmp_path, given, weights
     stream.open_reader(args, state, 0, 2, {}, None)
     assert args.steps == 4 + 2
 
+    # Of fewer epochs than it has seen nothing is left.
+    fewer = argparse.Namespace(**vars(args) | dict(epochs=0.1))
+    state = argparse.Namespace(history=[(1, [4])], step=4, seen=4)
+    stream.open_reader(fewer, state, 0, 1, {}, None)
+    assert fewer.steps == 4
+
 
 def broken(tmp_path):
     good = {"png": png("red"), "txt": b"fine"}
@@ -363,6 +369,13 @@ def test_an_empty_source_is_an_error_at_once(tmp_path, spec, message):
     ("a=b", "a=b", None), ("a=\u00b2", "a=\u00b2", None), ("a=1e3", "a=1e3", None)])
 def test_a_weight_stands_behind_the_last_equals_sign(spec, name, weight):
     assert stream.split_weight(spec) == (name, weight)
+
+
+def test_a_folder_may_end_like_a_weight(tmp_path):
+    (tmp_path / "date=2024").mkdir()
+    spec = str(tmp_path / "date=2024")
+    assert stream.split_weight(spec) == (spec, None)
+    assert stream.split_weight(f"{spec}=0.5") == (spec, 0.5)
 
 
 @pytest.mark.parametrize("spec", ["a=0", "a=0.0", f"a={'9' * 400}"])

@@ -155,6 +155,47 @@ def test_a_half_line_at_the_end_of_the_log_spoils_nothing(tmp_path, monkeypatch)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
 
 
+def test_steps_that_a_run_took_again_or_gave_up_do_not_count(tmp_path):
+    """Killed at step 5; goes on from 2; killed; begun anew."""
+    told = [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (3, 1), (4, 1), (1, 2), (2, 2)]
+    for n, steps in ((5, [1, 2, 3, 4, 5]), (6, [1, 2, 3]), (7, [1, 2, 3, 4]), (9, [1, 2])):
+        rows = [json.dumps(dict(step=step, loss=run)) for step, run in told[:n]]
+        (tmp_path / "log.jsonl").write_text("\n".join(rows))
+        found = read_log(tmp_path)
+        assert [row["step"] for row in found] == steps
+        assert found[-1]["loss"] == told[n - 1][1]
+
+
+def test_a_run_does_not_go_on_with_other_frozen_weights(tmp_path):
+    first = toy_run(tmp_path / "run", "--steps", 1)
+    list(first.steps())
+    first.save()
+    with torch.no_grad():
+        first.model.dcae.decoder.conv_in.weight.mul_(1.01)
+    first.model.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="what does not learn .* had other weights in this run"):
+        toy_run(tmp_path / "run", "--steps", 2, "--resume", "--model", tmp_path / "other")
+    # A checkpoint from before this was kept.
+    file = checkpoints(tmp_path / "run")[-1] / "state.json"
+    counters = json.loads(file.read_text())
+    assert len(counters.pop("frozen")) == 16
+    file.write_text(json.dumps(counters))
+    toy_run(tmp_path / "run", "--steps", 2, "--resume", "--model", tmp_path / "other")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--stage", "edit"], "--resume goes on with --stage mix"),
+    (["--preset", "paper"], "--resume goes on with --preset toy")])
+def test_another_stage_is_another_run(tmp_path, monkeypatch, capsys, words, says):
+    main(monkeypatch, tmp_path, "--steps", 1)
+    resumed = ["--out", str(tmp_path), "--resume", "--steps", "2"]
+    with pytest.raises(SystemExit):
+        train.options([*resumed, *words])
+    assert says in capsys.readouterr().err
+    for same in ([], ["--stage", "mix"]):
+        assert train.options([*resumed, *same]).stage == "mix"
+
+
 def test_a_folder_that_holds_a_run_is_not_begun_anew(tmp_path):
     first = toy_run(tmp_path, "--steps", 2)
     next(first.steps())
