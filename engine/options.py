@@ -130,8 +130,6 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     if own:
         own(p.add_argument)
     said, _ = p.parse_known_args(argv)
-    # What stands there is no default.
-    asked, _ = p.parse_known_args(argv, argparse.Namespace(stage=None, preset=None))
     if said.steps is not None and said.epochs is not None:
         p.error("--steps and --epochs say the same in two ways: leave one out")
     # Only now, so that the help shows the preset's values.
@@ -142,10 +140,7 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     p.set_defaults(**presets[said.preset][said.stage], out=out)
     if said.resume and os.path.exists(out / "options.json"):
         stored = stored_options(p, out / "options.json")
-        for name in ("stage", "preset"):
-            if getattr(asked, name) not in (None, stored[name]):
-                p.error(f"--resume goes on with --{name} {stored[name]}: what comes next begins "
-                        f"with --model {out}, in another --out")
+        refuse_another(p, argv, stored, out)
         p.set_defaults(**stored | dict(out=out))
     args = p.parse_args(argv)
     if said.steps is not None:
@@ -155,6 +150,16 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
         args.steps = args.warmup = args.save_every = args.sheet_every = 1
         args.epochs, args.resume = None, False
     return args
+
+
+def refuse_another(p: Parser, argv, stored: dict, out: pathlib.Path) -> None:
+    """Another stage or preset than that of the run to go on with."""
+    # What stands there then is no default.
+    asked, _ = p.parse_known_args(argv, argparse.Namespace(stage=None, preset=None))
+    for name in ("stage", "preset"):
+        if getattr(asked, name) not in (None, stored[name]):
+            p.error(f"--resume goes on with --{name} {stored[name]}: what comes next begins with "
+                    f"--model {out}, in another --out")
 
 
 # ---------------------------------------------------------------------------- the options of a run

@@ -455,13 +455,14 @@ def part_of(name: str) -> str:
     return part(study(name))
 
 
-# A part that was trained again, for twice as many steps (docs/study.md, "When to stop").
-AGAIN = f"-{2 * plan.STEPS}"
+# {ending of the name: what differs} of a part that was trained again: for twice as many steps
+# (docs/study.md, "When to stop"), at another learning rate ("Whom the set-up favours").
+AGAIN = {"": {}, "-6000": dict(steps=2 * plan.STEPS), "-0.001": dict(lr=0.001, seeds=3)}
 
 
 def trained() -> list[str]:
     """The parts of the study that are stored."""
-    names = [name + ending for name in plan.PARTS for ending in ("", AGAIN)]
+    names = [name + ending for name in plan.PARTS for ending in AGAIN]
     return [name for name in names if (STUDIES / f"{name}.json").is_file()]
 
 

@@ -151,7 +151,7 @@ def study(name):
 
 
 def test_the_readme_says_what_the_study_says():
-    seen = study(f"primary{tables.AGAIN}")["scored"]["seen"]
+    seen = study("primary-6000")["scored"]["seen"]
     for wiring in ("ladder", "final"):
         assert f"`{wiring}` {evaluate.percent(seen['table'][wiring]['mean of 6'])}" in README
     test = seen["compared"]["ladder minus final"]
@@ -163,13 +163,14 @@ def test_the_readme_says_what_the_study_says():
 
 def test_the_study_is_the_one_that_was_planned():
     """Every part that is stored: its arms, seeds, steps, prompts and settings are the plan's."""
-    assert {"primary", f"primary{tables.AGAIN}"} <= {*tables.trained()}
+    assert {"primary", "primary-6000", "primary-0.001"} <= {*tables.trained()}
     for name in tables.trained():
-        found, part = study(name), plan.PARTS[name.removesuffix(tables.AGAIN)]
-        assert set(found["runs"]) == {run.name for run in part.runs()}
-        steps = plan.STEPS if part.long else plan.OTHER_STEPS
-        said = dict(steps=2 * steps if name.endswith(tables.AGAIN) else steps, batch=plan.BATCH,
-                    lr=plan.LR, n=plan.PROMPTS, draw_steps=plan.DRAW_STEPS, guidance=plan.GUIDANCE)
+        first, dash, ending = name.partition("-")
+        found, part, differs = study(name), plan.PARTS[first], tables.AGAIN[dash + ending]
+        said = dict(steps=plan.STEPS if part.long else plan.OTHER_STEPS, seeds=None,
+                    batch=plan.BATCH, lr=plan.LR, n=plan.PROMPTS, draw_steps=plan.DRAW_STEPS,
+                    guidance=plan.GUIDANCE) | differs
+        assert set(found["runs"]) == {run.name for run in part.runs(said["seeds"])}
         assert {key: found["options"][key] for key in said} == said, name
         for run in found["runs"].values():
             assert str(said["steps"]) in run["scores"] and run["commit"], name
