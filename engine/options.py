@@ -139,9 +139,7 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     out = said.out or pathlib.Path("runs") / said.stage
     p.set_defaults(**presets[said.preset][said.stage], out=out)
     if said.resume and os.path.exists(out / "options.json"):
-        stored = stored_options(p, out / "options.json")
-        refuse_another(p, argv, stored, out)
-        p.set_defaults(**stored | dict(out=out))
+        p.set_defaults(**options_to_go_on_with(p, argv, out))
     args = p.parse_args(argv)
     if said.steps is not None:
         # Not the preset's.
@@ -152,14 +150,16 @@ def parse(argv, about: str, presets: dict, learns=("all",), own=None) -> argpars
     return args
 
 
-def refuse_another(p: Parser, argv, stored: dict, out: pathlib.Path) -> None:
-    """Another stage or preset than that of the run to go on with."""
+def options_to_go_on_with(p: Parser, argv, out: pathlib.Path) -> dict:
+    """Those of the run in `out`. Another stage or preset would be another run, and is refused."""
+    stored = stored_options(p, out / "options.json")
     # What stands there then is no default.
     asked, _ = p.parse_known_args(argv, argparse.Namespace(stage=None, preset=None))
     for name in ("stage", "preset"):
         if getattr(asked, name) not in (None, stored[name]):
             p.error(f"--resume goes on with --{name} {stored[name]}: what comes next begins with "
                     f"--model {out}, in another --out")
+    return stored | dict(out=out)
 
 
 # ---------------------------------------------------------------------------- the options of a run
