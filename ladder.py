@@ -10,7 +10,7 @@ entering MLLM layer n_mllm - n_dit + j:
                        |    |          |    |       one shared connector
     DiT block          0    1   ...   18   19       20 blocks
 
-The other wirings are there for comparison: no public source says whether the ladder is what helps.
+The other wirings are there for a comparison that no source we could read has made.
 All are one matrix A, row by row, with rung_j = connector(sum over i of A[j, i] states[i]):
 
     ladder      row j has its 1 at state n_mllm - n_dit + j
@@ -111,8 +111,9 @@ class Ladder(nn.Module):
             self.register_buffer("routes", routes)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Queries like token embeddings; a gain of sqrt(5.5) brings the rungs to the scale that
-        SANA knows from its captions."""
+        """Queries scattered like token embeddings (the released code starts all of them near the
+        mean of the table's rows); a gain of sqrt(5.5) brings the rungs to the scale that SANA knows
+        from its captions."""
         nn.init.normal_(self.queries, std=0.02, generator=generator)
         for layer in self.connector.modules():
             if isinstance(layer, nn.Linear):

@@ -54,9 +54,10 @@ from toy import language, world
 TOY = dict(batch=48, lr=1e-3, warmup=200, weight_decay=0.01, clip=1.0, ema=0.999, size=64,
            save_every=250, sheet_every=500, min_lr_ratio=0.02, cond_drop=0.05,
            model=str(TOY_FOLDER))
-# The values of the released YAML files; batch is per GPU.
-PAPER = dict(lr=1e-4, warmup=5000, weight_decay=0.05, clip=0.5, ema=0.0, size=512,
-             save_every=1000, sheet_every=1000, workers=8, grad_checkpoint=True)
+# The values of the released YAML files and, where they say nothing, of its train.py and dataset.py;
+# batch is per GPU. (Eight workers are our choice.)
+PAPER = dict(lr=1e-4, warmup=5000, min_lr_ratio=0.1, weight_decay=0.05, clip=0.5, cond_drop=0.1,
+             ema=0.0, size=512, save_every=1000, sheet_every=1000, workers=8, grad_checkpoint=True)
 PRESETS = {
     "toy": {
         "t2i": TOY | dict(steps=600, data=["toy"]),
@@ -102,7 +103,8 @@ def edit_example(rng: random.Random, number: int, size: int) -> Example:
 
 def drop_condition(example: Example, rng: random.Random, p: float) -> tuple[str, list]:
     """-> prompt and images as training sees them: guidance compares with an empty prompt and with
-    black images, so these have to be learnt. One number decides, as in the released code:
+    black images, so these have to be learnt. One number decides, as in the released code (which in
+    its stage mix drops 2 p of the texts without images, too; here it is p in every stage):
 
         r in      [0, p)      [p, 2p)             [2p, 3p)       [3p, 1)
         images    no text     no text, black      black          as they are

@@ -1,5 +1,5 @@
-"""The study that the paper does not have: does a DiT that attends to many depths of the MLLM beat
-one that attends to the last? docs/study.md says what is asked and what was fixed before.
+"""The study that no source we could read has: does a DiT that attends to many depths of the MLLM
+beat one that attends to the last? docs/study.md says what is asked and what was fixed before.
 
     python -m lab.ablate primary     ladder against final: the one question that the study is for
     python -m lab.ablate penultimate the same against another single depth
