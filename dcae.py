@@ -91,9 +91,8 @@ class MultiScaleAttention(nn.Module):
         # The released model cuts these channels into runs of 3K and reads each as one head's q, k,
         # v; so the *names* q, k, v above are only three thirds of one learned projection (head 0 is
         # cut out of `q` alone). Kept, because the public weights are made for it.
-        heads = qkv.flatten(2).transpose(1, 2)                         # (B, N, 6D)
-        heads = heads.unflatten(2, (-1, 3 * self.head_dim))            # (B, N, 2H, 3K)
-        q, k, v = heads.transpose(1, 2).chunk(3, dim=3)                # (B, 2H, N, K) each
+        heads = qkv.flatten(2).unflatten(1, (-1, 3 * self.head_dim))   # (B, 2H, 3K, N)
+        q, k, v = heads.transpose(2, 3).chunk(3, dim=3)                # (B, 2H, N, K) each
         out = linear_attention(q, k, v).to(x.dtype)                    # (B, 2H, N, K)
         out = self.out(out.transpose(1, 2).flatten(2))                 # (B, N, D)
         out = out.transpose(1, 2).unflatten(2, x.shape[2:])            # (B, D, h, w)

@@ -202,7 +202,7 @@ class DiT(nn.Module):
             elif p.dim() == 1 or "proj_out" in name or "cross.out" in name:
                 nn.init.constant_(p, 1.0 if name == "caption.3.weight" else 0.0)
             else:
-                nn.init.xavier_uniform_(p.flatten(1), generator=generator)
+                nn.init.xavier_uniform_(p, generator=generator)
 
     def project_kv(self, rungs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Rungs (L, B, Q, caption_dim) -> for each block its keys and values, (B, H, Q, K) each.

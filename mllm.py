@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from vit import RMSNorm, SwiGLU, ViT, ViTConfig, apply_rope, attention, frequencies, patchify
 
-# The released code's system prompts. To draw, too, the MLLM is asked to describe: what the DiT
-# needs is what a description would say.
+# The released code's system prompt. To draw, the MLLM is asked to describe: what the DiT needs is
+# what a description would say.
 DRAW = ("You will be given an image or its caption. "
         "Please describe the content of the image in detail in your own words.")
+# That of Qwen's own chat template.
 ASK = "You are a helpful assistant."
 
 
@@ -143,9 +144,9 @@ def causal_mask(attention_mask: Tensor, n: int) -> Tensor:
     """attention_mask (B, T) -> (B, 1, n, T): each of the last n positions attends to all real ones
     up to itself. Padding attends to itself, so that its softmax is not empty (NaN)."""
     T = attention_mask.shape[1]
-    query = torch.arange(T - n, T, device=attention_mask.device)[:, None]
-    key = torch.arange(T, device=attention_mask.device)
-    return ((key <= query) & attention_mask[:, None, None]) | (key == query)
+    q = torch.arange(T - n, T, device=attention_mask.device)[:, None]  # positions that attend
+    k = torch.arange(T, device=attention_mask.device)                  # that are attended to
+    return ((k <= q) & attention_mask[:, None, None]) | (k == q)
 
 
 class KVCache:
@@ -305,9 +306,8 @@ class MLLM(nn.Module):
         position in time, the next with height, the last with width (config.rope_sections)."""
         c, device = self.config, positions.device
         axis = [i for i, n in enumerate(c.rope_sections) for _ in range(n)]
-        axis = torch.tensor(axis, device=device)                           # (K/2,)
-        per_channel = positions[axis].permute(1, 2, 0)                     # (B, S, K/2)
-        angle = per_channel * frequencies(c.head_dim // 2, c.rope_theta, device)
+        per_pair = positions[axis].permute(1, 2, 0)                        # (B, S, K/2)
+        angle = per_pair * frequencies(c.head_dim // 2, c.rope_theta, device)
         return angle[:, None]
 
     def forward(self, x: Tensor, positions: Tensor, attention_mask: Tensor,
@@ -352,8 +352,7 @@ class MLLM(nn.Module):
                 return
             # The next input is the token itself, one position further on.
             x = self.embed_tokens(token)[:, None]                          # (B, 1, M)
-            position = positions.amax((0, 2), keepdim=True) + 1            # (1, B, 1)
-            positions = position.expand(3, -1, 1)
+            positions = positions[:, :, -1:] + 1                           # (3, B, 1)
             mask = F.pad(mask, (0, 1), value=True)
         warnings.warn(f"answer cut at {max_new_tokens} tokens", stacklevel=3)
 

@@ -59,6 +59,11 @@ def euler(x: Tensor, x0: Tensor, x0_prev: Tensor | None, times: list[float], i: 
     return x + (t_next - t) * (x - x0) / t
 
 
+def lam(t: float) -> float:
+    """lambda, the scale on which DPM-Solver measures a step: half the log signal-to-noise ratio."""
+    return math.log((1 - t) / t)
+
+
 def dpm_2m(x: Tensor, x0: Tensor, x0_prev: Tensor | None, times: list[float], i: int) -> Tensor:
     """DPM-Solver++ 2M. With signal 1 - t, noise t and lambda = log((1 - t) / t), the equation has
     an exact solution where x0 is constant in lambda:
@@ -72,10 +77,11 @@ def dpm_2m(x: Tensor, x0: Tensor, x0_prev: Tensor | None, times: list[float], i:
     t, t_next = times[i], times[i + 1]
     if t_next == 0:
         return x0
-    lam = [math.log((1 - u) / u) for u in times[max(i - 1, 0):i + 2]]
-    h = lam[-1] - lam[-2]
+    h = lam(t_next) - lam(t)
     if x0_prev is not None:
-        x0 = x0 + (x0 - x0_prev) * h / (lam[-2] - lam[-3]) / 2
+        h_prev = lam(t) - lam(times[i - 1])
+        x0 = x0 + (x0 - x0_prev) * h / h_prev / 2
+    # -expm1(-h) is 1 - exp(-h), without its rounding error.
     return t_next / t * x - (1 - t_next) * math.expm1(-h) * x0
 
 
@@ -162,8 +168,9 @@ def denoise(model: TBAC, prompts: list[str], images: list | None = None, *, step
     x = eps.float().to(device)
     x0_prev = None
     for i, t in enumerate(times[:-1]):
-        # The network is fed 1000 t without its fraction, as in the released sampler; the solver
-        # goes on with t itself. (float64, so that times 1000 it is a whole number again.)
+        # The network is fed 1000 t without its fraction, as in the released sampler: it was trained
+        # on t = 1/1000, 2/1000, ..., 1 only. (float64, so that times 1000 it is a whole number
+        # again.) The solver goes on with t itself.
         t_net = torch.full((k * len(x),), int(1000 * t) / 1000, dtype=torch.float64)
         v = model.velocity(torch.cat([x] * k), t_net, rungs, keys_values).float()  # (k B, C, h, w)
         x0 = x - t * guide(v.chunk(k), guidance, image_guidance)

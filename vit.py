@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+# CLIP's mean and standard deviation of red, green, blue.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -76,7 +77,7 @@ def patchify(image: Image.Image, c: ViTConfig) -> tuple[Tensor, tuple[int, int]]
     x = x.view(h // c.merge, c.merge, c.patch, w // c.merge, c.merge, c.patch, 3)
     x = x.permute(0, 3, 1, 4, 6, 2, 5)         # unit row, unit column, row, column, 3, patch, patch
     # A still picture is its own next frame.
-    x = x.unsqueeze(5).expand(-1, -1, -1, -1, -1, c.frames, -1, -1)
+    x = torch.stack([x] * c.frames, dim=5)     # ..., 3, frames, patch, patch
     return x.reshape(h * w, -1), (h, w)
 
 
@@ -163,9 +164,8 @@ def to_windows(x: Tensor, index: Tensor, per_unit: int) -> Tensor:
 def from_windows(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """x (B, W * V, M), one token for each unit, window by window -> (B, U, M), row by row,
     without what filled the edge windows."""
-    slots = valid.flatten().nonzero()[:, 0]                            # those that hold a unit
-    row_major = index.flatten()[slots].argsort()
-    return x[:, slots[row_major]]
+    x = x[:, valid.flatten()]                                          # (B, U, M)
+    return x[:, index[valid].argsort()]                                # row by row
 
 
 # ----------------------------------------------------------------------------------------- ViT
