@@ -133,9 +133,10 @@ def user_turn(ids: list[int], tokenizer) -> range:
     return range(first, ends[-1])
 
 
-def tokens_of(batch, tokenizer) -> tuple[list[dict], list[list[int]]]:
+def tokens_of(batch, tokenizer, most: int = MAX_WORDS) -> tuple[list[dict], list[list[int]]]:
     """A batch of one row -> what to show of its user's turn, [{text, picture}], and which tokens
-    each of them stands for: a word for one, a picture (its number, from 0) for all of its own."""
+    each of them stands for: a word for one, a picture (its number, from 0) for all of its own.
+    most: words"""
     ids = batch.ids[0].tolist()
     pad, start, end = (tokenizer.special[name]
                        for name in ("image_pad", "vision_start", "vision_end"))
@@ -152,7 +153,7 @@ def tokens_of(batch, tokenizer) -> tuple[list[dict], list[list[int]]]:
         elif ids[i:i + 2] != [start, pad] and ids[i - 1:i + 1] != [pad, end]:
             parts.append(dict(text=word(tokenizer, ids[i]), picture=None))
             places.append([i])
-    most = MAX_WORDS + len(batch.pictures)
+    most += len(batch.pictures)
     return parts[:most], places[:most]
 
 
@@ -254,6 +255,9 @@ def answer(model, question: str, images: list, ids: list[int], seen: list) -> Ex
     # Of the question; what came after it is the answer so far.
     weights = torch.stack([w[:n] for w in seen[:MAX_ANSWER]])              # (A, T)
     words = [word(tokenizer, id) for id in ids] + ["(end)"]
+    # Of those that are not shown, too.
+    everything = zip(*tokens_of(batch, tokenizer, most=n))
+    said = [i for part, place in everything if part["picture"] is None for i in place]
     data = dict(
         kind="answer",
         title="How this answer came about",
@@ -262,6 +266,7 @@ def answer(model, question: str, images: list, ids: list[int], seen: list) -> Ex
         inputs=shown(images[:MAX_INPUTS], **INPUTS),
         tokens=parts,
         read=packed(per_part(weights, places)),
+        on_words=[round(share, 4) for share in weights[:, said].sum(1).tolist()],
         looks=over_pictures(weights, model, batch, parts, places),
     )
     return Explanation(data)

@@ -151,8 +151,21 @@ def test_an_answer_has_what_its_tokens_looked_at(one, gradient):
     for packed, part, grid in zip(data["looks"], (heat[:, :first], heat[:, first:]), grids):
         assert same(packed, explain.pooled(part.unflatten(1, grid)))
     values, half_step = unpacked(data["read"])
+    end = explain_html.user_turn(batch.ids[0].tolist(), one.mllm.tokenizer).stop
+    on_words = [w[end - len(one.mllm.tokenizer.encode("what is it?")):end].sum().item()
+                for w in seen[:64]]
+    assert data["on_words"] == pytest.approx(on_words, abs=1e-4)
     expected = torch.stack([heat[:, :first].sum(1), heat[:, first:].sum(1)], 1).numpy()
     assert np.abs(values[:, :2] - expected).max() <= 1.01 * half_step
+
+
+def test_a_long_question_counts_as_a_whole(one, monkeypatch):
+    """Of its words only the first are shown."""
+    ids, seen = explain.watched_answer(one, "is it a dog or is it a cat?", [])
+    whole = explain_html.answer(one, "is it a dog or is it a cat?", [], ids, seen).data
+    monkeypatch.setattr(explain_html.tokens_of, "__defaults__", (2,))
+    cut = explain_html.answer(one, "is it a dog or is it a cat?", [], ids, seen).data
+    assert len(cut["tokens"]) == 2 < len(whole["tokens"]) and cut["on_words"] == whole["on_words"]
 
 
 def test_a_token_that_somebody_has_typed_is_no_picture(one):
@@ -283,6 +296,18 @@ def test_the_lens_follows_pointer_and_click(browser, pages, edit):
     assert f"The token “{edit.data['tokens'][1]['text'].strip()}”" in said(page)
     page.hover("#place")
     assert said(page).startswith("Place 5 down, 5 across")
+    # A click keeps a place, too, and another one lets go of it; so does Enter.
+    page.click("#place")
+    kept = said(page)
+    page.hover("#title")
+    assert kept.startswith("Place ") and said(page) == kept
+    page.click("#place")
+    page.hover("#title")
+    assert said(page).startswith("Point at")
+    page.js("document.querySelector('#place').focus()")
+    page.press("Enter")
+    page.js("document.querySelector('#place').blur()")
+    assert said(page) == kept
     page.press("Escape")
     page.hover("#title")
     assert said(page).startswith("Point at")

@@ -841,6 +841,28 @@ def test_a_person_draws_edits_asks_and_mixes(browser, tiny_folder, tmp_path, gra
         assert status(tab) == "Answered. answer cut at 64 tokens"
         assert tab.js("document.querySelector('dd').textContent") not in ("", "…")
 
+        # Without a B all is A's; cells are one stop of the Tab key, wherever a click was.
+        tab.js("document.querySelector('#other').value = ''")
+        tab.js("document.querySelector('#other').dispatchEvent(new Event('input'))")
+        assert tab.js("choice.flat().some(Boolean)") is False
+        stops = "document.querySelectorAll('#grid button[tabindex=\"0\"]').length"
+        tab.js("[...document.querySelectorAll('#grid .cell')][5].focus()")
+        tab.press("ArrowLeft")
+        tab.press("ArrowLeft")
+        assert tab.js(stops) == 1
+
+        # The same file once more; and what is chosen while something is drawn stays at hand.
+        tab.choose_file("#file", tmp_path / "mine.png")
+        tab.wait("document.querySelector('#hand').alt === 'The picture mine.png'")
+        gradient.save(tmp_path / "other.png")
+        tab.click("#draw .main")
+        tab.choose_file("#file", tmp_path / "other.png")
+        tab.wait("document.querySelector('#hand').alt === 'The picture other.png'")
+        drawn(tab, 9)
+        assert tab.js("document.querySelector('#hand').alt") == "The picture other.png"
+        tab.click("#wall button")
+        assert tab.js("document.querySelector('#hand').alt") == "a dog"
+
         # What is no picture, and what is stopped.
         (tmp_path / "letters.png").write_text("letters")
         tab.choose_file("#file", tmp_path / "letters.png")
