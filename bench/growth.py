@@ -25,7 +25,7 @@ import sample
 from bench.measure import Counter, repeated
 from dit import linear_attention
 from engine import fast
-from engine.command import Parser
+from engine.command import Parser, one_line_errors
 from lab import dots
 from tbac import TBAC
 
@@ -224,4 +224,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

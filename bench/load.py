@@ -22,7 +22,7 @@ import tempfile
 import time
 
 from bench.sizes import ROOT
-from engine.command import Parser
+from engine.command import Parser, one_line_errors
 from engine.device import machine
 from engine.files import read_json
 
@@ -76,8 +76,10 @@ def measure_load(args):
                        int8=args.int8, low_memory=args.low_memory)
     rows = {}
     for disk in ("load, cold disk or not", "load, warm disk"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              text=True)
+        if done.returncode:
+            raise ValueError(done.stderr.strip().splitlines()[-1])
         weights, added, seconds = map(float, done.stdout.split())
         rows[disk] = dict(seconds=seconds, weights=weights, peak=added)
         print(f"{disk}: {weights:.2f} GB of weights, "
@@ -126,4 +128,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

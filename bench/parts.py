@@ -12,6 +12,7 @@ import unittest.mock
 from bench.measure import in_turns, operations
 from bench.work import distance, load, parser, write
 from engine import fast
+from engine.command import one_line_errors
 
 ROWS = ("encode a prompt with its null prompt", "encode an edit (three rows)",
         "20-step picture, encode to latents", "20-step edit", "training step t2i",
@@ -71,4 +72,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

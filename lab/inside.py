@@ -495,7 +495,9 @@ def noise_shares(values: np.ndarray) -> dict:
     without = [statistics.shares(np.delete(values, i, 1)) for i in range(P)]
     found = dict(known=int((~np.isnan(values)).sum()))
     for part, name in PARTS_OF_VARIANCE.items():
-        error = np.std([shares[part] for shares in without]) * (P - 1) ** 0.5
+        # Without some prompt too little may be known.
+        known = [shares[part] for shares in without if not np.isnan(shares[part])]
+        error = np.std(known) * (P - 1) ** 0.5 if known else np.nan
         interval = np.clip([whole[part] - 1.96 * error, whole[part] + 1.96 * error], 0, 1)
         found[name] = dict(mean=whole[part], interval=interval.tolist())
     return found

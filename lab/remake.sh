@@ -8,10 +8,16 @@ set -euo pipefail
 made=$(realpath "$1")
 cd "$(dirname "$0")/.."
 out=$(mktemp -d)
-trap 'rm -rf "$out"' EXIT
+lane=
+# The lane in the background ends with this script, however that ends.
+trap 'kill $lane 2>/dev/null || true; rm -rf "$out"' EXIT
 
 if [ ! -f "$made/weights/model.safetensors" ] || [ ! -f "$made/weights/record.json" ]; then
     echo "error: $made/weights holds no toy that lab.make has finished" >&2
+    exit 1
+fi
+if ! grep -q '"dry_run": false' "$made/weights/record.json"; then
+    echo "error: $made is a rehearsal (lab.make --dry-run): its weights are untrained" >&2
     exit 1
 fi
 find toy/weights -type f ! -name README.md -delete
@@ -35,9 +41,9 @@ other() {
 }
 # A thread each: two lanes on two cores.
 export OMP_NUM_THREADS=1
-one &
+one & lane=$!
 other
-wait $!
+wait "$lane"
 cp "$out"/one/*.json "$out"/other/*.{json,png} assets/study/
 cp "$out/int8/scores.json" assets/study/int8.json
 cp "$out/probes/probes.json" assets/study/probes-toy.json

@@ -60,8 +60,9 @@ AHEAD = {"cpu": 1, "cuda": 4}
 # ------------------------------------------------------------------------------- what is written
 
 def write_json(file: pathlib.Path, content) -> None:
-    """A file that is there is whole."""
-    write_text(file, json.dumps(content, indent=1))
+    """A file that is there is whole. NaN is not JSON: null."""
+    known = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_text(file, json.dumps(known, indent=1))
 
 
 def cases(args) -> list:

@@ -8,10 +8,11 @@ import base64
 import hashlib
 import io
 import pathlib
-import sys
 
 from PIL import Image
 
+from engine.checks import printable
+from engine.command import Parser
 from engine.files import weights_digest
 from sample import TOY_FOLDER
 
@@ -57,10 +58,14 @@ def run(file: pathlib.Path) -> None:
 
 
 def main() -> None:
-    names = sys.argv[1:]
-    files = [HERE / f"{name}.ipynb" for name in names] or sorted(HERE.glob("*.ipynb"))
-    for file in files:
-        run(file)
+    names = sorted(file.stem for file in HERE.glob("*.ipynb"))
+    p = Parser(prog="python -m notebooks.run", description=__doc__)
+    p.add_argument("names", nargs="*", help=f"of {', '.join(names)}")
+    asked = [name.removesuffix(".ipynb") for name in p.parse_args().names]
+    if unknown := [name for name in asked if name not in names]:
+        p.error(f"there is no notebook {printable(unknown[0])}, only {', '.join(names)}")
+    for name in asked or names:
+        run(HERE / f"{name}.ipynb")
 
 
 if __name__ == "__main__":

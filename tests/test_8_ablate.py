@@ -444,6 +444,19 @@ def test_the_things_that_are_there_are_told_apart():
     assert np.isnan(inside.layout(pictures[1], places)["first is left"])
 
 
+def test_what_is_not_known_is_null(tmp_path):
+    trials.write_json(tmp_path / "a.json", dict(mean=float("nan"), n=[1, float("inf")]))
+    assert json.loads((tmp_path / "a.json").read_text()) == dict(mean=None, n=[1, None])
+
+
+def test_one_prompt_that_decides_does_not_spoil_an_interval():
+    """Without the first prompt nothing is known, so only the others tell how sure it is."""
+    values = np.array([[0.0, 1.0, np.nan], [1.0, 0.5, 2.0], [0.5, 3.0, 1.0]])
+    found = inside.noise_shares(values)
+    assert np.isfinite(found["the noise's"]["mean"])
+    assert np.isfinite(found["the noise's"]["interval"]).all()
+
+
 def test_the_noise_has_its_share():
     rng = np.random.default_rng(0)
     found = inside.noise_shares(3 * rng.normal(size=(8, 1)) + rng.normal(size=(8, 50)))
