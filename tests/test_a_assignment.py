@@ -222,9 +222,21 @@ def test_the_last_part_holds_for_other_weights(monkeypatch):
 
 
 def test_n_by_n_is_found():
-    with pytest.raises(Wrong, match="4c: for 1024 places of size 8, a tensor of 2097152 numbers"):
-        test = record.test_4_dit.test_4c_no_n_by_n
-        test(record.plugged(linear_attention=record.right.attention_n_by_n))
+    def row_by_row(q, k, v):
+        """N x N, a row at a time."""
+        q, k = q.relu(), k.relu()
+        rows = []
+        for n in range(q.shape[2]):
+            weights = q[:, :, n:n + 1] @ k.transpose(2, 3)                  # (B, H, 1, N)
+            rows.append(weights @ v / (weights.sum(-1, keepdim=True) + 1e-15))
+        return torch.cat(rows, 2)
+
+    test = record.test_4_dit.test_4c_no_n_by_n
+    for wrong in (record.right.attention_n_by_n, row_by_row):
+        record.test_4_dit.test_4b_linear_attention(record.plugged(linear_attention=wrong))
+        with pytest.raises(Wrong, match="4c: for 1024 places of size 8, tensors of [0-9]{7,} num"):
+            test(record.plugged(linear_attention=wrong))
+    test(record.plugged())
 
 
 def test_every_mistake_that_is_spoken_of_is_recorded():

@@ -38,6 +38,9 @@ def a_list_of_ints(found):
     no_norm="An RMSNorm follows the second layer.",
     layer_norm="The norm does not take the mean away: RMSNorm, not LayerNorm.",
     no_gain="The norm has a gain, \"3.weight\".",
+    default_eps="The norm's eps is 1e-5. PyTorch's own, which yours has, is smaller.",
+    smaller_eps="The norm's eps is 1e-5. Yours is 1e-6.",
+    eps_outside="The norm's eps stands under the root. Yours is added to the root.",
 )
 def test_5b_connector(adapters, case):
     return {"rung": adapters.connector(case["states"], case["weights"])}

@@ -517,7 +517,7 @@ def taps(which):
     return dict(tap_layers=which)
 
 
-def connector(transposed=False, approximate="tanh", norm="rms", gain=True):
+def connector(transposed=False, approximate="tanh", norm="rms", gain=True, eps=1e-5):
     def of(states, weights):
         def linear(x, name):
             weight = weights[f"{name}.weight"]
@@ -529,7 +529,9 @@ def connector(transposed=False, approximate="tanh", norm="rms", gain=True):
             return x
         if norm == "layer":
             x = x - x.mean(-1, keepdim=True)
-        return F.rms_norm(x, x.shape[-1:], g, 1e-5)
+        if norm == "eps outside":
+            return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + eps) * g
+        return F.rms_norm(x, x.shape[-1:], g, eps)
 
     return of
 
@@ -581,6 +583,9 @@ LADDER = {
         "no_norm": connector(norm="none"),
         "layer_norm": connector(norm="layer"),
         "no_gain": connector(gain=False),
+        "default_eps": connector(eps=None),
+        "smaller_eps": connector(eps=1e-6),
+        "eps_outside": connector(norm="eps outside"),
     }.items()},
     "5c_append_queries": {
         "queries_first": append(first=True),
