@@ -283,8 +283,9 @@ class State:
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """Sixteen letters that stand for some weights: 64 values of each tensor, spread evenly over it.
-    Training changes all of them, and to read so few takes no time. Empty for no weights."""
-    if not tensors:
+    Training changes all of them, and to read so few takes no time. Empty for no weights, and for
+    those without values, which only count memory (the meta device)."""
+    if not tensors or any(tensor.is_meta for tensor in tensors.values()):
         return ""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
