@@ -133,10 +133,9 @@ def user_turn(ids: list[int], tokenizer) -> range:
     return range(first, ends[-1])
 
 
-def tokens_of(batch, tokenizer, most: int = MAX_WORDS) -> tuple[list[dict], list[list[int]]]:
-    """A batch of one row -> what to show of its user's turn, [{text, picture}], and which tokens
-    each of them stands for: a word for one, a picture (its number, from 0) for all of its own.
-    most: words"""
+def tokens_of(batch, tokenizer) -> tuple[list[dict], list[list[int]]]:
+    """A batch of one row -> the parts of its user's turn, [{text, picture}], and which tokens each
+    of them stands for: a word for one, a picture (its number, from 0) for all of its own."""
     ids = batch.ids[0].tolist()
     pad, start, end = (tokenizer.special[name]
                        for name in ("image_pad", "vision_start", "vision_end"))
@@ -153,7 +152,12 @@ def tokens_of(batch, tokenizer, most: int = MAX_WORDS) -> tuple[list[dict], list
         elif ids[i:i + 2] != [start, pad] and ids[i - 1:i + 1] != [pad, end]:
             parts.append(dict(text=word(tokenizer, ids[i]), picture=None))
             places.append([i])
-    most += len(batch.pictures)
+    return parts, places
+
+
+def first_words(parts: list, places: list) -> tuple[list[dict], list[list[int]]]:
+    """What a page has room for: all pictures, and the first words."""
+    most = MAX_WORDS + sum(part["picture"] is not None for part in parts)
     return parts[:most], places[:most]
 
 
@@ -192,7 +196,7 @@ def drawing(model, request: dict, seed: int, picture: Image.Image, drawn,
     mixer.single_exchanges, one after the other."""
     prompt, images = request["prompts"][0], request["images"][0]
     batch, read = watched_encoding(model, prompt, images)
-    parts, places = tokens_of(batch, model.mllm.tokenizer)
+    parts, places = first_words(*tokens_of(batch, model.mllm.tokenizer))
     data = dict(
         kind="edit" if images else "drawing",
         title="How this picture came about",
@@ -256,8 +260,8 @@ def answer(model, question: str, images: list, ids: list[int], seen: list) -> Ex
     weights = torch.stack([w[:n] for w in seen[:MAX_ANSWER]])              # (A, T)
     words = [word(tokenizer, id) for id in ids] + ["(end)"]
     # Of those that are not shown, too.
-    everything = zip(*tokens_of(batch, tokenizer, most=n))
-    said = [i for part, place in everything if part["picture"] is None for i in place]
+    said = [i for part, place in zip(parts, places) if part["picture"] is None for i in place]
+    parts, places = first_words(parts, places)
     data = dict(
         kind="answer",
         title="How this answer came about",

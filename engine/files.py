@@ -99,6 +99,12 @@ def parse_json(text, where):
         raise ValueError(f"{where} is not JSON: {e}") from None
 
 
+def as_json(content, indent: int | None = None) -> str:
+    """The JSON text of something. It has no NaN and no infinity: null."""
+    known = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(known, indent=indent)
+
+
 def read_json(file):
     """The content of a JSON file. ValueError that names it where it is missing or damaged."""
     return parse_json(read_text(file, MAX_JSON_BYTES), file)

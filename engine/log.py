@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from engine.checks import Kind, number, or_null, several, whole
-from engine.files import new_file, open_to_read
+from engine.files import as_json, new_file, open_to_read
 from engine.limits import MAX_TRAINING_STEPS
 from engine.pictures import contact_sheet
 
@@ -66,12 +66,6 @@ def example_names(passes) -> list[str]:
     return [str(name)[:200] for name in found]
 
 
-def json_line(row: dict) -> str:
-    """NaN and infinity are not JSON: null."""
-    row = json.loads(json.dumps(row), parse_constant=lambda _: None)
-    return json.dumps(row) + "\n"
-
-
 def example_sheet(examples: list, drawn: list, size: int):
     """For each example what it starts from, what it should become, and what was drawn -> a PIL
     page. size: side of a picture in pixels."""
@@ -121,12 +115,12 @@ class Log:
         if run.rank == 0:
             row = dataclasses.asdict(report)
             row |= dict(images_per_second=round(rate, 2), memory_gb=round(memory, 3))
-            self.file.write(json_line(row))
+            self.file.write(as_json(row) + "\n")
             if report.skipped:
                 self.bar.write(f"step {report.step} not taken: {report.skipped}")
         elif report.skipped:
             row = dict(step=report.step, process=run.rank, examples=report.examples)
-            self.file.write(json_line(row))
+            self.file.write(as_json(row) + "\n")
         self.file.flush()
         self.show(report, rate, memory)
 
@@ -134,7 +128,7 @@ class Log:
         bad = self.run.reader.bad[self.named:]
         if bad:
             self.named += len(bad)
-            self.file.write(json_line(dict(step=step, process=self.run.rank, bad=bad)))
+            self.file.write(as_json(dict(step=step, process=self.run.rank, bad=bad)) + "\n")
             self.bar.write("\n".join(f"skipped: {what}" for what in bad))
 
     def show(self, report, rate: float, memory: float) -> None:

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import multiprocessing
 import pathlib
 import random
@@ -32,7 +31,7 @@ import train
 from engine import fast
 from engine.data import Reader, Share, ignore_signals
 from engine.device import commit, set_threads
-from engine.files import read_json, weights_digest, write_text
+from engine.files import as_json, read_json, weights_digest, write_text
 from engine.pictures import to_pixels
 from engine.runs import lock
 from engine.sources import Generated
@@ -60,9 +59,8 @@ AHEAD = {"cpu": 1, "cuda": 4}
 # ------------------------------------------------------------------------------- what is written
 
 def write_json(file: pathlib.Path, content) -> None:
-    """A file that is there is whole. NaN is not JSON: null."""
-    known = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    write_text(file, json.dumps(known, indent=1))
+    """A file that is there is whole."""
+    write_text(file, as_json(content, indent=1))
 
 
 def cases(args) -> list:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.pictures import contact_sheet
+from lab.tables import MORE, THINGS
 from vit import smart_size, window_index
 
 
@@ -967,9 +968,7 @@ def surgery(there: dict) -> None:
     """{what is done: {which object: is it in each picture}}: left what muting leaves of the
     prompt's own two objects, right what splicing brings in of the other's, and where there are more
     than two; 95 % intervals."""
-    more = "more than two objects"
-    panels = {"mute": ("its first", "its second", more),
-              "splice": ("the other's first", "the other's second", more)}
+    panels = {"mute": (*THINGS[:2], MORE), "splice": (*THINGS[2:], MORE)}
     fig, axes = plt.subplots(1, 2, figsize=(8, 4.6), sharey=True)
     for ax, (what, names) in zip(axes, panels.items()):
         rows = {"as it is": there["as it is"]}
